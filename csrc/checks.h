@@ -1,0 +1,105 @@
+// What every op's checking file shares: dtype mapping, messages that show the value seen, and tensor plumbing.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace fused_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void raise(const Args&... args) {
+  std::ostringstream message;
+  ((message << args), ...);
+  throw std::runtime_error(message.str());
+}
+
+// PyTorch's binding layer turns std::out_of_range into IndexError.
+template <class... Args>
+[[noreturn]] void raise_index_error(const Args&... args) {
+  std::ostringstream message;
+  ((message << args), ...);
+  throw std::out_of_range(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
+  out << ']';
+  return out.str();
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: break;
+  }
+  raise(op, ": ", name, " must be float32, float64, bfloat16 or float16, got dtype code ",
+        static_cast<int>(t.scalar_type()));
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  if (t.scalar_type() != like.scalar_type())
+    raise(op, ": ", name, " must have the dtype of ", like_name, " (code ", static_cast<int>(like.scalar_type()),
+          "), got code ", static_cast<int>(t.scalar_type()));
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) raise(op, ": ", name, " must be on the CPU like input");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want, const char* want_name) {
+  if (t.scalar_type() != want)
+    raise(op, ": ", name, " must be ", want_name, ", got dtype code ", static_cast<int>(t.scalar_type()));
+}
+
+inline void check_numel(const char* op, const char* name, const Tensor& t, int64_t want) {
+  if (t.numel() != want) raise(op, ": ", name, " must have ", want, " elements, got shape ", shape_of(t));
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  bool same = t.dim() == like.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
+  if (!same) raise(op, ": ", name, " must have the shape of ", like_name, " ", shape_of(like), ", got ", shape_of(t));
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline double scalar_value(const Tensor& t) {
+  const void* p = t.const_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return *static_cast<const float*>(p);
+    case ScalarType::Double: return *static_cast<const double*>(p);
+    case ScalarType::BFloat16: return static_cast<float>(*static_cast<const c10::BFloat16*>(p));
+    case ScalarType::Half: return static_cast<float>(*static_cast<const c10::Half*>(p));
+    default: raise("fused_ops: expected a floating-point scalar, got dtype code ", static_cast<int>(t.scalar_type()));
+  }
+}
+
+inline void write_scalar(const Tensor& t, double value) {
+  void* p = t.mutable_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Float: *static_cast<float*>(p) = static_cast<float>(value); return;
+    case ScalarType::Double: *static_cast<double*>(p) = value; return;
+    case ScalarType::BFloat16: *static_cast<c10::BFloat16*>(p) = static_cast<float>(value); return;
+    case ScalarType::Half: *static_cast<c10::Half*>(p) = static_cast<float>(value); return;
+    default: raise("fused_ops: expected a floating-point scalar, got dtype code ", static_cast<int>(t.scalar_type()));
+  }
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,186 @@
+// Vectorisable arithmetic for the CPU kernels: an inline exp, 16-bit conversions and blockwise lane reductions.
+// Plain loops that the compiler turns into vectors of whatever width this file's ISA has; nothing here needs
+// -ffast-math.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "../dtype.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FUSED_OPS_ISA
+#define FUSED_OPS_ISA DEFAULT
+#endif
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+constexpr int64_t kLanes =
+    16;  // accumulators per reduction, whatever the vector width: one order of summation for all ISAs
+constexpr int64_t kChunk = 1024;  // elements converted at a time: 4 KiB of float, stays in L1
+
+template <class To, class From>
+inline To bit_copy(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// exp(x) to about 1 ulp. Cody-Waite reduction, x = n ln2 + r, |r| <= ln2/2, and a degree-6 polynomial for exp(r); the
+// scaling by 2^n is split in two factors so that results pass through the denormals to 0 and overflow to inf.
+inline float exp_(float x) {
+  x = x < -110.0f ? -110.0f : x;  // written so that NaN falls through
+  x = x > 100.0f ? 100.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const float n = shifted - 12582912.0f;
+  float r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  float poly = 1.3888889e-3f;
+  poly = poly * r + 8.3333337e-3f;
+  poly = poly * r + 4.1666668e-2f;
+  poly = poly * r + 1.6666667e-1f;
+  poly = poly * r + 0.5f;
+  poly = poly * r * r + r + 1.0f;
+  const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000;
+  const int32_t half = k >> 1;
+  const float scale_a = bit_copy<float>((half + 127) << 23);
+  const float scale_b = bit_copy<float>((k - half + 127) << 23);
+  return poly * scale_a * scale_b;
+}
+inline double exp_(double x) { return std::exp(x); }
+
+inline float to_acc(float v) { return v; }
+inline double to_acc(double v) { return v; }
+inline float to_acc(bfloat16_t v) { return bit_copy<float>(static_cast<uint32_t>(v.bits) << 16); }
+inline float to_acc(float16_t v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  // Exponent and mantissa moved into a float, then rescaled by 2^112: denormals come out right without a branch.
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  float f = bit_copy<float>(magnitude) * 5.192296858534828e33f;
+  if ((v.bits & 0x7c00u) == 0x7c00u) f = bit_copy<float>(magnitude | 0x7f800000u);
+  return bit_copy<float>(bit_copy<uint32_t>(f) | sign);
+#endif
+}
+
+inline void store(float* p, float v) { *p = v; }
+inline void store(double* p, double v) { *p = v; }
+inline void store(bfloat16_t* p, float v) {  // round to nearest even
+  const uint32_t u = bit_copy<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+inline void store(float16_t* p, float v) {
+#if defined(__F16C__)
+  p->bits = static_cast<uint16_t>(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t u = bit_copy<uint32_t>(v);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  uint32_t a = u & 0x7fffffffu;
+  uint32_t h;
+  if (a > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (a >= 0x477ff000u) {
+    h = 0x7c00u;  // 65520 and above round to inf
+  } else if (a < 0x38800000u) {
+    h = bit_copy<uint32_t>(bit_copy<float>(a) + 0.5f) - 0x3f000000u;  // the addition rounds to the denormal grid
+  } else {
+    a += 0xfffu + ((a >> 13) & 1u);
+    h = (a - 0x38000000u) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | h);
+#endif
+}
+
+// n <= kChunk elements at `from`, `stride` apart, as accumulators: the memory itself where it already is that.
+template <class T>
+inline const acc_t<T>* load_chunk(const T* from, int64_t stride, int64_t n, acc_t<T>* buffer) {
+  if (stride == 1) {
+    if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+      return from;
+    } else {
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 2) {
+        if (std::is_same_v<T, float16_t>)
+          for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+      }
+#endif
+      for (; i < n; ++i) buffer[i] = to_acc(from[i]);
+      return buffer;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) buffer[i] = to_acc(from[i * stride]);
+  return buffer;
+}
+
+template <class T>
+inline void store_chunk(T* to, int64_t stride, int64_t n, const acc_t<T>* from) {
+  int64_t i = 0;
+  if (stride == 1) {
+#if defined(__F16C__)
+    if constexpr (std::is_same_v<T, float16_t>) {
+      for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; ++i) store(to + i, from[i]);
+    return;
+  }
+  for (; i < n; ++i) store(to + i * stride, from[i]);
+}
+
+// max over n values; NaN anywhere gives NaN (lanes hold it, because a comparison with NaN is false).
+template <class A>
+inline A max_of(const A* x, int64_t n) {
+  A lanes[kLanes];
+  bool nan = false;
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = -std::numeric_limits<A>::infinity();
+  int64_t i = 0;
+  A probe[kLanes] = {};
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+      probe[l] += x[i + l] != x[i + l] ? A(1) : A(0);
+    }
+  }
+  for (int64_t l = 0; i + l < n; ++l) {
+    lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+    nan |= x[i + l] != x[i + l];
+  }
+  A best = lanes[0];
+  for (int64_t l = 0; l < kLanes; ++l) {
+    best = lanes[l] > best ? lanes[l] : best;
+    nan |= probe[l] != A(0);
+  }
+  return nan ? std::numeric_limits<A>::quiet_NaN() : best;
+}
+
+// sum of exp(x - shift) over n values, kLanes partial sums.
+template <class A>
+inline A sum_exp(const A* x, int64_t n, A shift) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += exp_(x[i + l] - shift);
+  }
+  for (int64_t l = 0; i + l < n; ++l) lanes[l] += exp_(x[i + l] - shift);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops

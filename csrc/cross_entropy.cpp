@@ -1,0 +1,177 @@
+// Schema, checks, allocation and dispatch of the cross-entropy ops. Tensors stop here.
+#include "cross_entropy.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace fused_ops {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+constexpr int64_t kGrainElements = 32768;  // logits per task: below this a second thread costs more than it saves
+
+TargetType target_type(const Tensor& target) {
+  switch (target.scalar_type()) {
+    case ScalarType::Long: return TargetType::int64;
+    case ScalarType::Int: return TargetType::int32;
+    case ScalarType::Short: return TargetType::int16;
+    case ScalarType::Char: return TargetType::int8;
+    case ScalarType::Byte: return TargetType::uint8;
+    default:
+      raise(kOp, ": target must hold class indices of dtype int64, int32, int16, int8 or uint8, got dtype code ",
+            static_cast<int>(target.scalar_type()));
+  }
+}
+
+// True if the dimensions from 2 on can be walked as one with a single stride.
+bool spatial_is_one_dim(const Tensor& t) {
+  for (int64_t d = t.dim() - 2; d >= 2; --d)
+    if (t.size(d) != 1 && t.stride(d) != t.stride(d + 1) * t.size(d + 1)) return false;
+  return true;
+}
+
+RowLayout layout_of(const Tensor& t) {
+  if (t.dim() == 1) return {1, 1, t.size(0), 0, 0, t.stride(0)};
+  RowLayout l{t.size(0), 1, t.size(1), t.stride(0), 0, t.stride(1)};
+  for (int64_t d = 2; d < t.dim(); ++d) l.spatial *= t.size(d);
+  if (t.dim() > 2) l.spatial_stride = t.stride(t.dim() - 1);
+  return l;
+}
+
+void check_input_and_target(const Tensor& input, const Tensor& target, int64_t reduction) {
+  if (input.dim() == 0) raise(kOp, ": input must have at least one dimension (classes), got a scalar");
+  if (reduction < 0 || reduction > 2) raise(kOp, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  check_cpu(kOp, "input", input);
+  check_cpu(kOp, "target", target);
+  const RowLayout l = layout_of(input);
+  bool fits = target.dim() == std::max<int64_t>(input.dim() - 1, 0);
+  for (int64_t d = 0; fits && d < target.dim(); ++d) fits = target.size(d) == input.size(d == 0 ? 0 : d + 1);
+  if (!fits || target.numel() != l.rows())
+    raise(kOp, ": target must have the shape of input without its class dimension; input ", shape_of(input),
+          ", target ", shape_of(target));
+}
+
+int64_t rows_per_block(const RowLayout& l) {
+  return std::clamp<int64_t>(kGrainElements / std::max<int64_t>(l.classes, 1), 1, 1024);
+}
+
+[[noreturn]] void raise_bad_target(const Tensor& target, int64_t row) {
+  const void* p = target.const_data_ptr();
+  int64_t value = 0;
+  switch (target_type(target)) {
+    case TargetType::int64: value = static_cast<const int64_t*>(p)[row]; break;
+    case TargetType::int32: value = static_cast<const int32_t*>(p)[row]; break;
+    case TargetType::int16: value = static_cast<const int16_t*>(p)[row]; break;
+    case TargetType::int8: value = static_cast<const int8_t*>(p)[row]; break;
+    case TargetType::uint8: value = static_cast<const uint8_t*>(p)[row]; break;
+  }
+  raise_index_error("Target ", value, " is out of bounds.");
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
+                                                         int64_t ignore_index, int64_t reduction) {
+  check_input_and_target(input_, target_, reduction);
+  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
+  const Tensor target = dense(target_);
+  const DType dtype = float_dtype(kOp, "input", input);
+  const RowLayout layout = layout_of(input);
+  const int64_t rows = layout.rows();
+
+  const auto scalar_shape = std::vector<int64_t>{};
+  Tensor loss = torch::stable::new_empty(input, reduction == 0 ? target.sizes() : scalar_shape);
+  Tensor lse = torch::stable::new_empty(input, target.sizes(), ScalarType::Double);
+  Tensor total = torch::stable::new_empty(input, scalar_shape, ScalarType::Double);
+
+  const int64_t block_rows = rows_per_block(layout), blocks = (rows + block_rows - 1) / block_rows;
+  std::vector<BlockResult> results(static_cast<size_t>(blocks));
+  const CrossEntropyForward args{dtype,
+                                 input.const_data_ptr(),
+                                 layout,
+                                 {target.const_data_ptr(), target_type(target), ignore_index},
+                                 block_rows,
+                                 static_cast<double*>(lse.mutable_data_ptr()),
+                                 reduction == 0 ? loss.mutable_data_ptr() : nullptr,
+                                 results.data()};
+  const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+
+  double sum = 0;
+  int64_t count = 0;
+  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
+    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
+    sum += r.loss_sum;
+    count += r.count;
+  }
+  const auto mode = static_cast<Reduction>(reduction);
+  if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(count));
+  if (mode == Reduction::sum) write_scalar(loss, sum);
+  write_scalar(total, static_cast<double>(count));
+  return {loss, lse, total};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
+                              const Tensor& total, int64_t ignore_index, int64_t reduction) {
+  check_input_and_target(input_, target_, reduction);
+  check_cpu(kOp, "grad_loss", grad_loss_);
+  check_cpu(kOp, "lse", lse_);
+  check_cpu(kOp, "total", total);
+  check_same_dtype(kOp, "grad_loss", grad_loss_, "input", input_);
+  check_dtype(kOp, "lse", lse_, ScalarType::Double, "float64");
+  check_dtype(kOp, "total", total, ScalarType::Double, "float64");
+  check_same_shape(kOp, "lse", lse_, "target", target_);
+  check_numel(kOp, "total", total, 1);
+  const auto mode = static_cast<Reduction>(reduction);
+  if (mode == Reduction::none)
+    check_same_shape(kOp, "grad_loss", grad_loss_, "target", target_);
+  else
+    check_numel(kOp, "grad_loss", grad_loss_, 1);
+
+  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
+  const Tensor target = dense(target_), lse = dense(lse_), grad_loss = dense(grad_loss_);
+  const DType dtype = float_dtype(kOp, "input", input);
+  Tensor grad = torch::stable::new_empty(input, input.sizes());
+  double scale = 1;
+  if (mode != Reduction::none) scale = scalar_value(grad_loss);
+  if (mode == Reduction::mean) scale /= scalar_value(total);
+
+  const RowLayout layout = layout_of(input);
+  const CrossEntropyBackward args{dtype,
+                                  input.const_data_ptr(),
+                                  layout,
+                                  {target.const_data_ptr(), target_type(target), ignore_index},
+                                  static_cast<const double*>(lse.const_data_ptr()),
+                                  mode == Reduction::none ? grad_loss.const_data_ptr() : nullptr,
+                                  scale,
+                                  grad.mutable_data_ptr(),
+                                  layout_of(grad)};
+  const auto kernel = FUSED_OPS_SELECT(cross_entropy_backward);
+  std::atomic<int64_t> bad_row{-1};
+  torch::stable::parallel_for(0, layout.rows(), rows_per_block(layout), [&](int64_t begin, int64_t end) {
+    const int64_t bad = kernel(args, begin, end);
+    if (bad >= 0) bad_row = bad;
+  });
+  if (bad_row >= 0) raise_bad_target(target, bad_row);
+  return grad;
+}
+
+}  // namespace
+}  // namespace fused_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
+      "-> (Tensor loss, Tensor lse, Tensor total)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
+      "int ignore_index, int reduction) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
+}

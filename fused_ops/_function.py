@@ -1,0 +1,48 @@
+"""FusedFunction: the one base class of the package's autograd Functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class FusedFunction(Function):
+    """A ``setup_context``-style Function with a fast ``apply`` and a ``vmap`` rule that is right for any op.
+
+    ``Function.apply`` binds its arguments with ``inspect.signature`` on every call (about 12 us). Calls here are always
+    positional and complete, so that step is only taken when a torch.func transform or torch.compile needs it.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Runs the Function on positional arguments."""
+        if torch.compiler.is_compiling() or _transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Applies the Function to each example in turn and stacks the results.
+
+        Args:
+            info: ``batch_size`` and ``randomness``, from torch.func.
+            in_dims: The mapped dimension of each argument, or None.
+            *args: The Function's arguments.
+
+        Returns:
+            The stacked outputs and their mapped dimensions (0).
+        """
+        examples = [
+            cls.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if not examples:
+            raise RuntimeError(f"{cls.__name__}: vmap over a dimension of size 0 is not supported")
+        if isinstance(examples[0], torch.Tensor):
+            return torch.stack(examples), 0
+        stacked = tuple(torch.stack(outputs) for outputs in zip(*examples, strict=True))
+        return stacked, (0,) * len(stacked)

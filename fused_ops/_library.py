@@ -1,0 +1,55 @@
+"""Finds and loads the compiled library, and registers what serves every op where no kernel does.
+
+Each raw op (``torch.ops.fused_ops.*``) has a C++ schema and kernels when the library is there. Its plain-PyTorch
+reference is registered besides, as the kernel of every device without one of its own, so the same ops exist and give
+the same results without a compiler. A fake kernel (shapes only) serves ``torch.compile`` and ``torch.export``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY_PATH = Path(__file__).with_name("_C.so")
+
+_fragment = torch.library.Library("fused_ops", "FRAGMENT")
+
+
+def _load() -> str | None:
+    """Loads the library; returns why it is not there, or None if it is."""
+    if not LIBRARY_PATH.exists():
+        return "the native library was not built"
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        return f"the native library could not be loaded: {error}"
+    return None
+
+
+missing_reason: str | None = _load()
+if missing_reason is not None:
+    warnings.warn(
+        f"fused_ops: {missing_reason}; every op runs on its plain-PyTorch reference, right but slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def register(schema: str, reference: Callable[..., object], fake: Callable[..., object]) -> Callable[..., object]:
+    """Defines one raw op as far as the library has not, and returns it ready to be called.
+
+    Args:
+        schema: The op's schema, the same text as in ``csrc/<op>.cpp``.
+        reference: Plain-PyTorch implementation; serves every device that has no kernel.
+        fake: Implementation on shapes, strides and dtypes alone.
+    """
+    name = schema.split("(", 1)[0]
+    if missing_reason is not None:
+        _fragment.define(schema)
+    _fragment.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_ops::{name}", fake, lib=_fragment)
+    packet = getattr(torch.ops.fused_ops, name)
+    return packet.default  # type: ignore[no-any-return]

@@ -1,0 +1,160 @@
+"""Cross-entropy in plain PyTorch: the reference of the kernels, and the fallback where there is none.
+
+For one row of logits x and its target t::
+
+    lse  = log sum_j exp(x_j)         loss = lse - x_t
+    p_j  = exp(x_j - lse)             grad_x_j = (p_j - [j == t]) * grad_loss
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an op computes in: float32 for the 16-bit types, else the type itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def split_targets(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The mask of rows that count, and a target that is in range for the others too."""
+    valid = target != ignore_index
+    safe = torch.where(valid, target, 0).long()
+    return valid, safe
+
+
+def class_dim(input: Tensor) -> int:
+    """The dimension of the classes: 0 of a single example, else 1."""
+    return 0 if input.dim() == 1 else 1
+
+
+def _check_range(target: Tensor, valid: Tensor, classes: int) -> None:
+    outside = valid & ((target < 0) | (target >= classes))
+    if target.device.type == "cpu" and bool(outside.any()):
+        raise IndexError(f"Target {target[outside].flatten()[0].item()} is out of bounds.")
+
+
+def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the log-sum-exp of each row (float64), and the number of rows that count (float64)."""
+    dim = class_dim(input)
+    valid, safe = split_targets(input, target, ignore_index)
+    _check_range(target, valid, input.size(dim))
+    x = input.to(acc_dtype(input.dtype))
+    total = valid.sum(dtype=torch.float64)
+    if input.size(dim) == 0:
+        rows, lse = valid.double() * 0, valid.double() * 0
+    else:
+        top = x.amax(dim, keepdim=True).double()
+        lse = (top + (x.double() - top).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+        picked = x.gather(dim, safe.unsqueeze(dim)).squeeze(dim).double()
+        rows = torch.where(valid, lse - picked, 0.0)
+        lse = torch.where(valid, lse, 0.0)
+    loss = rows if reduction == NONE else rows.sum()
+    if reduction == MEAN:
+        loss = loss / total
+    return loss.to(input.dtype), lse, total
+
+
+def row_scale(grad_loss: Tensor, total: Tensor, valid: Tensor, reduction: int) -> Tensor:
+    """What multiplies each row's (p - one_hot): the upstream gradient, over the count for a mean, 0 if ignored."""
+    scale = grad_loss / total.to(grad_loss.dtype) if reduction == MEAN else grad_loss
+    return torch.where(valid, scale, torch.zeros((), dtype=scale.dtype, device=scale.device))
+
+
+def backward(
+    grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
+) -> Tensor:
+    """The gradient with respect to the logits, in one step from the saved log-sum-exp."""
+    dim = class_dim(input)
+    valid, safe = split_targets(input, target, ignore_index)
+    if input.size(dim) == 0:
+        return torch.zeros_like(input, memory_format=torch.contiguous_format)
+    p = (input.double() - lse.unsqueeze(dim)).exp()
+    p = p.scatter_add(dim, safe.unsqueeze(dim), -torch.ones_like(p).narrow(dim, 0, 1))
+    scale = row_scale(grad_loss.double(), total, valid, reduction).unsqueeze(dim)
+    grad = torch.where(valid.unsqueeze(dim), p * scale, 0.0)
+    return grad.to(input.dtype).contiguous()
+
+
+def _residual(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """p, p - one_hot (zero in ignored rows) and the mask of rows that count, differentiable in ``input``."""
+    dim = class_dim(input)
+    valid, safe = split_targets(input, target, ignore_index)
+    keep = valid.unsqueeze(dim)
+    x = input.to(acc_dtype(input.dtype))
+    p = torch.where(keep, x, 0.0).softmax(dim)
+    one_hot = torch.zeros_like(p).scatter(dim, safe.unsqueeze(dim), 1.0)
+    return p, torch.where(keep, p - one_hot, 0.0), valid
+
+
+def _reduce(rows: Tensor, total: Tensor, reduction: int) -> Tensor:
+    if reduction == NONE:
+        return rows
+    return rows.sum() / total.to(rows.dtype) if reduction == MEAN else rows.sum()
+
+
+def jvp(input: Tensor, input_t: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: int) -> Tensor:
+    """The tangent of the loss: (p - one_hot) . x_t in each row, reduced."""
+    _, residual, _ = _residual(input, target, ignore_index)
+    rows = (residual * input_t.to(residual.dtype)).sum(class_dim(input))
+    return _reduce(rows, total, reduction).to(input.dtype)
+
+
+def _softmax_jvp(p: Tensor, v: Tensor, dim: int) -> Tensor:
+    """The softmax's Jacobian (symmetric) times v: p * (v - p . v)."""
+    return p * (v - (p * v).sum(dim, keepdim=True))
+
+
+def double_backward(
+    grad_grad: Tensor,
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of <backward(grad_loss, input), grad_grad> with respect to grad_loss and input."""
+    dim = class_dim(input)
+    p, residual, valid = _residual(input, target, ignore_index)
+    v = grad_grad.to(p.dtype)
+    scale = row_scale(grad_loss.to(p.dtype), total, valid, reduction).unsqueeze(dim)
+    grad_grad_loss = _reduce((residual * v).sum(dim), total, reduction)
+    return grad_grad_loss.to(grad_loss.dtype), (scale * _softmax_jvp(p, v, dim)).to(input.dtype)
+
+
+def backward_jvp(
+    grad_loss: Tensor,
+    input: Tensor,
+    grad_loss_t: Tensor,
+    input_t: Tensor,
+    target: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    reduction: int,
+) -> Tensor:
+    """The tangent of ``backward`` for the tangents of grad_loss and input."""
+    dim = class_dim(input)
+    p, residual, valid = _residual(input, target, ignore_index)
+    scale = row_scale(grad_loss.to(p.dtype), total, valid, reduction).unsqueeze(dim)
+    scale_t = row_scale(grad_loss_t.to(p.dtype), total, valid, reduction).unsqueeze(dim)
+    return (scale_t * residual + scale * _softmax_jvp(p, input_t.to(p.dtype), dim)).to(input.dtype)
+
+
+def staged(input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Every intermediate of the mean loss of (rows, classes) logits, each one elementary step."""
+    rows = torch.arange(input.size(0))
+    logit_maxes = input.max(1, keepdim=True).values
+    norm_logits = input - logit_maxes
+    counts = norm_logits.exp()
+    counts_sum = counts.sum(1, keepdim=True)
+    counts_sum_inv = counts_sum**-1
+    probs = counts * counts_sum_inv
+    logprobs = probs.log()
+    loss = -logprobs[rows, target].mean()
+    names = ("logit_maxes", "norm_logits", "counts", "counts_sum", "counts_sum_inv", "probs", "logprobs", "loss")
+    values = (logit_maxes, norm_logits, counts, counts_sum, counts_sum_inv, probs, logprobs, loss)
+    return dict(zip(names, values, strict=True))
