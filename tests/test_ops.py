@@ -15,6 +15,8 @@ CLASSES = [1, 2, 7, 15, 16, 17, 27, 33, 1000, 1025, 3001]
 
 def no_worse(ours, eager, truth):
     """No further from the float64 truth than eager of the same dtype, plus one rounding."""
+    if ours.dtype == torch.float64:  # the truth itself is only as good as float64 arithmetic
+        return bool(((ours - truth).abs() <= 1e-13 * max(truth.numel(), 100) * truth.abs().max()).all())
     rounding = torch.finfo(ours.dtype).eps * truth.abs()
     error, allowed = (ours.double() - truth).abs(), (eager.double() - truth).abs().max()
     return bool((error <= allowed + rounding).all())
