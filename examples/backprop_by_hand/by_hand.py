@@ -1,4 +1,4 @@
-"""Every gradient of the network derived by hand: first one elementary step at a time, then fused into one-step formulas.
+"""Every gradient of the network derived by hand: one elementary step at a time, then fused into one-step formulas.
 
 Notation: ``v`` holds the values of the forward pass, ``d[x]`` is the gradient of the loss with respect to ``x``.
 """
