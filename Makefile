@@ -3,26 +3,40 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test lint types clean
+.PHONY: demo test check lint types cuda-compile clean
 export OMP_NUM_THREADS ?= 1
 
-$(STAMP): setup.py pyproject.toml constraints.txt Makefile $(NATIVE)
+$(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch 'setuptools>=77' wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# The walk-through: every gradient by hand, checked, fused and used to train. DEMO="--names FILE --steps N ..." for more.
+demo: $(STAMP)
+	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+check: $(STAMP)
+	$(BIN)/python -m fused_ops check
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(CUDA)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Every CUDA source must compile; on a machine without nvcc there is nothing to compile it with, and that is said.
+cuda-compile:
+	@for source in $(filter %.cu,$(CUDA)); do \
+	  if command -v nvcc >/dev/null; then nvcc -std=c++17 -arch=sm_80 -c $$source -o /dev/null || exit 1; \
+	  else echo "cuda-compile: no nvcc here, $$source was not compiled"; fi; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so

@@ -15,6 +15,10 @@ import torch
 
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ISAS = ("DEFAULT", "AVX2", "AVX512")
+_registered: list[str] = []  # raw ops, in the order of registration
+
 _fragment = torch.library.Library("fused_ops", "FRAGMENT")
 
 
@@ -51,5 +55,24 @@ def register(schema: str, reference: Callable[..., object], fake: Callable[..., 
         _fragment.define(schema)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", fake, lib=_fragment)
+    _registered.append(name)
     packet = getattr(torch.ops.fused_ops, name)
     return packet.default  # type: ignore[no-any-return]
+
+
+def isa() -> str | None:
+    """The instruction set of the CPU kernels that this process runs, or None without the library."""
+    return None if missing_reason is not None else _ISAS[torch.ops.fused_ops.cpu_isa()]
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """What serves each raw op, for all of DTYPES alike: rows (op, device, what serves it, why nothing faster)."""
+    rows = []
+    for name in _registered:
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{name}", key):
+                rows.append((name, device, f"{isa()} kernel" if key == "CPU" else "CUDA kernel", ""))
+            else:
+                why = missing_reason or f"no {key} kernel in this build"
+                rows.append((name, device, "plain PyTorch", why))
+    return rows

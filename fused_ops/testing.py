@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import fused_ops
+import fused_ops.reference
+from fused_ops.reference import Sample
 
 
 @dataclass(frozen=True)
@@ -104,3 +114,133 @@ def _compare(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: floa
         relative_error=float((a - b).norm()) / norm if norm else float("nan"),
         near_zero=not bool((b.abs() > zero_atol).any()) and not bool(b.isnan().any()),
     )
+
+
+def assert_no_worse_than(ours: Tensor, eager: Tensor, truth: Tensor, name: str = "result") -> None:
+    """Asserts the package's error rule: no further from the truth than PyTorch's eager op, plus one rounding.
+
+    Args:
+        ours: The result to judge.
+        eager: What PyTorch's own op of the same dtype gives.
+        truth: The float64 result on the same inputs (for float64 results one of higher precision, rounded to float64).
+        name: What to call the result in a message.
+
+    Raises:
+        AssertionError: wrong shape or dtype, a NaN or infinity where the truth has none (or the other way round), or
+            an error beyond what the rule allows.
+    """
+    if ours.shape != truth.shape or ours.dtype != eager.dtype:
+        raise AssertionError(
+            f"{name}: expected shape {list(truth.shape)} and {eager.dtype}, got {list(ours.shape)} and {ours.dtype}"
+        )
+    rounded = truth.to(ours.dtype).double()  # overflow to infinity is the right answer where the dtype ends
+    finite = rounded.isfinite()
+    if not torch.equal(ours.double()[~finite].nan_to_num(7.0), rounded[~finite].nan_to_num(7.0)):
+        raise AssertionError(f"{name}: expected the truth's NaNs and infinities, got others")
+    error = (ours.double() - truth).abs()[finite]
+    allowed = (eager.double() - truth).abs()[finite].nan_to_num(0.0, 0.0)
+    budget = (allowed.max() if allowed.numel() else 0.0) + torch.finfo(ours.dtype).eps * truth.abs()[finite]
+    if not bool((error <= budget).all()):
+        worst = float((error - budget).max())
+        raise AssertionError(f"{name}: further from the truth than eager plus one rounding, by {worst:.3e}")
+
+
+CHECKS = ("gradcheck", "forward AD", "gradgradcheck", "opcheck")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How one sample of one op fared in each of CHECKS: "passed", "failed" or "not run"."""
+
+    op: str
+    sample: str
+    outcomes: dict[str, str]
+    details: tuple[str, ...]  # one line per failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether any of the checks failed."""
+        return "failed" in self.outcomes.values()
+
+
+class _RecordRawOps(TorchDispatchMode):
+    """Keeps the arguments of every call of a raw op of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fused_ops":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def check_op(function: Callable[..., Any], samples: Iterable[Sample], op: str | None = None) -> list[CheckResult]:
+    """Runs gradcheck, forward-mode AD, gradgradcheck and opcheck on every sample.
+
+    Args:
+        function: The public function of the op.
+        samples: Calls of it in float64; their tensors that require grad are the ones to check.
+        op: What to call it; the function's name by default.
+
+    Returns:
+        One result a sample. opcheck runs on the raw ops that the sample's forward and backward call; it is "not run"
+        where its own requirements (expecttest, numpy) are not installed.
+    """
+    return [_check_sample(op or function.__name__, function, sample) for sample in samples]
+
+
+def check_all() -> list[CheckResult]:
+    """``check_op`` for every op of the package, on the samples of its reference."""
+    results = []
+    for module in pkgutil.iter_modules(fused_ops.reference.__path__):
+        samples = importlib.import_module(f"fused_ops.reference.{module.name}").samples()
+        results += check_op(getattr(fused_ops, module.name), samples, module.name)
+    return results
+
+
+def _check_sample(op: str, function: Callable[..., Any], sample: Sample) -> CheckResult:
+    leaves, spec = tree_flatten((sample.args, sample.kwargs))
+    checked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    inputs = tuple(leaves[i] for i in checked)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        values = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for i, tensor in zip(checked, tensors, strict=True):
+            values[i] = tensor
+        args, kwargs = tree_unflatten(values, spec)
+        outputs = tree_flatten(function(*args, **kwargs))[0]
+        return tuple(o for o in outputs if isinstance(o, Tensor) and (o.requires_grad or not tensors[0].requires_grad))
+
+    checks: dict[str, Callable[[], bool | None]] = {
+        "gradcheck": lambda: gradcheck(call, inputs),
+        "forward AD": lambda: gradcheck(call, inputs, check_forward_ad=True, check_backward_ad=False),
+        "gradgradcheck": lambda: gradgradcheck(call, inputs),
+        "opcheck": lambda: _opcheck(call, inputs),
+    }
+    outcomes, details = {}, []
+    for name, run in checks.items():
+        try:
+            passed = run()
+        except Exception as error:  # whatever a check raises is its verdict
+            passed = False
+            first_line = str(error).strip().partition("\n")[0]
+            details.append(f"{name}: {type(error).__name__}: {first_line}")
+        outcomes[name] = "not run" if passed is None else "passed" if passed else "failed"
+    return CheckResult(op, sample.name, outcomes, tuple(details))
+
+
+def _opcheck(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> bool | None:
+    """opcheck of every raw op that the forward and the backward call; None if opcheck cannot run here."""
+    if any(importlib.util.find_spec(name) is None for name in ("expecttest", "numpy")):
+        return None
+    with _RecordRawOps() as recorder:
+        outputs = [output for output in call(*inputs) if output.requires_grad]
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+    if not recorder.calls:
+        raise AssertionError("expected the function to call a raw op of the package, it called none")
+    for func, args, kwargs in recorder.calls:
+        detached = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        torch.library.opcheck(func, *detached)
+    return True

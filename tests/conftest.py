@@ -1,0 +1,38 @@
+"""What all tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+NAMES = ROOT.parent / "shared" / "data" / "names.txt"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """One thread (gradcheck is far slower with two) and one seed, whatever the test before did."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_python():
+    """Runs Python code or arguments in a process of its own, with changed environment variables."""
+
+    def run(*arguments, cwd=None, check=True, timeout=300, **environment):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        result = subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+        )
+        if check and result.returncode != 0:
+            pytest.fail(f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
+        return result
+
+    return run

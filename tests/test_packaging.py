@@ -1,0 +1,239 @@
+"""How the package builds, installs and loads: one library for every Python and torch, or none and still right."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import fused_ops._library
+
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_ops", "csrc", "examples")
+USE_BOTH_OPS = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fused_ops
+import torch, torch.nn.functional as F
+x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+t = torch.tensor([0, 6, 3, -100, 2])
+w, b = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+for ours, eager in ((fused_ops.cross_entropy(x, t), F.cross_entropy(x, t)),
+                    (fused_ops.batch_norm(x, None, None, w, b, True), F.batch_norm(x, None, None, w, b, True))):
+    torch.testing.assert_close(ours, eager)
+    for a, e in zip(torch.autograd.grad(ours.square().sum(), (x, w, b), allow_unused=True),
+                    torch.autograd.grad(eager.square().sum(), (x, w, b), allow_unused=True)):
+        assert (a is None) == (e is None)
+        if a is not None: torch.testing.assert_close(a, e)
+assert torch.autograd.gradcheck(lambda x: fused_ops.cross_entropy(x, t), x)
+print("FILE", fused_ops.__file__)
+print("ISA", fused_ops._library.isa())
+for w in caught: print("WARNING", w.category.__name__, w.message)
+"""
+
+
+def copy_sources(to):
+    to.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in SOURCES:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(
+            source, to / name, **({"ignore": ignore} if source.is_dir() else {})
+        )
+    return to
+
+
+def pip_wheel(tree, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", "wheels", "."]
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **environment}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+
+def installed(wheel, to):
+    """The wheel installed beside this environment's torch, in front of whatever else is installed here."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(to), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return to
+
+
+def symbols(*arguments):
+    return subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def output_of(result, key):
+    return [line.removeprefix(f"{key} ") for line in result.stdout.splitlines() if line.startswith(f"{key} ")]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(source tree with its build folder, wheel) of a build from nothing."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    tree = copy_sources(tmp_path_factory.mktemp("build") / "tree")
+    result = pip_wheel(tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = (tree / "wheels").glob("*.whl")
+    return tree, wheel
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory):
+    """(what the build said, wheel) of a build that was told to leave the library out."""
+    tree = copy_sources(tmp_path_factory.mktemp("pure") / "tree")
+    result = pip_wheel(tree, FUSED_OPS_BUILD="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = (tree / "wheels").glob("*.whl")
+    return result.stdout + result.stderr, wheel
+
+
+def test_one_wheel_for_every_cpython(built):
+    _, wheel = built
+    assert re.fullmatch(r"fused_ops-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fused_ops/_C.so", "fused_ops/py.typed", "fused_ops/reference/batch_norm.py"} <= set(names)
+    assert "fused_ops/examples/backprop_by_hand/walkthrough.py" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc")) or "tests" in name]
+
+
+def test_the_wheel_works_beside_this_torch(built, run_python, tmp_path):
+    target = installed(built[1], tmp_path / "site")
+    result = run_python("-c", USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(target))
+    assert output_of(result, "FILE") == [str(target / "fused_ops" / "__init__.py")]
+    assert output_of(result, "ISA") != ["None"]
+    assert output_of(result, "WARNING") == []
+
+
+def test_the_wheel_works_beside_other_releases(built, run_python, tmp_path):
+    """Other interpreters with a torch of their own (any release >= 2.10, any CPython >= 3.10), if some are given.
+
+    The package index has no second release of torch as a CPU build, so nothing is downloaded here.
+    """
+    others = [Path(p) for p in os.environ.get("FUSED_OPS_OTHER_PYTHONS", "").split(os.pathsep) if p]
+    if not others:
+        pytest.skip("FUSED_OPS_OTHER_PYTHONS names no interpreter with another torch >= 2.10")
+    target = installed(built[1], tmp_path / "site")
+    for python in others:
+        command = [str(python), "-c", USE_BOTH_OPS]
+        env = {**os.environ, "PYTHONPATH": str(target)}
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, f"{python}: {result.stderr}"
+        assert output_of(result, "FILE") == [str(target / "fused_ops" / "__init__.py")]
+        assert output_of(result, "ISA") != ["None"] and output_of(result, "WARNING") == []
+
+
+def test_the_library_knows_nothing_of_python(built):
+    """No symbol of Python or of torch's C++ ABI is needed: that is why one library serves all of them."""
+    library = zipfile.ZipFile(built[1]).extract("fused_ops/_C.so", built[0] / "unpacked")
+    lines = subprocess.run(
+        ["nm", "-DC", "--undefined-only", library], check=True, capture_output=True, text=True
+    ).stdout
+    needed = [line.split(maxsplit=1)[1] for line in lines.splitlines()]
+    assert [s for s in needed if re.match(r"_?Py[A-Z_]", s)] == []
+    assert [s for s in needed if re.match(r"(c10|at|torch|pybind11)::", s)] == []
+    assert [s for s in needed if s.startswith(("aoti_torch_", "torch_"))] != []
+
+
+def test_isa_objects_share_no_code(built):
+    """A function compiled with AVX-512 must not become the copy that a baseline processor runs.
+
+    Inline functions outside the ISA's own namespace are weak symbols: the linker keeps any one of their copies.
+    """
+    objects = sorted((built[0] / "build").glob("temp*/**/AVX*/*.o"))
+    assert len(objects) >= 4
+    for path in objects:
+        isa = path.parent.name
+        lines = symbols("-C", "--defined-only", path)
+        shared = [line for line in lines if line.split()[1] in "WVu" and f"fused_ops::{isa}::" not in line]
+        assert shared == [], path
+
+
+def test_isa_is_chosen_at_run_time(run_python):
+    if fused_ops._library.missing_reason is not None:
+        pytest.skip("no native library")
+    code = "import fused_ops._library as l; print(l.isa())"
+    best = run_python("-c", code).stdout.strip()
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    for wish in ("default", "avx2", "avx512", "nonsense"):
+        expected = min(best, wish.upper(), key=order.index) if wish != "nonsense" else best
+        assert run_python("-c", code, ATEN_CPU_CAPABILITY=wish).stdout.strip() == expected
+
+
+def test_build_0_gives_a_working_pure_install(pure, run_python, tmp_path):
+    said, wheel = pure
+    assert said.count("fused_ops: WARNING:") >= 1 and "FUSED_OPS_BUILD=0; installing without the native library" in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+    target = installed(wheel, tmp_path / "site")
+    result = run_python("-c", USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(target))
+    assert output_of(result, "ISA") == ["None"]
+    (warning,) = output_of(result, "WARNING")
+    assert warning.startswith("RuntimeWarning fused_ops: the native library was not built; every op runs on its plain-")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"CXX": "/nonexistent/c++"}, "no C++ compiler found"), ({"PATH": ""}, "no C++ compiler found")],
+)
+def test_no_compiler_is_one_warning(environment, reason, tmp_path):
+    tree = copy_sources(tmp_path / "tree")
+    env = {**{k: v for k, v in os.environ.items() if k != "CXX"}, **environment}
+    result = subprocess.run([sys.executable, "setup.py", "build"], cwd=tree, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f"fused_ops: WARNING: {reason}; installing without the native library") == 1
+    assert (tree / "build" / "lib" / "fused_ops" / "cross_entropy.py").exists()
+
+
+def test_cuda_can_be_forced(tmp_path):
+    tree = copy_sources(tmp_path / "tree")
+    for source in tree.glob("csrc/cuda/*"):
+        source.unlink()
+    command = [sys.executable, "setup.py", "--version"]
+    forced, off = (
+        subprocess.run(command, cwd=tree, env={**os.environ, "FUSED_OPS_CUDA": v}, capture_output=True, text=True)
+        for v in "10"
+    )
+    assert forced.returncode == 1 and "FUSED_OPS_CUDA=1, but this release has no CUDA kernels" in forced.stderr
+    assert off.returncode == 0
+
+
+@pytest.mark.parametrize("library", [None, b"", b"not a library"])
+def test_a_missing_or_broken_library_is_one_warning(library, run_python, tmp_path):
+    shutil.copytree(ROOT / "fused_ops", tmp_path / "fused_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if library is not None:
+        (tmp_path / "fused_ops" / "_C.so").write_bytes(library)
+    result = run_python("-c", USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    (warning,) = output_of(result, "WARNING")
+    assert ("was not built" if library is None else "could not be loaded") in warning
+
+
+def test_import_is_light(run_python):
+    """What import fused_ops loads on top of import torch is its own few files."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import fused_ops;"
+        "print(*sorted(name for name in set(sys.modules) - before if not name.startswith('fused_ops')))"
+    )
+    assert run_python("-c", code).stdout.split() == []
+
+
+def test_command_line(run_python, tmp_path):
+    said = run_python("-m", "fused_ops", "info", cwd=tmp_path).stdout
+    assert fused_ops.__version__ in said and "cross_entropy_backward" in said and "cuda" in said
+    assert run_python("-m", "fused_ops", "nonsense", check=False).returncode == 2
+    assert run_python("-m", "fused_ops", check=False).returncode == 2
+
+
+def test_check_command_fails_when_an_op_is_wrong(run_python, tmp_path):
+    """A sign error in a copy of the reference's second derivative must turn the exit status to 1 and name the op."""
+    code = (
+        "import fused_ops, fused_ops.__main__ as m, fused_ops.reference.cross_entropy as r;"
+        "right = r.double_backward;"
+        "r.double_backward = lambda *a, **k: tuple(-g if g is not None else None for g in right(*a, **k));"
+        "raise SystemExit(m.check())"
+    )
+    result = run_python("-c", code, check=False)
+    assert result.returncode == 1
+    assert "cross_entropy" in result.stdout and "FAILED" in result.stdout and "gradgradcheck: " in result.stdout
