@@ -91,9 +91,7 @@ void run(const Kernel& kernel, const Args& args) {
 
 int64_t partial_count(const ChannelLayout& l) { return l.channels_last() ? item_count(l) * l.channels : l.channels; }
 
-Tensor new_doubles(const Tensor& like, int64_t n) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{n}, ScalarType::Double);
-}
+Tensor new_doubles(const Tensor& like, int64_t n) { return empty(like, {&n, 1}, ScalarType::Double); }
 
 double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 
@@ -133,13 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   const Tensor input = channels_last ? input_ : dense(input_);
   const DType dtype = float_dtype(kOp, "input", input);
   const ChannelLayout l = layout_of(input, channels_last);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
   Tensor mean = new_doubles(input, channels), invstd = new_doubles(input, channels);
   const bool update = training && running_mean.has_value();
-  Tensor new_mean =
-      update ? torch::stable::new_empty(*running_mean, std::vector<int64_t>{channels}) : new_doubles(input, 0);
-  Tensor new_var =
-      update ? torch::stable::new_empty(*running_var, std::vector<int64_t>{channels}) : new_doubles(input, 0);
+  Tensor new_mean = update ? empty(input, {&channels, 1}, running_mean->scalar_type()) : new_doubles(input, 0);
+  Tensor new_var = update ? empty(input, {&channels, 1}, running_var->scalar_type()) : new_doubles(input, 0);
   double* mean_p = doubles(mean);
   double* invstd_p = doubles(invstd);
 
@@ -204,19 +200,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
       dot[i % static_cast<size_t>(channels)] += partials[i].b;
     }
   }
-  const std::vector<int64_t> none{0}, per_channel{channels};
+  const int64_t none = 0, per_channel = need_params ? channels : 0;
   const Tensor& like = weight ? *weight : input;
-  Tensor grad_weight = torch::stable::new_empty(like, need_params ? per_channel : none);
-  Tensor grad_bias = torch::stable::new_empty(like, need_params ? per_channel : none);
+  Tensor grad_weight = empty(input, {&per_channel, 1}, like.scalar_type());
+  Tensor grad_bias = empty(input, {&per_channel, 1}, like.scalar_type());
   if (need_params) {
     std::vector<double> scaled(dot);
     for (int64_t c = 0; c < channels; ++c) scaled[c] *= invstd_p[c];
     from_doubles(grad_weight, scaled);
     from_doubles(grad_bias, sum);
   }
-  if (!need_input) return {torch::stable::new_empty(input, none), grad_weight, grad_bias};
+  if (!need_input) return {empty(input, {&none, 1}, input.scalar_type()), grad_weight, grad_bias};
 
-  Tensor grad_input = torch::stable::empty_like(input);
+  Tensor grad_input = empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
   const double n = static_cast<double>(l.count());
   auto scale = to_doubles(weight, channels, 1);
   for (int64_t c = 0; c < channels; ++c) {

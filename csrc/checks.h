@@ -78,6 +78,33 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
   if (!same) raise(op, ": ", name, " must have the shape of ", like_name, " ", shape_of(like), ", got ", shape_of(t));
 }
 
+// Uninitialised tensors on the device of `like`. torch::stable::new_empty and empty_like go through the boxed
+// dispatcher, about a microsecond each; this is the allocation alone.
+inline Tensor empty_strided(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(dtype), device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+
+constexpr size_t kMaxDims = 64;  // of any tensor, as in PyTorch
+
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int64_t strides[kMaxDims];
+  if (sizes.size() > kMaxDims) raise("fused_ops: expected at most ", kMaxDims, " dimensions, got ", sizes.size());
+  int64_t next = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = next;
+    next *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return empty_strided(like, sizes, {strides, sizes.size()}, dtype);
+}
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline double scalar_value(const Tensor& t) {

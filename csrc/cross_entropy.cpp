@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const RowLayout layout = layout_of(input);
   const int64_t rows = layout.rows();
 
-  const auto scalar_shape = std::vector<int64_t>{};
-  Tensor loss = torch::stable::new_empty(input, reduction == 0 ? target.sizes() : scalar_shape);
-  Tensor lse = torch::stable::new_empty(input, target.sizes(), ScalarType::Double);
-  Tensor total = torch::stable::new_empty(input, scalar_shape, ScalarType::Double);
+  const torch::headeronly::IntHeaderOnlyArrayRef scalar_shape{};
+  Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
+  Tensor lse = empty(input, target.sizes(), ScalarType::Double);
+  Tensor total = empty(input, scalar_shape, ScalarType::Double);
 
   const int64_t block_rows = rows_per_block(layout), blocks = (rows + block_rows - 1) / block_rows;
   std::vector<BlockResult> results(static_cast<size_t>(blocks));
@@ -134,7 +134,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, co
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
   const Tensor target = dense(target_), lse = dense(lse_), grad_loss = dense(grad_loss_);
   const DType dtype = float_dtype(kOp, "input", input);
-  Tensor grad = torch::stable::new_empty(input, input.sizes());
+  Tensor grad = empty(input, input.sizes(), input.scalar_type());
   double scale = 1;
   if (mode != Reduction::none) scale = scalar_value(grad_loss);
   if (mode == Reduction::mean) scale /= scalar_value(total);
