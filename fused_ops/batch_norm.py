@@ -83,21 +83,23 @@ class BatchNormBackwardFunction(FusedFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
         ctx.options = inputs[5:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        found = reference.double_backward(grads, *ctx.saved_tensors, *ctx.options)  # type: ignore[arg-type]
+        return *found, None, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, grad_output_t: Tensor | None, input_t: Tensor | None, weight_t: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tangents = (grad_output_t, input_t, weight_t)
         grad_output, input, weight, mean, invstd = ctx.saved_tensors
-
-        def function(g: Tensor, x: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
-            return reference.backward_differentiable(g, x, w, mean, invstd, *ctx.options)
-
-        if weight is None:
-            pull = torch.func.vjp(lambda g, x: function(g, x, None), grad_output, input)[1]
-            return *pull(grads), None, None, None, None, None, None
-        pull = torch.func.vjp(function, grad_output, input, weight)[1]
-        return *pull(grads), None, None, None, None, None
+        return reference.backward_jvp(grad_output, input, weight, mean, invstd, tangents, *ctx.options)
 
 
 class BatchNormFunction(FusedFunction):
@@ -124,6 +126,7 @@ class BatchNormFunction(FusedFunction):
         ctx.mark_non_differentiable(mean, invstd, new_mean, new_var)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, mean, invstd)
+        ctx.save_for_forward(input, weight, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -143,6 +146,21 @@ class BatchNormFunction(FusedFunction):
             g if need else None for g, need in zip(grads, (need_input, need_weight, need_bias), strict=True)
         )
         return grad_input, None, None, grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        input_t: Tensor | None,
+        mean_t: None,
+        var_t: None,
+        weight_t: Tensor | None,
+        bias_t: Tensor | None,
+        *_: Any,
+    ) -> Any:
+        input, weight, mean, invstd = ctx.saved_tensors
+        options = (ctx.training, ctx.eps, ctx.correction)
+        output_t = reference.jvp(input, weight, mean, invstd, (input_t, weight_t, bias_t), *options)
+        return output_t, None, None, None, None
 
 
 def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:

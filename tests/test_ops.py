@@ -103,7 +103,7 @@ def test_batch_norm_gradcheck(correction, training, shape):
     def f(x, w, b):
         return fused_ops.batch_norm(x, mean.clone(), var.clone(), w, b, training, correction=correction)
 
-    assert gradcheck(f, (x, weight, bias))
+    assert gradcheck(f, (x, weight, bias), check_forward_ad=True)
     assert gradgradcheck(f, (x, weight, bias))
 
 
