@@ -1,229 +1,290 @@
 // Schema, checks, allocation and dispatch of the batch-norm ops. Tensors stop here.
+//
+// batch_norm_forward/backward are the plain ops; batch_norm_act_forward/backward add a residual, an activation, a mask
+// of valid positions and ghost batches. Both pairs run the same code.
 #include "batch_norm.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
-#include <vector>
 
+#include "batch_norm_tensors.h"
 #include "checks.h"
 #include "cpu/moments.h"
 
 namespace fused_ops {
 namespace {
 
-constexpr const char* kOp = "batch_norm";
-constexpr int64_t kGrainElements = 16384;  // values per task: below this a second thread costs more than it saves
+struct ForwardOptions {
+  bool training;
+  double momentum, eps;
+  int64_t correction;
+  Activation activation = Activation::none;
+  double slope = 0;
+  int64_t groups = 1;
+};
 
-using MaybeTensor = std::optional<Tensor>;
+struct ForwardTensors {
+  Tensor output, mean, invstd, new_mean, new_var, mask;
+};
 
-// Dense with the channel dimension last in memory (and not also contiguous).
-bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 3 || t.is_contiguous()) return false;
-  int64_t expected = t.size(1);
-  if (t.size(1) != 1 && t.stride(1) != 1) return false;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
+// Merges the partials of channel c in a fixed order: parts (or row blocks), then the columns of a small plane.
+Partial merged_moments(const View& view, const Partial* partials, int64_t c) {
+  DEFAULT::Moments total;
+  const ChannelLayout& l = view.layout;
+  if (l.columns()) {
+    for (int64_t column = c * view.repeat; column < (c + 1) * view.repeat; ++column)
+      for (int64_t b = 0; b < l.row_blocks(); ++b) {
+        const Partial& p = partials[b * l.channels + column];
+        total.merge(p.a, p.b, p.n);
+      }
+  } else {
+    for (int64_t i = c * l.parts(); i < (c + 1) * l.parts(); ++i)
+      total.merge(partials[i].a, partials[i].b, partials[i].n);
   }
-  return t.size(0) == 1 || t.stride(0) == expected;
+  return {total.mean, total.m2, total.n};
 }
 
-ChannelLayout layout_of(const Tensor& t, bool channels_last) {
-  ChannelLayout l{t.size(0), t.size(1), 1};
-  for (int64_t d = 2; d < t.dim(); ++d) (channels_last ? l.batch : l.spatial) *= t.size(d);
-  return l;
+Partial summed(const View& view, const Partial* partials, int64_t c) {
+  Partial total{0, 0, 0};
+  const ChannelLayout& l = view.layout;
+  const auto add = [&](const Partial& p) { total.a += p.a, total.b += p.b, total.n += p.n; };
+  if (l.columns()) {
+    for (int64_t column = c * view.repeat; column < (c + 1) * view.repeat; ++column)
+      for (int64_t b = 0; b < l.row_blocks(); ++b) add(partials[b * l.channels + column]);
+  } else {
+    for (int64_t i = c * l.parts(); i < (c + 1) * l.parts(); ++i) add(partials[i]);
+  }
+  return total;
 }
 
-std::vector<double> to_doubles(const MaybeTensor& t_, int64_t n, double missing) {
-  std::vector<double> out(static_cast<size_t>(n), missing);
-  if (!t_ || n == 0) return out;
-  const Tensor t = dense(*t_);
-  const void* p = t.const_data_ptr();
-  for (int64_t i = 0; i < n; ++i) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float: out[i] = static_cast<const float*>(p)[i]; break;
-      case ScalarType::Double: out[i] = static_cast<const double*>(p)[i]; break;
-      case ScalarType::BFloat16: out[i] = static_cast<float>(static_cast<const c10::BFloat16*>(p)[i]); break;
-      case ScalarType::Half: out[i] = static_cast<float>(static_cast<const c10::Half*>(p)[i]); break;
-      default: raise(kOp, ": parameters must be floating point, got dtype code ", static_cast<int>(t.scalar_type()));
-    }
+// Runs reduce -> finish(channel) -> write: channel by channel where a channel is one item, so that its second reading
+// comes from the cache; else one after the other over the whole input.
+template <class Args, class Finish>
+void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
+                void (*write)(const Args&, int64_t, int64_t), const Args& args, const Finish& finish) {
+  const ChannelLayout& l = view.layout;
+  if (!l.columns() && l.parts() == 1) {
+    for_items(l, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (reduce) reduce(args, c, c + 1);
+        finish(c);
+        if (write) write(args, c, c + 1);
+      }
+    });
+    return;
+  }
+  if (reduce) for_items(l, [&](int64_t begin, int64_t end) { reduce(args, begin, end); });
+  for (int64_t c = 0; c < view.channels; ++c) finish(c);
+  if (write) for_items(l, [&](int64_t begin, int64_t end) { write(args, begin, end); });
+}
+
+ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const MaybeTensor& running_mean,
+                       const MaybeTensor& running_var, const MaybeTensor& weight, const MaybeTensor& bias,
+                       const MaybeTensor& valid_, const ForwardOptions& o) {
+  check_input(input_);
+  const int64_t channels = input_.size(1);
+  check_parameters(
+      input_, {{"running_mean", &running_mean}, {"running_var", &running_var}, {"weight", &weight}, {"bias", &bias}});
+  if (running_mean.has_value() != running_var.has_value())
+    raise(kOp, ": running_mean and running_var must either both be given or both be None");
+  if (!o.training && !running_mean) raise("running_mean must be defined in evaluation mode");
+  const bool last = is_channels_last(input_);
+  const Tensor input = last ? input_ : dense(input_);
+  const MaybeTensor residual = matching("residual", residual_, input), valid = valid_positions(valid_, input);
+  const View view = view_of(input, last, valid, o.training ? o.groups : 1);
+  const ChannelLayout& l = view.layout;
+  const DType dtype = float_dtype(kOp, "input", input);
+
+  ForwardTensors out;
+  const int64_t statistics = view.groups * channels, none = 0;
+  const bool update = o.training && running_mean.has_value();
+  out.output = empty_like_huge(input);
+  out.mean = empty(input, {&statistics, 1}, ScalarType::Double);
+  out.invstd = empty(input, {&statistics, 1}, ScalarType::Double);
+  out.new_mean =
+      empty(input, {update ? &channels : &none, 1}, update ? running_mean->scalar_type() : ScalarType::Double);
+  out.new_var = empty(input, {update ? &channels : &none, 1}, update ? running_var->scalar_type() : ScalarType::Double);
+  const bool with_mask =
+      (o.activation == Activation::relu || o.activation == Activation::leaky_relu) && residual && !valid;
+  if (residual || o.activation != Activation::none) {
+    const int64_t bytes = with_mask ? view.mask_rows() * view.mask_row_bytes() : 0;
+    out.mask = empty(input, {&bytes, 1}, ScalarType::Byte);
+  }
+  if (channels == 0) return out;
+
+  const Values w(weight, 1), b(bias, 0), rm(running_mean, 0), rv(running_var, 1);
+  Scratch<double, 512> running(update ? 2 * channels : 0);
+  for (int64_t c = 0; update && c < channels; ++c) running[2 * c] = rm[c], running[2 * c + 1] = rv[c];
+  Coefficients coefficients(dtype, l.channels, 3);
+  Scratch<Partial, 256> partials(o.training ? l.partials() : 0);
+  for (int64_t group = 0; group < view.groups; ++group) {
+    const View part = view.group(group);
+    double* mean = doubles(out.mean) + group * channels;
+    double* invstd = doubles(out.invstd) + group * channels;
+    const int64_t offset = view.group_offset(group), bytes = element_size(dtype);
+    BatchNormForward args{};
+    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation, args.slope = o.slope;
+    args.input = at(input.const_data_ptr(), offset * bytes);
+    args.residual = residual ? at(residual->const_data_ptr(), offset * bytes) : nullptr;
+    args.mean = coefficients.row(0), args.scale = coefficients.row(1), args.shift = coefficients.row(2);
+    args.output = at(out.output.mutable_data_ptr(), offset * bytes);
+    args.mask = with_mask ? static_cast<uint8_t*>(out.mask.mutable_data_ptr()) +
+                                view.mask_rows_before(group) * view.mask_row_bytes()
+                          : nullptr;
+    args.partials = partials.data();
+    const auto finish = [&](int64_t c) {
+      if (o.training) {
+        const Partial p = merged_moments(part, partials.data(), c);
+        const double n = static_cast<double>(p.n), nan = std::numeric_limits<double>::quiet_NaN();
+        mean[c] = p.n ? p.a : nan;
+        invstd[c] = p.n ? 1.0 / std::sqrt(p.b / (n - static_cast<double>(o.correction)) + o.eps) : nan;
+        if (update && p.n) {
+          running[2 * c] = o.momentum * p.a + (1 - o.momentum) * running[2 * c];
+          running[2 * c + 1] = o.momentum * (p.b / (n - 1)) + (1 - o.momentum) * running[2 * c + 1];
+        }
+      } else {
+        mean[c] = rm[c], invstd[c] = 1.0 / std::sqrt(rv[c] + o.eps);
+      }
+      coefficients.set_affine(part, c, mean[c], invstd[c] * w[c], b[c]);
+    };
+    two_passes(part, o.training ? FUSED_OPS_SELECT(batch_norm_moments) : nullptr, FUSED_OPS_SELECT(batch_norm_apply),
+               args, finish);
+  }
+  for (int64_t c = 0; update && c < channels; ++c) {
+    set_value(out.new_mean, c, running[2 * c]);
+    set_value(out.new_var, c, running[2 * c + 1]);
   }
   return out;
 }
 
-void from_doubles(const Tensor& t, const std::vector<double>& values) {
-  void* p = t.mutable_data_ptr();
-  for (size_t i = 0; i < values.size(); ++i) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float: static_cast<float*>(p)[i] = static_cast<float>(values[i]); break;
-      case ScalarType::Double: static_cast<double*>(p)[i] = values[i]; break;
-      case ScalarType::BFloat16: static_cast<c10::BFloat16*>(p)[i] = static_cast<float>(values[i]); break;
-      case ScalarType::Half: static_cast<c10::Half*>(p)[i] = static_cast<float>(values[i]); break;
-      default: raise(kOp, ": parameters must be floating point, got dtype code ", static_cast<int>(t.scalar_type()));
-    }
+struct BackwardOptions {
+  bool training;
+  int64_t correction;
+  bool need_input, need_params, need_residual = false;
+  Activation activation = Activation::none;
+  double slope = 0;
+  int64_t groups = 1;
+};
+
+struct BackwardTensors {
+  Tensor grad_input, grad_residual, grad_weight, grad_bias;
+};
+
+BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const MaybeTensor& residual_,
+                         const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean_, const Tensor& invstd_,
+                         const MaybeTensor& mask_, const MaybeTensor& valid_, const BackwardOptions& o) {
+  check_input(input_);
+  const int64_t channels = input_.size(1), none = 0;
+  check_parameters(input_, {{"weight", &weight}, {"bias", &bias}});
+  const bool last = is_channels_last(input_);
+  const Tensor input = last ? input_ : dense(input_);
+  const Tensor grad_output = *matching("grad_output", grad_output_, input);
+  const MaybeTensor residual = matching("residual", residual_, input), valid = valid_positions(valid_, input);
+  const View view = view_of(input, last, valid, o.training ? o.groups : 1);
+  const ChannelLayout& l = view.layout;
+  const DType dtype = float_dtype(kOp, "input", input);
+  for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
+    check_cpu(kOp, name, *t);
+    check_dtype(kOp, name, *t, ScalarType::Double, "float64");
+    check_numel(kOp, name, *t, view.groups * channels);
   }
-}
+  const Tensor mean = dense(mean_), invstd = dense(invstd_);
+  const uint8_t* mask = mask_bytes(mask_, view);
 
-void check_channels(const char* name, const MaybeTensor& t, int64_t channels) {
-  if (!t) return;
-  check_cpu(kOp, name, *t);
-  float_dtype(kOp, name, *t);
-  if (t->numel() != channels) raise(name, " should contain ", channels, " elements not ", t->numel());
-}
+  BackwardTensors out;
+  const ScalarType like = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
+  out.grad_input = o.need_input ? empty_like_huge(input) : empty(input, {&none, 1}, input.scalar_type());
+  if (residual_ || o.need_residual)
+    out.grad_residual = o.need_residual ? empty_like_huge(input) : empty(input, {&none, 1}, input.scalar_type());
+  out.grad_weight = empty(input, {o.need_params ? &channels : &none, 1}, like);
+  out.grad_bias = empty(input, {o.need_params ? &channels : &none, 1}, like);
+  if (channels == 0) return out;
 
-void check_input(const Tensor& input) {
-  if (input.dim() < 2) raise(kOp, ": input must be (batch, channels, ...), got shape ", shape_of(input));
-  check_cpu(kOp, "input", input);
-  float_dtype(kOp, "input", input);
-}
-
-template <class Kernel, class Args>
-void run(const Kernel& kernel, const Args& args) {
-  const ChannelLayout& l = args.layout;
-  const int64_t items = item_count(l), numel = l.count() * l.channels;
-  if (numel == 0) return;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements * items / numel);
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
-int64_t partial_count(const ChannelLayout& l) { return l.channels_last() ? item_count(l) * l.channels : l.channels; }
-
-Tensor new_doubles(const Tensor& like, int64_t n) { return empty(like, {&n, 1}, ScalarType::Double); }
-
-double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
-
-// Writes the batch mean and M2 per channel.
-void batch_moments(DType dtype, const void* input, const ChannelLayout& l, double* mean, double* m2) {
-  std::vector<Partial> partials(static_cast<size_t>(partial_count(l)));
-  run(FUSED_OPS_SELECT(batch_norm_moments), BatchNormMoments{dtype, input, l, partials.data()});
-  for (int64_t c = 0; c < l.channels; ++c) {
-    if (!l.channels_last() || l.count() == 0) {
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      mean[c] = l.count() ? partials[c].a : nan, m2[c] = l.count() ? partials[c].b : nan;
-      continue;
-    }
-    DEFAULT::Moments total;
-    for (int64_t item = 0; item < item_count(l); ++item) {
-      const Partial& p = partials[item * l.channels + c];
-      total.merge(p.a, p.b, std::min(kRowsPerItem, l.batch - item * kRowsPerItem));
-    }
-    mean[c] = total.mean, m2[c] = total.m2;
+  const bool reduces = (o.training && o.need_input) || o.need_params || o.need_residual;
+  const Values w(weight, 1), b(bias, 0);
+  Scratch<double, 512> params(2 * channels);
+  for (int64_t i = 0; i < 2 * channels; ++i) params[i] = 0;
+  Coefficients coefficients(dtype, l.channels, 5);
+  Scratch<Partial, 256> partials(reduces ? l.partials() : 0);
+  for (int64_t group = 0; group < view.groups; ++group) {
+    const View part = view.group(group);
+    const double* m = doubles(mean) + group * channels;
+    const double* inv = doubles(invstd) + group * channels;
+    const int64_t offset = view.group_offset(group), bytes = element_size(dtype);
+    BatchNormBackward args{};
+    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation, args.slope = o.slope;
+    args.frozen = !o.training;
+    args.exact_mean = m, args.repeat = view.repeat;
+    args.input = at(input.const_data_ptr(), offset * bytes);
+    args.grad_output = at(grad_output.const_data_ptr(), offset * bytes);
+    args.residual = residual ? at(residual->const_data_ptr(), offset * bytes) : nullptr;
+    args.mean = coefficients.row(0), args.scale = coefficients.row(1), args.shift = coefficients.row(2);
+    args.grad_mean = coefficients.row(3), args.grad_slope = coefficients.row(4);
+    args.mask = mask ? mask + view.mask_rows_before(group) * view.mask_row_bytes() : nullptr;
+    args.grad_input = o.need_input ? at(out.grad_input.mutable_data_ptr(), offset * bytes) : nullptr;
+    args.grad_residual = o.need_residual ? at(out.grad_residual.mutable_data_ptr(), offset * bytes) : nullptr;
+    args.partials = partials.data();
+    for (int64_t c = 0; c < channels; ++c) coefficients.set_affine(part, c, m[c], inv[c] * w[c], b[c]);
+    const auto finish = [&](int64_t c) {
+      if (!reduces) return;
+      const double low = coefficients.lost_of(m[c]);
+      const Partial p = summed(part, partials.data(), c);
+      const double n = static_cast<double>(p.n);
+      params[2 * c] += p.b * inv[c], params[2 * c + 1] += p.a;
+      const double slope = p.b * inv[c] * inv[c] / (n - static_cast<double>(o.correction));
+      coefficients.set(part, 3, c, p.a / n - low * slope);
+      coefficients.set(part, 4, c, slope);
+    };
+    two_passes(part, reduces ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
+               o.need_input ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, finish);
   }
+  for (int64_t c = 0; o.need_params && c < channels; ++c) {
+    set_value(out.grad_weight, c, params[2 * c]);
+    set_value(out.grad_bias, c, params[2 * c + 1]);
+  }
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
-    const Tensor& input_, const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& weight,
+    const Tensor& input, const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& weight,
     const MaybeTensor& bias, bool training, double momentum, double eps, int64_t correction) {
-  check_input(input_);
-  const int64_t channels = input_.size(1);
-  check_channels("running_mean", running_mean, channels);
-  check_channels("running_var", running_var, channels);
-  check_channels("weight", weight, channels);
-  check_channels("bias", bias, channels);
-  if (running_mean.has_value() != running_var.has_value())
-    raise(kOp, ": running_mean and running_var must either both be given or both be None");
-  if (!training && !running_mean) raise("running_mean must be defined in evaluation mode");
-
-  const bool channels_last = is_channels_last(input_);
-  const Tensor input = channels_last ? input_ : dense(input_);
-  const DType dtype = float_dtype(kOp, "input", input);
-  const ChannelLayout l = layout_of(input, channels_last);
-  Tensor output = empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
-  Tensor mean = new_doubles(input, channels), invstd = new_doubles(input, channels);
-  const bool update = training && running_mean.has_value();
-  Tensor new_mean = update ? empty(input, {&channels, 1}, running_mean->scalar_type()) : new_doubles(input, 0);
-  Tensor new_var = update ? empty(input, {&channels, 1}, running_var->scalar_type()) : new_doubles(input, 0);
-  double* mean_p = doubles(mean);
-  double* invstd_p = doubles(invstd);
-
-  if (training) {
-    std::vector<double> m2(static_cast<size_t>(channels));
-    batch_moments(dtype, input.const_data_ptr(), l, mean_p, m2.data());
-    const double n = static_cast<double>(l.count());
-    for (int64_t c = 0; c < channels; ++c)
-      invstd_p[c] = 1.0 / std::sqrt(m2[c] / (n - static_cast<double>(correction)) + eps);
-    if (update) {
-      auto rm = to_doubles(running_mean, channels, 0), rv = to_doubles(running_var, channels, 1);
-      for (int64_t c = 0; l.count() > 0 && c < channels; ++c) {
-        rm[c] = momentum * mean_p[c] + (1 - momentum) * rm[c];
-        rv[c] = momentum * (m2[c] / (n - 1)) + (1 - momentum) * rv[c];
-      }
-      from_doubles(new_mean, rm);
-      from_doubles(new_var, rv);
-    }
-  } else {
-    const auto rm = to_doubles(running_mean, channels, 0), rv = to_doubles(running_var, channels, 1);
-    for (int64_t c = 0; c < channels; ++c) mean_p[c] = rm[c], invstd_p[c] = 1.0 / std::sqrt(rv[c] + eps);
-  }
-  auto scale = to_doubles(weight, channels, 1);
-  const auto shift = to_doubles(bias, channels, 0);
-  for (int64_t c = 0; c < channels; ++c) scale[c] *= invstd_p[c];
-  run(FUSED_OPS_SELECT(batch_norm_apply),
-      BatchNormApply{dtype, input.const_data_ptr(), l, mean_p, scale.data(), shift.data(), output.mutable_data_ptr()});
-  return {output, mean, invstd, new_mean, new_var};
+  auto r = forward(input, {}, running_mean, running_var, weight, bias, {}, {training, momentum, eps, correction});
+  return {r.output, r.mean, r.invstd, r.new_mean, r.new_var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output_, const Tensor& input_,
-                                                       const MaybeTensor& weight, const Tensor& mean_,
-                                                       const Tensor& invstd_, bool training, int64_t correction,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                       const MaybeTensor& weight, const Tensor& mean,
+                                                       const Tensor& invstd, bool training, int64_t correction,
                                                        bool need_input, bool need_params) {
-  check_input(input_);
-  const int64_t channels = input_.size(1);
-  check_cpu(kOp, "grad_output", grad_output_);
-  check_same_dtype(kOp, "grad_output", grad_output_, "input", input_);
-  check_same_shape(kOp, "grad_output", grad_output_, "input", input_);
-  check_channels("weight", weight, channels);
-  check_channels("mean", mean_, channels);
-  check_channels("invstd", invstd_, channels);
-  check_dtype(kOp, "mean", mean_, ScalarType::Double, "float64");
-  check_dtype(kOp, "invstd", invstd_, ScalarType::Double, "float64");
+  auto r = backward(grad_output, input, {}, weight, {}, mean, invstd, {}, {},
+                    {training, correction, need_input, need_params});
+  return {r.grad_input, r.grad_weight, r.grad_bias};
+}
 
-  const bool channels_last = is_channels_last(input_) && is_channels_last(grad_output_);
-  const Tensor input = channels_last ? input_ : dense(input_);
-  const Tensor grad_output = channels_last ? grad_output_ : dense(grad_output_);
-  const Tensor mean = dense(mean_), invstd = dense(invstd_);
-  const DType dtype = float_dtype(kOp, "input", input);
-  const ChannelLayout l = layout_of(input, channels_last);
-  const double* mean_p = doubles(mean);
-  const double* invstd_p = doubles(invstd);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
+    const Tensor& input, const MaybeTensor& residual, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+    const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& valid, bool training, double momentum,
+    double eps, int64_t correction, int64_t activation, double slope, int64_t groups) {
+  auto r = forward(input, residual, running_mean, running_var, weight, bias, valid,
+                   {training, momentum, eps, correction, activation_of(activation), slope, groups});
+  const int64_t none = 0;
+  if (!r.mask.defined()) r.mask = empty(input, {&none, 1}, ScalarType::Byte);
+  return {r.output, r.mean, r.invstd, r.new_mean, r.new_var, r.mask};
+}
 
-  std::vector<double> sum(static_cast<size_t>(channels)), dot(static_cast<size_t>(channels));
-  if (training || need_params) {
-    std::vector<Partial> partials(static_cast<size_t>(partial_count(l)));
-    run(FUSED_OPS_SELECT(batch_norm_grad_sums),
-        BatchNormGradSums{dtype, input.const_data_ptr(), grad_output.const_data_ptr(), l, mean_p, partials.data()});
-    for (size_t i = 0; i < partials.size(); ++i) {  // in item order: the same sums for any number of threads
-      sum[i % static_cast<size_t>(channels)] += partials[i].a;
-      dot[i % static_cast<size_t>(channels)] += partials[i].b;
-    }
-  }
-  const int64_t none = 0, per_channel = need_params ? channels : 0;
-  const Tensor& like = weight ? *weight : input;
-  Tensor grad_weight = empty(input, {&per_channel, 1}, like.scalar_type());
-  Tensor grad_bias = empty(input, {&per_channel, 1}, like.scalar_type());
-  if (need_params) {
-    std::vector<double> scaled(dot);
-    for (int64_t c = 0; c < channels; ++c) scaled[c] *= invstd_p[c];
-    from_doubles(grad_weight, scaled);
-    from_doubles(grad_bias, sum);
-  }
-  if (!need_input) return {empty(input, {&none, 1}, input.scalar_type()), grad_weight, grad_bias};
-
-  Tensor grad_input = empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
-  const double n = static_cast<double>(l.count());
-  auto scale = to_doubles(weight, channels, 1);
-  for (int64_t c = 0; c < channels; ++c) {
-    scale[c] *= invstd_p[c];
-    sum[c] = training ? sum[c] / n : 0;
-    dot[c] = training ? dot[c] * invstd_p[c] * invstd_p[c] / (n - static_cast<double>(correction)) : 0;
-  }
-  run(FUSED_OPS_SELECT(batch_norm_grad_input),
-      BatchNormGradInput{dtype, input.const_data_ptr(), grad_output.const_data_ptr(), l, mean_p, scale.data(),
-                         sum.data(), dot.data(), grad_input.mutable_data_ptr()});
-  return {grad_input, grad_weight, grad_bias};
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& grad_output, const Tensor& input, const MaybeTensor& residual, const MaybeTensor& weight,
+    const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd, const MaybeTensor& mask,
+    const MaybeTensor& valid, bool training, int64_t correction, int64_t activation, double slope, int64_t groups,
+    bool need_input, bool need_params, bool need_residual) {
+  auto r = backward(
+      grad_output, input, residual, weight, bias, mean, invstd, mask, valid,
+      {training, correction, need_input, need_params, need_residual, activation_of(activation), slope, groups});
+  const int64_t none = 0;
+  if (!r.grad_residual.defined()) r.grad_residual = empty(input, {&none, 1}, input.scalar_type());
+  return {r.grad_input, r.grad_residual, r.grad_weight, r.grad_bias};
 }
 
 }  // namespace
@@ -235,13 +296,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
       "bool training, float momentum, float eps, int correction) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor new_running_mean, Tensor new_running_var)");
   m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool "
-      "training, "
-      "int correction, bool need_input, bool need_params) -> (Tensor grad_input, Tensor grad_weight, Tensor "
-      "grad_bias)");
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
+      "bool training, int correction, bool need_input, bool need_params) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "batch_norm_act_forward(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
+      "Tensor? weight, Tensor? bias, Tensor? valid, bool training, float momentum, float eps, int correction, "
+      "int activation, float slope, int groups) -> (Tensor output, Tensor mean, Tensor invstd, "
+      "Tensor new_running_mean, Tensor new_running_var, Tensor mask)");
+  m.def(
+      "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, Tensor? mask, Tensor? valid, bool training, int correction, int activation, "
+      "float slope, int groups, bool need_input, bool need_params, bool need_residual) "
+      "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
   m.impl("batch_norm_forward", TORCH_BOX(&fused_ops::batch_norm_forward));
   m.impl("batch_norm_backward", TORCH_BOX(&fused_ops::batch_norm_backward));
+  m.impl("batch_norm_act_forward", TORCH_BOX(&fused_ops::batch_norm_act_forward));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&fused_ops::batch_norm_act_backward));
 }

@@ -1,5 +1,6 @@
 // The contract of the batch-norm kernels: raw pointers and plain structs, nothing of torch.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "dtype.h"
@@ -7,68 +8,81 @@
 
 namespace fused_ops {
 
-// (batch, channels, spatial) with spatial values of one channel side by side, or, with spatial == 1, a channels-last
-// matrix of `batch` rows of `channels` values. Both are dense.
+enum class Activation : int32_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, hardswish };
+constexpr int32_t kActivations = 9;
+
+constexpr int64_t kRun = 2048;        // values of one channel that are accumulated before they are folded into double
+constexpr int64_t kTile = 256;        // columns handled together
+constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
+constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
+constexpr int64_t kMinItemValues = 16384;
+
+// Dense values, in one of two walks. Planes: (batch, channels, spatial), the values of a channel in runs of `spatial`.
+// Columns: spatial == 1, a matrix of `batch` rows whose columns are channels (or the values of a small plane).
 struct ChannelLayout {
   int64_t batch, channels, spatial;
-  bool channels_last() const { return spatial == 1; }
-  int64_t count() const { return batch * spatial; }  // values per channel
+  const uint8_t* valid;  // (batch, spatial), nonzero where a position counts; null if all do
+
+  bool columns() const { return spatial == 1; }
+  int64_t numel() const { return batch * channels * spatial; }
+
+  // The input is cut into items by its shape alone, so that results do not depend on the thread count.
+  // Columns: item = a block of rows of one tile. Planes: item = one part of one channel's runs.
+  int64_t rows_per_item() const { return batch <= 4096 ? kRowsPerFold : 8 * kRowsPerFold; }
+  int64_t row_blocks() const { return (batch + rows_per_item() - 1) / rows_per_item(); }
+  int64_t tiles() const { return (channels + kTile - 1) / kTile; }
+  int64_t parts() const {
+    if (channels >= kMinItems || channels == 0) return 1;
+    const int64_t largest = std::max<int64_t>(1, batch * spatial / kMinItemValues);
+    return std::min((kMinItems + channels - 1) / channels, largest);
+  }
+  int64_t items() const { return columns() ? row_blocks() * tiles() : channels * parts(); }
+  int64_t partials() const { return columns() ? row_blocks() * channels : channels * parts(); }
 };
 
-// The input is cut into items that depend on its shape alone, so that results do not depend on the thread count.
-// channels_last: item = kRowsPerItem rows of all channels. Otherwise: item = one channel.
-constexpr int64_t kRowsPerItem = 64;
-inline int64_t item_count(const ChannelLayout& l) {
-  return l.channels_last() ? (l.batch + kRowsPerItem - 1) / kRowsPerItem : l.channels;
-}
-
-// Two sums per channel and item; items of one channel are merged in order by *_merge.
+// Two sums (and how many values they are of) per channel and part; merged in order by the caller.
+// Columns: (row_blocks, channels). Planes: (channels, parts).
 struct Partial {
   double a, b;  // moments: mean, M2.  gradients: sum of grad, sum of grad * (x - mean)
+  int64_t n;
 };
 
-struct BatchNormMoments {
+// output = activation((x - mean) * scale + shift + residual). The coefficients are accumulators (float, or double for
+// double), one a channel; `mean` is rounded, and what it lost is in `shift`.
+struct BatchNormForward {
   DType dtype;
-  const void* input;
   ChannelLayout layout;
-  Partial* partials;  // channels_last: (items, channels), else (channels,)
+  Activation activation;
+  double slope;          // of leaky_relu below zero, or elu's alpha
+  const void* input;     // as layout
+  const void* residual;  // as layout, or null
+  const void *mean, *scale, *shift;
+  void* output;       // as layout
+  uint8_t* mask;      // a bit per value, 1 where the activation's input is > 0; each run or row starts a byte. Or null
+  Partial* partials;  // written by batch_norm_moments
 };
 
-struct BatchNormApply {
+// grad_residual = grad_output * activation'; grad_input = scale * (grad_residual - grad_mean - (x - mean) *
+// grad_slope).
+struct BatchNormBackward {
   DType dtype;
-  const void* input;
   ChannelLayout layout;
-  const double* mean;   // (channels,)
-  const double* scale;  // (channels,) invstd * weight
-  const double* bias;   // (channels,)
-  void* output;
+  Activation activation;
+  double slope;
+  bool frozen;  // evaluation mode: grad_input = scale * grad_residual
+  const void *input, *grad_output, *residual;
+  const void *mean, *scale, *shift;    // the forward's
+  const void *grad_mean, *grad_slope;  // accumulators, (channels,); what `mean` lost is in grad_mean
+  const double* exact_mean;            // (channels / repeat,), and the columns that belong to each
+  int64_t repeat;
+  const uint8_t* mask;
+  void *grad_input, *grad_residual;  // either may be null
+  Partial* partials;                 // written by batch_norm_grad_sums
 };
 
-struct BatchNormGradSums {
-  DType dtype;
-  const void* input;
-  const void* grad_output;
-  ChannelLayout layout;
-  const double* mean;  // (channels,)
-  Partial* partials;   // as in BatchNormMoments
-};
-
-// grad_input = scale * (grad_output - grad_mean - (x - mean) * slope)
-struct BatchNormGradInput {
-  DType dtype;
-  const void* input;
-  const void* grad_output;
-  ChannelLayout layout;
-  const double* mean;       // (channels,)
-  const double* scale;      // (channels,) invstd * weight
-  const double* grad_mean;  // (channels,) mean of grad_output; 0 in evaluation mode
-  const double* slope;      // (channels,) invstd^2 * sum(grad * (x - mean)) / (n - correction); 0 in evaluation mode
-  void* grad_input;
-};
-
-FUSED_OPS_PER_ISA(void batch_norm_moments(const BatchNormMoments& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_apply(const BatchNormApply& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_grad_sums(const BatchNormGradSums& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_grad_input(const BatchNormGradInput& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_moments(const BatchNormForward& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_apply(const BatchNormForward& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_grad_sums(const BatchNormBackward& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_grad_input(const BatchNormBackward& args, int64_t begin_item, int64_t end_item))
 
 }  // namespace fused_ops

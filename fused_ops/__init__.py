@@ -1,7 +1,26 @@
 """Fused cross-entropy and batch normalisation for PyTorch, with hand-derived, gradchecked backward passes."""
 
+from fused_ops._batch_norm_fold import fold
+from fused_ops._batch_norm_modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 from fused_ops.batch_norm import batch_norm
 from fused_ops.cross_entropy import cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["batch_norm", "cross_entropy"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "batch_norm",
+    "cross_entropy",
+    "fold",
+]

@@ -6,12 +6,69 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fused_ops import _activation
 from fused_ops._function import FusedFunction, _transforms_active
 from fused_ops._library import register
 from fused_ops.reference import batch_norm as reference
+from fused_ops.reference.batch_norm import Options, Saved
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _fake_act_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    correction: int,
+    activation: int,
+    slope: float,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels = input.size(1)
+    count = channels * (reference.group_count(input.size(0), groups) if training else 1)
+    mean, invstd = (input.new_empty((count,), dtype=torch.float64) for _ in range(2))
+    new_mean, new_var = (
+        input.new_empty((0,), dtype=torch.float64) if r is None or not training else r.new_empty((channels,))
+        for r in (running_mean, running_var)
+    )
+    bits = reference.mask_bytes(input) if reference.has_mask(residual, valid, activation) else 0
+    return reference.empty_output(input), mean, invstd, new_mean, new_var, input.new_empty((bits,), dtype=torch.uint8)
+
+
+def _fake_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    valid: Tensor | None,
+    training: bool,
+    correction: int,
+    activation: int,
+    slope: float,
+    groups: int,
+    need_input: bool,
+    need_params: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kind = reference.param_dtype(input, weight, bias)
+    grad_weight, grad_bias = (input.new_empty((input.size(1) if need_params else 0,), dtype=kind) for _ in range(2))
+    grad_input, grad_residual = (
+        reference.empty_output(input) if need else input.new_empty(0) for need in (need_input, need_residual)
+    )
+    return grad_input, grad_residual, grad_weight, grad_bias
 
 
 def _fake_forward(
@@ -25,13 +82,8 @@ def _fake_forward(
     eps: float,
     correction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channels = input.size(1)
-    statistics = [input.new_empty((channels,), dtype=torch.float64) for _ in range(2)]
-    running = [
-        input.new_empty((0,), dtype=torch.float64) if r is None or not training else r.new_empty((channels,))
-        for r in (running_mean, running_var)
-    ]
-    return torch.empty_like(input), statistics[0], statistics[1], running[0], running[1]
+    options = (training, momentum, eps, correction, _activation.NONE, 0.0, 1)
+    return _fake_act_forward(input, None, running_mean, running_var, weight, bias, None, *options)[:5]
 
 
 def _fake_backward(
@@ -45,61 +97,157 @@ def _fake_backward(
     need_input: bool,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = input if weight is None else weight
-    params = [like.new_empty((input.size(1) if need_params else 0,)) for _ in range(2)]
-    return torch.empty_like(input) if need_input else input.new_empty(0), params[0], params[1]
+    options = (training, correction, _activation.NONE, 0.0, 1, need_input, need_params, False)
+    found = _fake_act_backward(grad_output, input, None, weight, None, mean, invstd, None, None, *options)
+    return found[0], found[2], found[3]
 
 
-_forward_op = register(
+_forward_op: Any = register(
     "batch_norm_forward(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
     "bool training, float momentum, float eps, int correction) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor new_running_mean, Tensor new_running_var)",
     reference.forward,
     _fake_forward,
 )
-_backward_op = register(
+_backward_op: Any = register(
     "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
     "int correction, bool need_input, bool need_params) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     reference.backward,
     _fake_backward,
 )
+_act_forward_op: Any = register(
+    "batch_norm_act_forward(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
+    "Tensor? weight, Tensor? bias, Tensor? valid, bool training, float momentum, float eps, int correction, "
+    "int activation, float slope, int groups) -> (Tensor output, Tensor mean, Tensor invstd, "
+    "Tensor new_running_mean, Tensor new_running_var, Tensor mask)",
+    reference.act_forward,
+    _fake_act_forward,
+)
+_act_backward_op: Any = register(
+    "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor invstd, Tensor? mask, Tensor? valid, bool training, int correction, int activation, "
+    "float slope, int groups, bool need_input, bool need_params, bool need_residual) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    reference.act_backward,
+    _fake_act_backward,
+)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for the backward and, only where tangents flow, for ``jvp``.
+
+    What is kept for ``jvp`` is out of reach of saved-tensor hooks, so it would undo checkpointing and offloading.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
+class _Fold:
+    """Maps a dimension of examples into the channels and back: each example has statistics of its own.
+
+    Args:
+        size: Number of examples.
+        channels: Of one example.
+    """
+
+    def __init__(self, size: int, channels: int):
+        self.size, self.channels = size, channels
+
+    def image(self, t: Tensor | None, dim: int | None) -> Tensor | None:
+        """(batch, channels, ...) of each example -> (batch, size * channels, ...)."""
+        if t is None:
+            return None
+        t = t.unsqueeze(1).expand(-1, self.size, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
+        return t.reshape(t.size(0), self.size * self.channels, *t.shape[3:])
+
+    def values(self, t: Tensor | None, dim: int | None) -> Tensor | None:
+        """(groups * channels) of each example -> (groups * size * channels)."""
+        if t is None:
+            return None
+        t = t.expand(self.size, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.reshape(self.size, -1, self.channels).movedim(0, 1).reshape(-1)
+
+    def unfold(self, t: Tensor) -> Tensor:
+        """Either of them back, with the examples first; an empty tensor is repeated."""
+        if t.dim() > 1:
+            return t.reshape(t.size(0), self.size, self.channels, *t.shape[2:]).movedim(1, 0)
+        if t.numel() == 0:
+            return t.expand(self.size, 0)
+        return t.reshape(-1, self.size, self.channels).movedim(1, 0).reshape(self.size, -1)
+
+
+def _example_channels(input: Tensor, dim: int | None) -> int:
+    return (input if dim is None else input.select(dim, 0)).size(1)
 
 
 class BatchNormBackwardFunction(FusedFunction):
-    """The gradients of input, weight and bias as functions of grad_output, input and weight."""
+    """The gradients of input, residual, weight and bias as functions of grad_output and those four."""
 
     @staticmethod
     def forward(
         grad_output: Tensor,
         input: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
+        bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
-        training: bool,
-        eps: float,
-        correction: int,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        *options: Any,
     ) -> Any:
-        return _backward_op(grad_output, input, weight, mean, invstd, training, correction, True, True)
+        training, _, correction, activation, slope, groups = options
+        numbers = (training, correction, activation, slope, groups)
+        tensors = (input, residual, weight, bias, mean, invstd, mask, valid)
+        return _act_backward_op(grad_output, *tensors, *numbers, True, True, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
-        ctx.options = inputs[5:]
+        _save(ctx, *inputs[:9])
+        ctx.options = Options(*inputs[9:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        found = reference.double_backward(grads, *ctx.saved_tensors, *ctx.options)  # type: ignore[arg-type]
-        return *found, None, None, None, None, None
+        grad_output, *saved = ctx.saved_tensors
+        found = reference.double_backward(grads, grad_output, Saved(*saved), ctx.options)
+        present = [grad_output, *saved[:4]]
+        return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
 
     @staticmethod
-    def jvp(
-        ctx: Any, grad_output_t: Tensor | None, input_t: Tensor | None, weight_t: Tensor | None, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tangents = (grad_output_t, input_t, weight_t)
-        grad_output, input, weight, mean, invstd = ctx.saved_tensors
-        return reference.backward_jvp(grad_output, input, weight, mean, invstd, tangents, *ctx.options)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        grad_output, *saved = ctx.saved_tensors
+        return reference.backward_jvp(grad_output, Saved(*saved), tangents[:5], ctx.options)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Folds the examples into the channels."""
+        mask, valid, *options = args[7:]
+        if mask is not None or in_dims[8] is not None:
+            return super().vmap(info, in_dims, *args)
+        fold = _Fold(info.batch_size, _example_channels(args[1], in_dims[1]))
+        images = [fold.image(t, d) for t, d in zip(args[:3], in_dims[:3], strict=True)]
+        values = [fold.values(t, d) for t, d in zip(args[3:7], in_dims[3:7], strict=True)]
+        outputs = cls.apply(*images, *values, None, valid, *options)
+        return tuple(fold.unfold(t) for t in outputs), (0,) * 4
+
+
+def _grads(ctx: Any, grad_output: Tensor, saved: Saved, needs: tuple[bool, bool, bool, bool]) -> list[Tensor | None]:
+    """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
+    options: Options = ctx.options
+    need_input, need_residual, need_weight, need_bias = needs
+    given = need_residual and options.activation == _activation.NONE and saved.valid is None
+    if torch.is_grad_enabled() or _transforms_active():
+        found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
+    else:
+        numbers = (options.training, options.correction, options.activation, options.slope, options.groups)
+        need_params = need_weight or need_bias
+        needs_op = (need_input, need_params, need_residual and not given)
+        found = [*_act_backward_op(grad_output, *saved, *numbers, *needs_op)]
+    if given:
+        found[1] = grad_output
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
 class BatchNormFunction(FusedFunction):
@@ -121,46 +269,122 @@ class BatchNormFunction(FusedFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, _, _, weight, _, ctx.training, _, ctx.eps, ctx.correction = inputs
+        input, _, _, weight, _, training, _, eps, correction = inputs
         _, mean, invstd, new_mean, new_var = output
         ctx.mark_non_differentiable(mean, invstd, new_mean, new_var)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, mean, invstd)
-        ctx.save_for_forward(input, weight, mean, invstd)
+        ctx.options = Options(training, eps, correction)
+        _save(ctx, input, weight, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * 9
         input, weight, mean, invstd = ctx.saved_tensors
-        need_input, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        need_input, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() or _transforms_active():
-            grads = BatchNormBackwardFunction.apply(
-                grad_output, input, weight, mean, invstd, ctx.training, ctx.eps, ctx.correction
-            )
-        else:
-            need_params = need_weight or need_bias
-            args = (ctx.training, ctx.correction, need_input, need_params)
-            grads = _backward_op(grad_output, input, weight, mean, invstd, *args)
-        grad_input, grad_weight, grad_bias = (
-            g if need else None for g, need in zip(grads, (need_input, need_weight, need_bias), strict=True)
+            saved = Saved(input, None, weight, None, mean, invstd, None, None)
+            found = _grads(ctx, grad_output, saved, (need_input, False, need_weight, need_bias))
+            return found[0], None, None, found[2], found[3], None, None, None, None
+        args = (ctx.options.training, ctx.options.correction, need_input, need_weight or need_bias)
+        grad_input, grad_weight, grad_bias = _backward_op(grad_output, input, weight, mean, invstd, *args)
+        return (
+            grad_input if need_input else None,
+            None,
+            None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            None,
+            None,
+            None,
+            None,
         )
-        return grad_input, None, None, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        input_t: Tensor | None,
-        mean_t: None,
-        var_t: None,
-        weight_t: Tensor | None,
-        bias_t: Tensor | None,
-        *_: Any,
-    ) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         input, weight, mean, invstd = ctx.saved_tensors
-        options = (ctx.training, ctx.eps, ctx.correction)
-        output_t = reference.jvp(input, weight, mean, invstd, (input_t, weight_t, bias_t), *options)
+        saved = Saved(input, None, weight, None, mean, invstd, None, None)
+        output_t = reference.jvp(saved, (tangents[0], None, *tangents[3:5]), ctx.options)
         return output_t, None, None, None, None
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Folds the examples into the channels."""
+        fold = _Fold(info.batch_size, _example_channels(args[0], in_dims[0]))
+        values = [fold.values(t, d) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
+        outputs = cls.apply(fold.image(args[0], in_dims[0]), *values, *args[5:])
+        return tuple(fold.unfold(t) for t in outputs), (0,) * 5
+
+
+class BatchNormActFunction(FusedFunction):
+    """(output, mean, invstd, new running statistics, mask); only the output is differentiable."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        valid: Tensor | None,
+        momentum: float,
+        *options: Any,
+    ) -> Any:
+        training, eps, correction, *shape = options
+        statistics = (training, momentum, eps, correction)
+        return _act_forward_op(input, residual, running_mean, running_var, weight, bias, valid, *statistics, *shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, residual, _, _, weight, bias, valid, _, *numbers = inputs
+        options = Options(*numbers)
+        _, mean, invstd, new_mean, new_var, mask = output
+        ctx.mark_non_differentiable(mean, invstd, new_mean, new_var, mask)
+        ctx.options = options
+        if reference.has_mask(residual, valid, options.activation):
+            residual = bias = None
+        else:
+            mask = None
+        if options.activation == _activation.NONE:
+            residual = bias = None
+        _save(ctx, input, residual, weight, bias, mean, invstd, mask, valid)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        if grad_output is None:
+            return (None,) * 14
+        need = ctx.needs_input_grad
+        found = _grads(ctx, grad_output, Saved(*ctx.saved_tensors), (need[0], need[1], need[4], need[5]))
+        return found[0], found[1], None, None, found[2], found[3], *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        wanted = (tangents[0], tangents[1], tangents[4], tangents[5])
+        return reference.jvp(Saved(*ctx.saved_tensors), wanted, ctx.options), *(None,) * 5
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Folds the examples into the channels."""
+        valid, options = args[6], Options(*args[8:])
+        if reference.has_mask(args[1], valid, options.activation) or in_dims[6] is not None:
+            return super().vmap(info, in_dims, *args)
+        fold = _Fold(info.batch_size, _example_channels(args[0], in_dims[0]))
+        images = [fold.image(t, d) for t, d in zip(args[:2], in_dims[:2], strict=True)]
+        values = [fold.values(t, d) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
+        outputs = cls.apply(*images, *values, valid, *args[7:])
+        return tuple(fold.unfold(t) for t in outputs), (0,) * 6
+
+
+class _CompiledFunction(BatchNormFunction):
+    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
+
+    jvp = torch.autograd.Function.jvp
+
+
+class _CompiledActFunction(BatchNormActFunction):
+    """For torch.compile, likewise."""
+
+    jvp = torch.autograd.Function.jvp
 
 
 def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
@@ -185,6 +409,55 @@ def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
             raise RuntimeError(f"batch_norm is not differentiable with respect to argument '{name}'.")
 
 
+def _code(activation: str | None) -> int:
+    if activation not in _activation.CODES:
+        names = [name for name in _activation.CODES if name is not None]
+        raise ValueError(f"batch_norm: expected activation to be None or one of {names}, got {activation!r}")
+    return _activation.CODES[activation]
+
+
+def _positions(valid: Tensor, input: Tensor) -> Tensor:
+    """The mask of positions that count, (batch, ...), from such a mask or from lengths."""
+    batch, spatial = input.size(0), input.shape[2:]
+    if valid.dtype == torch.bool:
+        if valid.shape != (batch, *spatial):
+            raise RuntimeError(f"batch_norm: expected valid of shape {[batch, *spatial]}, got {list(valid.shape)}")
+        return valid
+    if valid.is_floating_point() or valid.is_complex():
+        raise TypeError(f"batch_norm: expected valid to be bool, or lengths of an integer dtype, got {valid.dtype}")
+    if valid.shape != (batch,) or len(spatial) != 1:
+        expected = f"lengths of shape {[batch]} with a 3-d input"
+        raise RuntimeError(f"batch_norm: expected valid to be {expected}, got {list(valid.shape)} with {input.dim()}-d")
+    return torch.arange(spatial[0], device=input.device) < valid.unsqueeze(1)
+
+
+def _act_apply(
+    input: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    params: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    options: Options,
+    residual: Tensor | None,
+    valid: Tensor | None,
+) -> Any:
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        expected = f"{list(input.shape)} and {input.dtype}"
+        raise RuntimeError(
+            f"batch_norm: expected residual of input's shape and dtype, {expected}, got {list(residual.shape)} and "
+            f"{residual.dtype}"
+        )
+    if options.groups < 1:
+        raise ValueError(f"batch_norm: expected groups to be at least 1, got {options.groups}")
+    valid = None if valid is None else _positions(valid, input)
+    function = _CompiledActFunction if torch.compiler.is_compiling() else BatchNormActFunction
+    return function.apply(input, residual, *running, *params, valid, momentum, *options)[:5]
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: a forward inside it is activation checkpointing's second."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -196,8 +469,14 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     correction: int = 0,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    valid: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """Batch normalisation, as ``torch.nn.functional.batch_norm``.
+    """Batch normalisation, as ``torch.nn.functional.batch_norm``, with what usually follows it in the same op.
 
     Args:
         input: (batch, channels) or (batch, channels, ...); float32, float64, bfloat16 or float16.
@@ -205,36 +484,78 @@ def batch_norm(
         running_var: (channels) or None; updated with the unbiased variance.
         weight: (channels) or None, the scale.
         bias: (channels) or None, the shift.
-        training: Whether to normalise with the statistics of this batch.
+        training: Whether to normalise with the statistics of this batch. Without, the running statistics are
+            constants (frozen batch norm); gradients still reach input, weight and bias.
         momentum: Weight of this batch in the running statistics.
         eps: Added to the variance.
         correction: Subtracted from the number of values in the variance that normalises: 0 as PyTorch, 1 unbiased.
+        activation: What is applied last: None, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
+            exact one), ``"tanh"``, ``"sigmoid"`` or ``"hardswish"``.
+        residual: Added before the activation; shape and dtype of ``input``.
+        negative_slope: Of leaky_relu.
+        alpha: Of elu.
+        valid: The positions that count, a bool mask (batch, ...) of the input's shape without its channels, or
+            lengths (batch) of an integer dtype for a (batch, channels, length) input. Others count neither in the
+            statistics nor in any gradient, and the result there is 0.
+        groups: Ghost batches: the batch is cut into this many parts of equal size (the last may be smaller, a small
+            batch gives fewer), each normalised by its own statistics; the running statistics take them in turn.
 
     Returns:
         The normalised tensor, shape and dtype of ``input``.
 
     Raises:
-        ValueError: one value per channel in training, ``eps`` not positive in training, or one of the running
-            statistics without the other.
-        RuntimeError: no running statistics in evaluation, parameters of a wrong size, or running statistics that
-            require grad.
+        ValueError: one value per channel in training, ``eps`` not positive in training, one of the running statistics
+            without the other, an unknown ``activation``, or ``groups`` below 1.
+        RuntimeError: no running statistics in evaluation, parameters of a wrong size or of mixed dtypes, a
+            ``residual`` or ``valid`` of a wrong shape, or running statistics that require grad.
         IndexError: ``input`` has fewer than two dimensions.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
-        TypeError: ``input`` is not a tensor.
+        TypeError: ``input`` is not a tensor, ``momentum`` is None, or ``valid`` is not of a bool or integer dtype.
 
     Note:
         Statistics are accumulated blockwise and merged in float64, in an order that does not depend on the number of
-        threads. Twice differentiable.
+        threads. Differentiable any number of times, in both modes. Running statistics are not updated by a forward
+        that runs inside a backward pass, so that activation checkpointing counts each batch once.
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
-    _check(input, running_mean, running_var, training, eps)
-    output, _, _, new_mean, new_var = BatchNormFunction.apply(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, correction
+    output, _, _, new_mean, new_var = _with_statistics(
+        *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
+        *(activation, residual, negative_slope, alpha, valid, groups),
     )
-    if training and running_mean is not None and running_var is not None:
+    if training and running_mean is not None and running_var is not None and not recomputing():
         with torch.no_grad():
             running_mean.copy_(new_mean)
             running_var.copy_(new_var)
     result: Tensor = output
     return result
+
+
+def _with_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    correction: int,
+    activation: str | None,
+    residual: Tensor | None,
+    negative_slope: float,
+    alpha: float,
+    valid: Tensor | None,
+    groups: int,
+) -> Any:
+    """``batch_norm`` that changes nothing: (output, mean, invstd, new_running_mean, new_running_var)."""
+    _check(input, running_mean, running_var, training, eps)
+    if momentum is None:
+        raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")
+    if activation is None and residual is None and valid is None and groups == 1:
+        function = _CompiledFunction if torch.compiler.is_compiling() else BatchNormFunction
+        return function.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
+    code = _code(activation)
+    slope = alpha if code == _activation.ELU else negative_slope if code == _activation.LEAKY_RELU else 0.0
+    options = Options(training, eps, correction, code, slope, groups)
+    return _act_apply(input, (running_mean, running_var), (weight, bias), momentum, options, residual, valid)

@@ -1,229 +1,228 @@
-// Batch normalisation on the CPU.
+// Batch normalisation on the CPU, forward.
 //
-// Forward:  y = (x - mean) * invstd * weight + bias,  invstd = 1 / sqrt(M2 / (n - correction) + eps).
-// Backward: grad_x = weight * invstd * (g - mean(g) - (x - mean) * invstd^2 * sum(g (x - mean)) / (n - correction)).
+//   y = activation((x - mean) * invstd * weight + bias + residual),  invstd = 1 / sqrt(M2 / (n - correction) + eps)
 //
-// Memory: training forward reads x twice and writes y once; backward reads x and g twice and writes grad_x once (a
-// channel, or a block of rows, that fits the cache is read once from memory).
+// Memory: training reads x twice and writes y once, evaluation reads x once; a residual is read once and a mask is one
+// bit a value. Planes are done channel by channel (see csrc/batch_norm.cpp), so that a channel which fits the cache is
+// read from memory once: 8 bytes a value in float32, 4 in 16 bits.
 //
-// Stability: mean and M2 per chunk of values in two passes, merged in double; x - mean is formed with the mean split
-// into two accumulators, never as alpha * x + beta. See docs/batch_norm.md.
-#include "../batch_norm.h"
+// Stability: deviations are taken from a pilot mean (of the channel so far), summed in the accumulator over at most
+// kRun values, corrected and merged in double: the sum of their squares is at most a small multiple of M2, whatever the
+// data, so no digits of M2 cancel. x - mean is formed before the scaling, never alpha * x + beta. docs/batch_norm.md.
+#include <cmath>
 
-#include <algorithm>
-
+#include "activation.h"
+#include "batch_norm_walk.h"
 #include "moments.h"
-#include "simd.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
 
-constexpr int64_t kTile = 256;  // channels handled together in a channels-last item
+constexpr int64_t kPilotRows = 8;
 
-// Calls body(offset, n) for the runs of at most kChunk contiguous values of one channel.
-template <class Body>
-void for_each_chunk(const ChannelLayout& l, int64_t channel, const Body& body) {
-  for (int64_t b = 0; b < l.batch; ++b)
-    for (int64_t s = 0; s < l.spatial; s += kChunk)
-      body((b * l.channels + channel) * l.spatial + s, std::min(kChunk, l.spatial - s));
-}
-
-// Calls body(item, row_begin, row_end, channel, n) for the tiles of rows x channels of the items of a channels-last
-// input.
-template <class Body>
-void for_each_tile(const ChannelLayout& l, int64_t begin_item, int64_t end_item, const Body& body) {
-  for (int64_t item = begin_item; item < end_item; ++item)
-    for (int64_t c = 0; c < l.channels; c += kTile)
-      body(item, item * kRowsPerItem, std::min((item + 1) * kRowsPerItem, l.batch), c, std::min(kTile, l.channels - c));
+// Mean and M2 in double, value by value: where the fast sums met inf, NaN or an overflow. `visit(f)` calls f(x) for
+// each value.
+template <class Visit>
+Partial slow_moments(const Visit& visit) {
+  double sum = 0, m2 = 0;
+  int64_t n = 0;
+  visit([&](double v) { sum += v, ++n; });
+  const double mean = sum / static_cast<double>(n);
+  visit([&](double v) { m2 += (v - mean) * (v - mean); });
+  return {mean, m2, n};
 }
 
 template <class T>
-void moments(const BatchNormMoments& a, int64_t begin, int64_t end) {
+Partial plane_moments(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.input);
-  const ChannelLayout& l = a.layout;
-  A buffer[kChunk];
-  if (!l.channels_last()) {
-    for (int64_t c = begin; c < end; ++c) {
-      Moments total;
-      for_each_chunk(l, c, [&](int64_t offset, int64_t n) {
-        double mean, m2;
-        chunk_moments(load_chunk(x + offset, 1, n, buffer), n, &mean, &m2);
-        total.merge(mean, m2, n);
-      });
-      a.partials[c] = {total.mean, total.m2};
+  A buffer[kRun], center = 0;
+  Moments total;
+  Lanes<A> lanes;
+  int64_t pending = 0, fold_at = 0;
+  const auto fold = [&] {
+    if (pending == 0) return;
+    double sum, squares;
+    lanes.take(&sum, &squares);
+    const double n = static_cast<double>(pending);
+    total.merge(static_cast<double>(center) + sum / n, squares - sum * sum / n, pending);
+    pending = 0;
+  };
+  for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
+    const A* v = load_run(x + offset, n, buffer);
+    if (pending == 0) {  // the first fold is at most 8 times what its center is the mean of
+      center = total.n ? static_cast<A>(total.mean) : pilot_mean(v, n);
+      fold_at = total.n ? kRun / 2 : std::min(kRun / 2, 8 * n);
     }
+    lanes.add_deviations(v, n, center);
+    pending += n;
+    if (pending >= fold_at) fold();
+  });
+  fold();
+  if (total.n && !(std::isfinite(total.mean) && std::isfinite(total.m2)))
+    return slow_moments([&](auto f) {
+      for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
+        for (int64_t i = 0; i < n; ++i) f(static_cast<double>(to_acc(x[offset + i])));
+      });
+    });
+  return {total.mean, total.m2, total.n};
+}
+
+// sum += d, square += d * d for d = row - center, over up to four rows at a time.
+template <class A, int kRows>
+void add_rows(const A* const* rows, int64_t n, const A* __restrict center, A* __restrict sum, A* __restrict square) {
+  const A *r0 = rows[0], *r1 = rows[kRows > 1 ? 1 : 0], *r2 = rows[kRows > 1 ? 2 : 0], *r3 = rows[kRows > 1 ? 3 : 0];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A d0 = r0[i] - center[i];
+    if constexpr (kRows == 1) {
+      sum[i] += d0, square[i] += d0 * d0;
+    } else {
+      const A d1 = r1[i] - center[i], d2 = r2[i] - center[i], d3 = r3[i] - center[i];
+      sum[i] += (d0 + d1) + (d2 + d3), square[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+  }
+}
+
+// Calls body(row) for the rows of [begin, end) that count.
+template <class Body>
+void for_each_row(const ChannelLayout& l, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t r = begin; r < end; ++r)
+    if (!l.valid || l.valid[r]) body(r);
+}
+
+template <class T>
+void tile_moments(const BatchNormForward& a, int64_t item) {
+  using A = acc_t<T>;
+  const ChannelLayout& l = a.layout;
+  const Tile t(l, item);
+  const T* x = static_cast<const T*>(a.input) + t.column;
+  A buffers[4][sizeof(T) == sizeof(A) ? 1 : kTile], center[kTile], sum[kTile], square[kTile];
+  double mean[kTile], m2[kTile] = {};
+  int64_t done = 0;
+  for (int64_t begin = t.row_begin; begin < t.row_end; begin += kRowsPerFold) {
+    const int64_t end = std::min(begin + kRowsPerFold, t.row_end);
+    const A* rows[4];
+    int64_t waiting = 0, count = 0;
+    for (int64_t i = 0; i < t.n; ++i) sum[i] = square[i] = 0;
+    if (done == 0) {  // the pilot: the mean of the first rows that count
+      double pilot[kTile] = {};
+      for_each_row(l, begin, end, [&](int64_t r) {
+        if (count >= kPilotRows) return;
+        const A* v = load_run(x + r * l.channels, t.n, buffers[0]);
+        for (int64_t i = 0; i < t.n; ++i) pilot[i] += static_cast<double>(v[i]);
+        ++count;
+      });
+      for (int64_t i = 0; count && i < t.n; ++i) center[i] = static_cast<A>(pilot[i] / static_cast<double>(count));
+      count = 0;
+    } else {
+      for (int64_t i = 0; i < t.n; ++i) center[i] = static_cast<A>(mean[i]);
+    }
+    for_each_row(l, begin, end, [&](int64_t r) {
+      rows[waiting] = load_run(x + r * l.channels, t.n, buffers[waiting]);
+      ++count;
+      if (++waiting == 4) add_rows<A, 4>(rows, t.n, center, sum, square), waiting = 0;
+    });
+    for (int64_t k = 0; k < waiting; ++k) add_rows<A, 1>(rows + k, t.n, center, sum, square);
+    if (count == 0) continue;
+    const double n = static_cast<double>(count), total = static_cast<double>(done + count);
+    const double share = n / total, cross = static_cast<double>(done) * n / total, inverse = 1 / n;
+    const bool first = done == 0;
+#pragma omp simd
+    for (int64_t i = 0; i < t.n; ++i) {
+      const double s = static_cast<double>(sum[i]), c = static_cast<double>(center[i]), m = c + s * inverse;
+      const double fresh = static_cast<double>(square[i]) - s * s * inverse, delta = first ? 0 : m - mean[i];
+      mean[i] = first ? m : mean[i] + delta * share;
+      m2[i] += fresh + delta * delta * cross;
+    }
+    done += count;
+  }
+  Partial* out = a.partials + t.block * l.channels + t.column;
+  for (int64_t i = 0; i < t.n; ++i) {
+    out[i] = done ? Partial{mean[i], m2[i], done} : Partial{0, 0, 0};
+    if (done && !(std::isfinite(mean[i]) && std::isfinite(m2[i])))
+      out[i] = slow_moments([&](auto f) {
+        for_each_row(l, t.row_begin, t.row_end,
+                     [&](int64_t r) { f(static_cast<double>(to_acc(x[r * l.channels + i]))); });
+      });
+  }
+}
+
+// One run of the output. `Coefficient` is an array, or the Same value for all.
+template <class T, class Coefficient>
+inline void apply_run(const BatchNormForward& a, int64_t offset, int64_t n, Coefficient mean, Coefficient scale,
+                      Coefficient shift, uint8_t* mask) {
+  using A = acc_t<T>;
+  A in[sizeof(T) == sizeof(A) ? 1 : kRun], out[sizeof(T) == sizeof(A) ? 1 : kRun];
+  T* y = static_cast<T*>(a.output) + offset;
+  const A* v = load_run(static_cast<const T*>(a.input) + offset, n, in);
+  A* __restrict z = output_run(y, out);
+  if (a.activation == Activation::relu && !a.residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) z[i] = activated<Activation::relu>((v[i] - mean[i]) * scale[i] + shift[i], A(0));
+    store_run(y, n, z);
     return;
   }
-  for_each_tile(l, begin, end, [&](int64_t item, int64_t r0, int64_t r1, int64_t c0, int64_t n) {
-    A center[kTile], sum[kTile] = {}, square[kTile] = {};
-    const double rows = static_cast<double>(r1 - r0);
-    const A* first = load_chunk(x + r0 * l.channels + c0, 1, n, buffer);
-    for (int64_t i = 0; i < n; ++i) center[i] = first[i];
-    for (int64_t r = r0 + 1; r < r1; ++r) {
-      const A* row = load_chunk(x + r * l.channels + c0, 1, n, buffer);
+  if (a.residual) {
+    A extra[sizeof(T) == sizeof(A) ? 1 : kRun];
+    const A* r = load_run(static_cast<const T*>(a.residual) + offset, n, extra);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) sum[i] += row[i] - center[i];
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      center[i] = static_cast<A>(center[i] + sum[i] / rows);
-      sum[i] = 0;
-    }
-    for (int64_t r = r0; r < r1; ++r) {
-      const A* row = load_chunk(x + r * l.channels + c0, 1, n, buffer);
+    for (int64_t i = 0; i < n; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (shift[i] + r[i]);
+  } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A d = row[i] - center[i];
-        sum[i] += d;
-        square[i] += d * d;
-      }
-    }
-    Partial* out = a.partials + item * l.channels + c0;
-    for (int64_t i = 0; i < n; ++i) {
-      const double s = sum[i];
-      out[i] = {center[i] + s / rows, square[i] - s * s / rows};
-    }
-  });
+    for (int64_t i = 0; i < n; ++i) z[i] = (v[i] - mean[i]) * scale[i] + shift[i];
+  }
+  if (mask) positive_bits(z, n, mask);
+  activate(a.activation, z, n, static_cast<A>(a.slope));
+  store_run(y, n, z);
 }
 
-// The per-channel coefficients of a tile or a channel, as accumulators.
-template <class A>
-struct Centered {
-  A high[kTile], low[kTile];
-  Centered(const double* mean, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const Split<A> split(mean[i]);
-      high[i] = split.high, low[i] = split.low;
-    }
-  }
-};
+template <class T>
+void zero_invalid(const ChannelLayout& l, T* y, int64_t n, int64_t position) {
+  for (int64_t i = 0; l.valid && i < n; ++i)
+    if (!l.valid[position + i]) y[i] = T{};
+}
 
 template <class T>
-void apply(const BatchNormApply& a, int64_t begin, int64_t end) {
+void moments(const BatchNormForward& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    if (a.layout.columns())
+      tile_moments<T>(a, item);
+    else
+      a.partials[item] = plane_moments<T>(a, item);
+  }
+}
+
+template <class T>
+void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(a.input);
+  const ChannelLayout& l = a.layout;
+  const A *mean = static_cast<const A*>(a.mean), *scale = static_cast<const A*>(a.scale),
+          *shift = static_cast<const A*>(a.shift);
   T* y = static_cast<T*>(a.output);
-  const ChannelLayout& l = a.layout;
-  A in[kChunk], out[kChunk];
-  if (!l.channels_last()) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Split<A> mean(a.mean[c]);
-      const A scale = static_cast<A>(a.scale[c]), bias = static_cast<A>(a.bias[c]);
-      for_each_chunk(l, c, [&](int64_t offset, int64_t n) {
-        const A* v = load_chunk(x + offset, 1, n, in);
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) out[i] = ((v[i] - mean.high) - mean.low) * scale + bias;
-        store_chunk(y + offset, 1, n, out);
-      });
-    }
-    return;
-  }
-  for_each_tile(l, begin, end, [&](int64_t, int64_t r0, int64_t r1, int64_t c0, int64_t n) {
-    const Centered<A> mean(a.mean + c0, n);
-    A scale[kTile], bias[kTile];
-    for (int64_t i = 0; i < n; ++i)
-      scale[i] = static_cast<A>(a.scale[c0 + i]), bias[i] = static_cast<A>(a.bias[c0 + i]);
-    for (int64_t r = r0; r < r1; ++r) {
-      const A* v = load_chunk(x + r * l.channels + c0, 1, n, in);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = ((v[i] - mean.high[i]) - mean.low[i]) * scale[i] + bias[i];
-      store_chunk(y + r * l.channels + c0, 1, n, out);
-    }
-  });
-}
-
-template <class T>
-void grad_sums(const BatchNormGradSums& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const T* x = static_cast<const T*>(a.input);
-  const T* g = static_cast<const T*>(a.grad_output);
-  const ChannelLayout& l = a.layout;
-  A in[kChunk], grad[kChunk];
-  if (!l.channels_last()) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Split<A> mean(a.mean[c]);
-      Partial total{0, 0};
-      for_each_chunk(l, c, [&](int64_t offset, int64_t n) {
-        const A* v = load_chunk(x + offset, 1, n, in);
-        const A* u = load_chunk(g + offset, 1, n, grad);
-        A sum[kLanes] = {}, dot[kLanes] = {};
-        int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-          for (int64_t k = 0; k < kLanes; ++k) {
-            sum[k] += u[i + k];
-            dot[k] += u[i + k] * ((v[i + k] - mean.high) - mean.low);
-          }
-        }
-        for (int64_t k = 0; i + k < n; ++k) {
-          sum[k] += u[i + k];
-          dot[k] += u[i + k] * ((v[i + k] - mean.high) - mean.low);
-        }
-        total.a += fold(sum);
-        total.b += fold(dot);
-      });
-      a.partials[c] = total;
-    }
-    return;
-  }
-  for_each_tile(l, begin, end, [&](int64_t item, int64_t r0, int64_t r1, int64_t c0, int64_t n) {
-    const Centered<A> mean(a.mean + c0, n);
-    A sum[kTile] = {}, dot[kTile] = {};
-    for (int64_t r = r0; r < r1; ++r) {
-      const A* v = load_chunk(x + r * l.channels + c0, 1, n, in);
-      const A* u = load_chunk(g + r * l.channels + c0, 1, n, grad);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        sum[i] += u[i];
-        dot[i] += u[i] * ((v[i] - mean.high[i]) - mean.low[i]);
+  for (int64_t item = begin; item < end; ++item) {
+    if (l.columns()) {
+      const Tile t(l, item);
+      const int64_t c = t.column, row_bytes = (l.channels + 7) / 8;
+      for (int64_t r = t.row_begin; r < t.row_end; ++r) {
+        uint8_t* mask = a.mask ? a.mask + r * row_bytes + c / 8 : nullptr;
+        if (l.valid && !l.valid[r])
+          std::fill_n(y + r * l.channels + c, t.n, T{});
+        else
+          apply_run<T>(a, r * l.channels + c, t.n, mean + c, scale + c, shift + c, mask);
       }
+      continue;
     }
-    Partial* out = a.partials + item * l.channels + c0;
-    for (int64_t i = 0; i < n; ++i) out[i] = {sum[i], dot[i]};
-  });
-}
-
-template <class T>
-void grad_input(const BatchNormGradInput& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const T* x = static_cast<const T*>(a.input);
-  const T* g = static_cast<const T*>(a.grad_output);
-  T* grad_x = static_cast<T*>(a.grad_input);
-  const ChannelLayout& l = a.layout;
-  A in[kChunk], grad[kChunk], out[kChunk];
-  if (!l.channels_last()) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Split<A> mean(a.mean[c]), grad_mean(a.grad_mean[c]);
-      const A scale = static_cast<A>(a.scale[c]), slope = static_cast<A>(a.slope[c]);
-      for_each_chunk(l, c, [&](int64_t offset, int64_t n) {
-        const A* v = load_chunk(x + offset, 1, n, in);
-        const A* u = load_chunk(g + offset, 1, n, grad);
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i)
-          out[i] = scale * ((u[i] - grad_mean.high) - ((v[i] - mean.high) - mean.low) * slope);
-        store_chunk(grad_x + offset, 1, n, out);
-      });
-    }
-    return;
+    const int64_t c = item / l.parts(), row_bytes = (l.spatial + 7) / 8;
+    const Same<A> m{mean[c]}, s{scale[c]}, b{shift[c]};
+    for_each_run(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+      const int64_t row = position / l.spatial * l.channels + c;
+      uint8_t* mask = a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr;
+      apply_run<T>(a, offset, n, m, s, b, mask);
+      zero_invalid(l, y + offset, n, position);
+    });
   }
-  for_each_tile(l, begin, end, [&](int64_t, int64_t r0, int64_t r1, int64_t c0, int64_t n) {
-    const Centered<A> mean(a.mean + c0, n);
-    A scale[kTile], slope[kTile], grad_mean[kTile];
-    for (int64_t i = 0; i < n; ++i) {
-      scale[i] = static_cast<A>(a.scale[c0 + i]);
-      slope[i] = static_cast<A>(a.slope[c0 + i]);
-      grad_mean[i] = static_cast<A>(a.grad_mean[c0 + i]);
-    }
-    for (int64_t r = r0; r < r1; ++r) {
-      const A* v = load_chunk(x + r * l.channels + c0, 1, n, in);
-      const A* u = load_chunk(g + r * l.channels + c0, 1, n, grad);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i)
-        out[i] = scale[i] * ((u[i] - grad_mean[i]) - ((v[i] - mean.high[i]) - mean.low[i]) * slope[i]);
-      store_chunk(grad_x + r * l.channels + c0, 1, n, out);
-    }
-  });
 }
 
 }  // namespace
@@ -236,16 +235,10 @@ void grad_input(const BatchNormGradInput& a, int64_t begin, int64_t end) {
     case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;   \
   }
 
-void batch_norm_moments(const BatchNormMoments& args, int64_t begin_item, int64_t end_item) {
+void batch_norm_moments(const BatchNormForward& args, int64_t begin_item, int64_t end_item) {
   FUSED_OPS_DISPATCH(moments)
 }
-void batch_norm_apply(const BatchNormApply& args, int64_t begin_item, int64_t end_item) { FUSED_OPS_DISPATCH(apply) }
-void batch_norm_grad_sums(const BatchNormGradSums& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grad_sums)
-}
-void batch_norm_grad_input(const BatchNormGradInput& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grad_input)
-}
+void batch_norm_apply(const BatchNormForward& args, int64_t begin_item, int64_t end_item) { FUSED_OPS_DISPATCH(apply) }
 
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

@@ -1,0 +1,200 @@
+// Activations and their derivatives over a run of values, and the arithmetic they need beyond exp.
+#pragma once
+#include <cmath>
+
+#include "../batch_norm.h"
+#include "simd.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+// exp(x) - 1 for x <= 0 to about 1 ulp: the reduction of exp_, with the 1 kept out of the polynomial.
+inline float expm1_(float x) {
+  x = x < -30.0f ? -30.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  float r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  float poly = 1.9841270e-4f;
+  poly = poly * r + 1.3888889e-3f;
+  poly = poly * r + 8.3333337e-3f;
+  poly = poly * r + 4.1666668e-2f;
+  poly = poly * r + 1.6666667e-1f;
+  poly = poly * r + 0.5f;
+  poly = poly * r * r + r;
+  const float scale = bit_copy<float>((bit_copy<int32_t>(shifted) - 0x4b400000 + 127) << 23);
+  return poly * scale + (scale - 1.0f);
+}
+inline double expm1_(double x) { return std::expm1(x); }
+
+inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
+inline double sigmoid_(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// With e = exp(-2|x|) - 1, tanh |x| = -e / (e + 2): no cancellation anywhere.
+inline float tanh_(float x) {
+  const float e = expm1_(-2.0f * std::fabs(x));
+  const float t = -e / (e + 2.0f);
+  return x != x ? x : std::copysign(t, x);
+}
+inline double tanh_(double x) { return std::tanh(x); }
+
+// erf(x) to about 1 ulp of 1: an odd polynomial below 0.95, and 1 - exp(polynomial), the logarithm of erfc, above. Both
+// are Chebyshev fits (mpmath.chebyfit), the first in x^2 on [0, 0.9025], the second on [0.95, 4].
+inline float erf_(float x) {
+  const float a = std::fabs(x), square = x * x;
+  float near = 8.20416972e-05f;
+  near = near * square + -0.00081029156f;
+  near = near * square + 0.00519748731f;
+  near = near * square + -0.0268579591f;
+  near = near * square + 0.112836696f;
+  near = near * square + -0.376126319f;
+  near = near * square + 0.128379167f;
+  const float t = a > 4.0f ? 4.0f : a;
+  float far = -6.12397244e-08f;
+  far = far * t + 2.98091209e-06f;
+  far = far * t + -5.88302137e-05f;
+  far = far * t + 0.000665684696f;
+  far = far * t + -0.00499138562f;
+  far = far * t + 0.0269248653f;
+  far = far * t + -0.110785715f;
+  far = far * t + -0.631212652f;
+  far = far * t + -1.13053334f;
+  far = far * t + 0.000382937345f;
+  const float y = a < 0.95f ? near * a + a : 1.0f - exp_(far);
+  return x != x ? x : std::copysign(y, x);
+}
+inline double erf_(double x) { return std::erf(x); }
+
+template <class A>
+constexpr A kSqrtHalf = static_cast<A>(0.70710678118654752440L);
+template <class A>
+constexpr A kInvSqrt2Pi = static_cast<A>(0.39894228040143267794L);
+
+template <Activation kind, class A>
+inline A activated(A z, A slope) {
+  if constexpr (kind == Activation::relu) return z <= A(0) ? A(0) : z;  // NaN stays
+  if constexpr (kind == Activation::leaky_relu) return z > A(0) ? z : z * slope;
+  if constexpr (kind == Activation::elu) return z > A(0) ? z : slope * expm1_(z > A(0) ? A(0) : z);
+  if constexpr (kind == Activation::silu) return z / (A(1) + exp_(-z));
+  if constexpr (kind == Activation::gelu) return A(0.5) * z * (A(1) + erf_(z * kSqrtHalf<A>));
+  if constexpr (kind == Activation::tanh) return tanh_(z);
+  if constexpr (kind == Activation::sigmoid) return sigmoid_(z);
+  if constexpr (kind == Activation::hardswish) {
+    A inner = z + A(3);
+    inner = inner < A(0) ? A(0) : inner;
+    inner = inner > A(6) ? A(6) : inner;
+    return z * inner / A(6);
+  }
+  return z;
+}
+
+template <Activation kind, class A>
+inline A derivative(A z, A slope) {
+  if constexpr (kind == Activation::relu) return z <= A(0) ? A(0) : A(1);
+  if constexpr (kind == Activation::leaky_relu) return z > A(0) ? A(1) : slope;
+  if constexpr (kind == Activation::elu) return z > A(0) ? A(1) : slope * exp_(z > A(0) ? A(0) : z);
+  if constexpr (kind == Activation::silu) {
+    const A s = sigmoid_(z);
+    return s * (A(1) + z * (A(1) - s));
+  }
+  if constexpr (kind == Activation::gelu)
+    return A(0.5) * (A(1) + erf_(z * kSqrtHalf<A>)) + z * kInvSqrt2Pi<A> * exp_(A(-0.5) * z * z);
+  if constexpr (kind == Activation::tanh) {
+    const A t = tanh_(z);
+    return (A(1) - t) * (A(1) + t);
+  }
+  if constexpr (kind == Activation::sigmoid) {
+    const A s = sigmoid_(z);
+    return s * (A(1) - s);
+  }
+  if constexpr (kind == Activation::hardswish) return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);
+  return A(1);
+}
+
+#define FUSED_OPS_ACTIVATIONS(use) \
+  use(relu) use(leaky_relu) use(elu) use(silu) use(gelu) use(tanh) use(sigmoid) use(hardswish)
+
+// z[i] = activation(z[i])
+template <class A>
+inline void activate(Activation kind, A* __restrict z, int64_t n, A slope) {
+  switch (kind) {
+#define FUSED_OPS_CASE(name)                                                                             \
+  case Activation::name: {                                                                               \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) z[i] = activated<Activation::name>(z[i], slope); \
+    break;                                                                                               \
+  }
+    FUSED_OPS_ACTIVATIONS(FUSED_OPS_CASE)
+#undef FUSED_OPS_CASE
+    case Activation::none: break;
+  }
+}
+
+// z[i] = g[i] * activation'(z[i])
+template <class A>
+inline void times_derivative(Activation kind, A* __restrict z, const A* __restrict g, int64_t n, A slope) {
+  switch (kind) {
+#define FUSED_OPS_CASE(name)                                                                                     \
+  case Activation::name: {                                                                                       \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) z[i] = g[i] * derivative<Activation::name>(z[i], slope); \
+    break;                                                                                                       \
+  }
+    FUSED_OPS_ACTIVATIONS(FUSED_OPS_CASE)
+#undef FUSED_OPS_CASE
+    case Activation::none: {
+      for (int64_t i = 0; i < n; ++i) z[i] = g[i];
+      break;
+    }
+  }
+}
+
+// bits[i / 8] bit i % 8 = not z[i] <= 0
+template <class A>
+inline void positive_bits(const A* z, int64_t n, uint8_t* bits) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    for (; i + 16 <= n; i += 16) {
+      const uint16_t m = _mm512_cmp_ps_mask(_mm512_loadu_ps(z + i), _mm512_setzero_ps(), _CMP_NLE_UQ);
+      std::memcpy(bits + i / 8, &m, 2);
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    for (; i + 8 <= n; i += 8)
+      bits[i / 8] = static_cast<uint8_t>(
+          _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(z + i), _mm256_setzero_ps(), _CMP_NLE_UQ)));
+  }
+#endif
+  for (; i < n; i += 8) {
+    uint32_t byte = 0;
+    for (int64_t k = 0; k < 8 && i + k < n; ++k) byte |= static_cast<uint32_t>(!(z[i + k] <= A(0))) << k;
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+// out[i] = g[i] where bit i is set, g[i] * slope elsewhere (0 for slope 0, whatever g)
+template <class A>
+inline void where_bits(const uint8_t* bits, const A* __restrict g, A* __restrict out, int64_t n, A slope) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    for (; i + 16 <= n; i += 16) {
+      uint16_t m;
+      std::memcpy(&m, bits + i / 8, 2);
+      const __m512 v = _mm512_loadu_ps(g + i);
+      const __m512 other = slope == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(v, _mm512_set1_ps(slope));
+      _mm512_storeu_ps(out + i, _mm512_mask_blend_ps(m, other, v));
+    }
+  }
+#endif
+  for (; i + 8 <= n; i += 8) {
+    const uint32_t byte = bits[i / 8];
+#pragma omp simd
+    for (int32_t k = 0; k < 8; ++k)
+      out[i + k] = (byte >> k) & 1u ? g[i + k] : (slope == A(0) ? A(0) : g[i + k] * slope);
+  }
+  for (; i < n; ++i) out[i] = (bits[i / 8] >> (i % 8)) & 1u ? g[i] : (slope == A(0) ? A(0) : g[i] * slope);
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops

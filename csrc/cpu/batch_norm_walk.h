@@ -1,0 +1,127 @@
+// How the batch-norm kernels walk over a layout's items, and what they load on the way.
+#pragma once
+#include <algorithm>
+
+#include "../batch_norm.h"
+#include "simd.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+// Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
+template <class Body>
+inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, const Body& body) {
+  while (begin < end) {
+    while (begin < end && !valid[begin]) ++begin;
+    int64_t stop = begin;
+    while (stop < end && valid[stop]) ++stop;
+    if (stop > begin) body(begin, stop - begin);
+    begin = stop;
+  }
+}
+
+// Planes: calls body(offset, n, position) for the runs of at most kRun values of item (channel, part); `position` is
+// the run's first place in (batch, spatial). With `split`, a run is cut into the stretches that count.
+template <class Body>
+inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
+  const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
+  const int64_t per_row = (l.spatial + kRun - 1) / kRun, runs = l.batch * per_row;
+  const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
+  int64_t b = per_row ? begin / per_row : 0, s = per_row ? begin % per_row * kRun : 0;
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t n = std::min(kRun, l.spatial - s), position = b * l.spatial + s;
+    const int64_t offset = (b * l.channels + channel) * l.spatial + s;
+    if (split && l.valid) {
+      for_each_valid(l.valid, position, position + n,
+                     [&](int64_t at, int64_t count) { body(offset + at - position, count, at); });
+    } else {
+      body(offset, n, position);
+    }
+    s += kRun;
+    if (s >= l.spatial) s = 0, ++b;
+  }
+}
+
+// Columns: the rows and columns of one item.
+struct Tile {
+  int64_t block, row_begin, row_end, column, n;
+  Tile(const ChannelLayout& l, int64_t item) {
+    block = item / l.tiles();
+    row_begin = block * l.rows_per_item();
+    row_end = std::min(row_begin + l.rows_per_item(), l.batch);
+    column = item % l.tiles() * kTile;
+    n = std::min(kTile, l.channels - column);
+  }
+};
+
+// One coefficient for a whole run, where columns have an array of them.
+template <class A>
+struct Same {
+  A value;
+  A operator[](int64_t) const { return value; }
+};
+
+template <class T>
+inline const acc_t<T>* load_run(const T* from, int64_t n, acc_t<T>* buffer) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return from;
+  } else {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      if constexpr (std::is_same_v<T, float16_t>)
+        _mm512_storeu_ps(buffer + i, _mm512_cvtph_ps(bits));
+      else
+        _mm512_storeu_si512(buffer + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      if constexpr (std::is_same_v<T, float16_t>)
+        _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(bits));
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+#endif
+    for (; i < n; ++i) buffer[i] = to_acc(from[i]);
+    return buffer;
+  }
+}
+
+// Rounds a run to T, where it is not computed in place already.
+template <class T>
+inline void store_run(T* to, int64_t n, const acc_t<T>* from) {
+  if constexpr (sizeof(T) != sizeof(acc_t<T>)) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const __m512 v = _mm512_loadu_ps(from + i);
+      __m256i bits;
+      if constexpr (std::is_same_v<T, float16_t>) {
+        bits = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      } else {  // round to nearest even, NaN to the quiet NaN
+        const __m512i u = _mm512_castps_si512(v),
+                      odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+        r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+        bits = _mm512_cvtepi32_epi16(r);
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bits);
+    }
+#endif
+    store_chunk(to + i, 1, n - i, from + i);
+  }
+}
+
+// Where a run of T is computed: in the output itself where it is of the accumulator's type, else in a buffer.
+template <class T>
+inline acc_t<T>* output_run(T* to, acc_t<T>* buffer) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>))
+    return to;
+  else
+    return buffer;
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops

@@ -1,0 +1,96 @@
+"""The activations that batch norm carries: their codes in the raw ops, and their first two derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, TANH, SIGMOID, HARDSWISH = range(9)
+CODES: dict[str | None, int] = {
+    None: NONE,
+    "relu": RELU,
+    "leaky_relu": LEAKY_RELU,
+    "elu": ELU,
+    "silu": SILU,
+    "gelu": GELU,
+    "tanh": TANH,
+    "sigmoid": SIGMOID,
+    "hardswish": HARDSWISH,
+}
+SIGN_ONLY = (RELU, LEAKY_RELU)  # the derivative needs no more of z than whether it is positive
+
+
+def apply(code: int, z: Tensor, slope: float) -> Tensor:
+    """The activation of z; ``slope`` is leaky_relu's negative slope or elu's alpha."""
+    if code == RELU:
+        return z.relu()
+    if code == LEAKY_RELU:
+        return F.leaky_relu(z, slope)
+    if code == ELU:
+        return F.elu(z, slope)
+    if code == SILU:
+        return F.silu(z)
+    if code == GELU:
+        return F.gelu(z)
+    if code == TANH:
+        return z.tanh()
+    if code == SIGMOID:
+        return z.sigmoid()
+    return F.hardswish(z) if code == HARDSWISH else z
+
+
+def sign_derivative(code: int, positive: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
+    """The derivative of relu or leaky_relu, from where its input is positive."""
+    return torch.where(positive, 1.0, slope if code == LEAKY_RELU else 0.0).to(dtype)
+
+
+def first_derivative(code: int, z: Tensor, slope: float) -> Tensor:
+    """The activation's derivative at z, PyTorch's choice at the kinks."""
+    one, zero = torch.ones_like(z), torch.zeros_like(z)
+    if code == RELU:
+        return torch.where(z <= 0, zero, one)
+    if code == LEAKY_RELU:
+        return torch.where(z > 0, one, slope * one)
+    if code == ELU:
+        return torch.where(z > 0, one, slope * torch.where(z > 0, zero, z).exp())
+    if code == SILU:
+        s = z.sigmoid()
+        return s * (1 + z * (1 - s))
+    if code == GELU:
+        return 0.5 * (1 + (z * math.sqrt(0.5)).erf()) + z * _normal_density(z)
+    if code == TANH:
+        return 1 - z.tanh().square()
+    if code == SIGMOID:
+        s = z.sigmoid()
+        return s * (1 - s)
+    if code == HARDSWISH:
+        return torch.where(z < -3, zero, torch.where(z <= 3, z / 3 + 0.5, one))
+    return one
+
+
+def second_derivative(code: int, z: Tensor, slope: float) -> Tensor:
+    """The derivative of ``first_derivative``; 0 at the kinks."""
+    zero = torch.zeros_like(z)
+    if code == ELU:
+        return torch.where(z > 0, zero, slope * torch.where(z > 0, zero, z).exp())
+    if code == SILU:
+        s = z.sigmoid()
+        return s * (1 - s) * (2 + z * (1 - 2 * s))
+    if code == GELU:
+        return _normal_density(z) * (2 - z.square())
+    if code == TANH:
+        t = z.tanh()
+        return -2 * t * (1 - t.square())
+    if code == SIGMOID:
+        s = z.sigmoid()
+        return s * (1 - s) * (1 - 2 * s)
+    if code == HARDSWISH:
+        return torch.where((z > -3) & (z < 3), zero + 1 / 3, zero)
+    return zero
+
+
+def _normal_density(z: Tensor) -> Tensor:
+    return (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)

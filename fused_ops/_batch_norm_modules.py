@@ -1,0 +1,145 @@
+"""The nn.Modules of batch norm: PyTorch's own, with the forward of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing
+
+
+class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the modules add to PyTorch's: the options of ``batch_norm``, and statistics that count once."""
+
+    correction: int
+    activation: str | None
+    groups: int
+    frozen: bool
+    negative_slope: float
+    alpha: float
+
+    def __init__(
+        self,
+        *args: Any,
+        correction: int = 0,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        groups: int = 1,
+        frozen: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _code(activation)
+        super().__init__(*args, **kwargs)
+        if groups > 1 and self.momentum is None:
+            raise ValueError("BatchNorm: groups needs a momentum; a cumulative average takes one batch at a time")
+        self.correction, self.activation, self.groups, self.frozen = correction, activation, groups, frozen
+        self.negative_slope, self.alpha = negative_slope, alpha
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        added = {"correction": 0, "activation": None, "negative_slope": 0.01, "alpha": 1.0, "groups": 1}
+        super().__setstate__({**added, "frozen": False, **state})  # what a module of PyTorch pickled lacks
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """The normalised input; see ``fused_ops.batch_norm``.
+
+        Args:
+            input: (batch, channels) or (batch, channels, ...), as the module's name says.
+            residual: Added before the activation.
+            valid: The positions that count.
+        """
+        self._check_input_dim(input)
+        training = self.training and not self.frozen
+        tracked = self.track_running_stats and self.running_mean is not None
+        counted = training and tracked and self.num_batches_tracked is not None and not recomputing()
+        if counted:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        running = (self.running_mean, self.running_var) if not training or tracked else (None, None)
+        batch_statistics = training or self.running_mean is None
+        options = (self.correction, self.activation, residual, self.negative_slope, self.alpha, valid, self.groups)
+        if self.momentum is None and counted:
+            return self._cumulative(input, options)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        names = ("correction", "activation", "residual", "negative_slope", "alpha", "valid", "groups")
+        return batch_norm(
+            input,
+            *running,
+            self.weight,
+            self.bias,
+            batch_statistics,
+            momentum,
+            self.eps,
+            **dict(zip(names, options, strict=True)),  # type: ignore[arg-type]
+        )
+
+    def _cumulative(self, input: Tensor, options: tuple[Any, ...]) -> Tensor:
+        """momentum=None: the running statistics are the mean of all batches' so far; the count stays on its device."""
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        args = (input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        output, _, _, batch_mean, batch_var = _with_statistics(*args, *options)
+        if input.numel():
+            with torch.no_grad():
+                share = 1.0 / self.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
+                mean.lerp_(batch_mean, share)
+                var.lerp_(batch_var, share)
+        result: Tensor = output
+        return result
+
+    def extra_repr(self) -> str:
+        """PyTorch's, then what differs from its defaults."""
+        text: str = super().extra_repr()
+        for name, default in (("correction", 0), ("activation", None), ("groups", 1), ("frozen", False)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+
+class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` on (batch, channels) or (batch, channels, length).
+
+    Args:
+        *args: As of ``torch.nn.BatchNorm1d``: num_features, eps, momentum, affine, track_running_stats.
+        correction: See ``fused_ops.batch_norm``, as for the others.
+        activation: What is applied last.
+        negative_slope: Of leaky_relu.
+        alpha: Of elu.
+        groups: Ghost batches.
+        frozen: Use the running statistics in training too, and leave them as they are.
+        **kwargs: As of ``torch.nn.BatchNorm1d``.
+
+    Raises:
+        ValueError: an unknown activation, an input of the wrong number of dimensions, or ``groups`` above 1 with
+            ``momentum=None``.
+
+    Note:
+        state_dict is PyTorch's, both ways. ``forward`` takes ``residual`` and ``valid`` besides the input.
+    """
+
+
+class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` on (batch, channels, height, width); options as of ``BatchNorm1d``."""
+
+
+class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` on (batch, channels, depth, height, width); options as of ``BatchNorm1d``."""
+
+
+class LazyBatchNorm1d(_FusedBatchNorm, nn.LazyBatchNorm1d):
+    """``BatchNorm1d`` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_FusedBatchNorm, nn.LazyBatchNorm2d):
+    """``BatchNorm2d`` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_FusedBatchNorm, nn.LazyBatchNorm3d):
+    """``BatchNorm3d`` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm3d
