@@ -125,7 +125,8 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
     double* invstd = doubles(out.invstd) + group * channels;
     const int64_t offset = view.group_offset(group), bytes = element_size(dtype);
     BatchNormForward args{};
-    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation, args.slope = o.slope;
+    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation;
+    args.slope = o.activation == Activation::relu ? 0 : o.slope;
     args.input = at(input.const_data_ptr(), offset * bytes);
     args.residual = residual ? at(residual->const_data_ptr(), offset * bytes) : nullptr;
     args.mean = coefficients.row(0), args.scale = coefficients.row(1), args.shift = coefficients.row(2);
@@ -214,7 +215,8 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     const double* inv = doubles(invstd) + group * channels;
     const int64_t offset = view.group_offset(group), bytes = element_size(dtype);
     BatchNormBackward args{};
-    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation, args.slope = o.slope;
+    args.dtype = dtype, args.layout = part.layout, args.activation = o.activation;
+    args.slope = o.activation == Activation::relu ? 0 : o.slope;
     args.frozen = !o.training;
     args.exact_mean = m, args.repeat = view.repeat;
     args.input = at(input.const_data_ptr(), offset * bytes);

@@ -11,7 +11,8 @@ namespace fused_ops {
 enum class Activation : int32_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, hardswish };
 constexpr int32_t kActivations = 9;
 
-constexpr int64_t kRun = 2048;        // values of one channel that are accumulated before they are folded into double
+constexpr int64_t kRun = 512;         // values of one channel that are loaded together
+constexpr int64_t kFoldAt = 1024;     // values of one channel that are accumulated before they are folded into double
 constexpr int64_t kTile = 256;        // columns handled together
 constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
 constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into

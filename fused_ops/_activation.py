@@ -44,7 +44,8 @@ def apply(code: int, z: Tensor, slope: float) -> Tensor:
 
 def sign_derivative(code: int, positive: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
     """The derivative of relu or leaky_relu, from where its input is positive."""
-    return torch.where(positive, 1.0, slope if code == LEAKY_RELU else 0.0).to(dtype)
+    one = torch.ones((), dtype=dtype, device=positive.device)
+    return torch.where(positive, one, one * (slope if code == LEAKY_RELU else 0.0))
 
 
 def first_derivative(code: int, z: Tensor, slope: float) -> Tensor:

@@ -7,8 +7,9 @@
 // read from memory once: 8 bytes a value in float32, 4 in 16 bits.
 //
 // Stability: deviations are taken from a pilot mean (of the channel so far), summed in the accumulator over at most
-// kRun values, corrected and merged in double: the sum of their squares is at most a small multiple of M2, whatever the
-// data, so no digits of M2 cancel. x - mean is formed before the scaling, never alpha * x + beta. docs/batch_norm.md.
+// kFoldAt values, corrected and merged in double: the sum of their squares is at most a small multiple of M2, whatever
+// the data, so no digits of M2 cancel. x - mean is formed before the scaling, never alpha * x + beta.
+// docs/batch_norm.md.
 #include <cmath>
 
 #include "activation.h"
@@ -33,11 +34,20 @@ Partial slow_moments(const Visit& visit) {
   return {mean, m2, n};
 }
 
+// A center of deviations, representable in T: then deviations of 16-bit values are exact, and the rounding of their
+// sums has no bias.
+template <class T>
+inline acc_t<T> center_of(double mean) {
+  T rounded;
+  store(&rounded, static_cast<acc_t<T>>(mean));
+  return to_acc(rounded);
+}
+
 template <class T>
 Partial plane_moments(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.input);
-  A buffer[kRun], center = 0;
+  A buffer[kPadded], center = 0;
   Moments total;
   Lanes<A> lanes;
   int64_t pending = 0, fold_at = 0;
@@ -50,10 +60,11 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
     pending = 0;
   };
   for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
+    prefetch_run(x + next_offset(a.layout, offset, n), n);
     const A* v = load_run(x + offset, n, buffer);
-    if (pending == 0) {  // the first fold is at most 8 times what its center is the mean of
-      center = total.n ? static_cast<A>(total.mean) : pilot_mean(v, n);
-      fold_at = total.n ? kRun / 2 : std::min(kRun / 2, 8 * n);
+    if (pending == 0) {  // a fold is at most 8 times what its center is the mean of
+      center = center_of<T>(total.n ? total.mean : static_cast<double>(pilot_mean(v, n)));
+      fold_at = std::min(kFoldAt, 8 * std::max(total.n, n));
     }
     lanes.add_deviations(v, n, center);
     pending += n;
@@ -114,10 +125,10 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
         for (int64_t i = 0; i < t.n; ++i) pilot[i] += static_cast<double>(v[i]);
         ++count;
       });
-      for (int64_t i = 0; count && i < t.n; ++i) center[i] = static_cast<A>(pilot[i] / static_cast<double>(count));
+      for (int64_t i = 0; count && i < t.n; ++i) center[i] = center_of<T>(pilot[i] / static_cast<double>(count));
       count = 0;
     } else {
-      for (int64_t i = 0; i < t.n; ++i) center[i] = static_cast<A>(mean[i]);
+      for (int64_t i = 0; i < t.n; ++i) center[i] = center_of<T>(mean[i]);
     }
     for_each_row(l, begin, end, [&](int64_t r) {
       rows[waiting] = load_run(x + r * l.channels, t.n, buffers[waiting]);
@@ -154,7 +165,7 @@ template <class T, class Coefficient>
 inline void apply_run(const BatchNormForward& a, int64_t offset, int64_t n, Coefficient mean, Coefficient scale,
                       Coefficient shift, uint8_t* mask) {
   using A = acc_t<T>;
-  A in[sizeof(T) == sizeof(A) ? 1 : kRun], out[sizeof(T) == sizeof(A) ? 1 : kRun];
+  A in[sizeof(T) == sizeof(A) ? 1 : kPadded], out[sizeof(T) == sizeof(A) ? 1 : kPadded];
   T* y = static_cast<T*>(a.output) + offset;
   const A* v = load_run(static_cast<const T*>(a.input) + offset, n, in);
   A* __restrict z = output_run(y, out);
@@ -165,7 +176,7 @@ inline void apply_run(const BatchNormForward& a, int64_t offset, int64_t n, Coef
     return;
   }
   if (a.residual) {
-    A extra[sizeof(T) == sizeof(A) ? 1 : kRun];
+    A extra[sizeof(T) == sizeof(A) ? 1 : kPadded];
     const A* r = load_run(static_cast<const T*>(a.residual) + offset, n, extra);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (shift[i] + r[i]);
@@ -216,7 +227,7 @@ void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
     }
     const int64_t c = item / l.parts(), row_bytes = (l.spatial + 7) / 8;
     const Same<A> m{mean[c]}, s{scale[c]}, b{shift[c]};
-    for_each_run(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
       const int64_t row = position / l.spatial * l.channels + c;
       uint8_t* mask = a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr;
       apply_run<T>(a, offset, n, m, s, b, mask);

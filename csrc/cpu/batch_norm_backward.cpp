@@ -29,7 +29,7 @@ struct Coefficients {
 };
 
 template <class T>
-constexpr int64_t kBuffer = sizeof(T) == sizeof(acc_t<T>) ? 1 : kRun;
+constexpr int64_t kBuffer = sizeof(T) == sizeof(acc_t<T>) ? 1 : kPadded;
 
 // g * activation'(z) over one run: g itself where there is no activation, else computed in `out`.
 template <class T, class Coefficient>
@@ -87,7 +87,7 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   const T* x = static_cast<const T*>(a.input);
   const int64_t c = item / l.parts();
   const Same<A> mean{k.mean[c]}, scale{k.scale[c]}, shift{k.shift[c]};
-  A in[kBuffer<T>], out[kRun];
+  A in[kBuffer<T>], out[kPadded];
   ProductLanes lanes(a.exact_mean[c]);
   int64_t count = 0;
   if (l.valid && a.grad_residual)
@@ -159,7 +159,7 @@ template <class T, class Coefficient>
 inline void grad_run(const BatchNormBackward& a, int64_t offset, int64_t n, Coefficient mean, Coefficient scale,
                      Coefficient shift, Coefficient grad_mean, Coefficient slope, const uint8_t* mask) {
   using A = acc_t<T>;
-  A in[kBuffer<T>], before[kRun], result[kBuffer<T>];
+  A in[kBuffer<T>], before[kPadded], result[kBuffer<T>];
   const A* v = load_run(static_cast<const T*>(a.input) + offset, n, in);
   const A* g;
   if (sizeof(T) == sizeof(A) && a.grad_residual)  // the sums have just written it
@@ -210,7 +210,7 @@ void grad_input(const BatchNormBackward& a, int64_t begin, int64_t end) {
     const int64_t c = item / l.parts();
     const Same<A> mean{k.mean[c]}, scale{k.scale[c]}, shift{k.shift[c]}, grad_mean{k.grad_mean[c]},
         slope{k.grad_slope[c]};
-    for_each_run(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
       const int64_t row = position / l.spatial * l.channels + c;
       grad_run<T>(a, offset, n, mean, scale, shift, grad_mean, slope,
                   mask_of<T>(a, row, l.spatial, position % l.spatial));

@@ -8,6 +8,9 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+// Size of a run's buffer: padded, because buffers a multiple of 4 KiB apart stall loads behind each other's stores.
+constexpr int64_t kPadded = kRun + 48;
+
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
 inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, const Body& body) {
@@ -21,14 +24,16 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
 }
 
 // Planes: calls body(offset, n, position) for the runs of at most kRun values of item (channel, part); `position` is
-// the run's first place in (batch, spatial). With `split`, a run is cut into the stretches that count.
-template <class Body>
+// the run's first place in (batch, spatial). With `split`, a run is cut into the stretches that count. kBackwards: last
+// run first, so that a second pass begins with what the first has left in the cache.
+template <bool kBackwards = false, class Body>
 inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
   const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
   const int64_t per_row = (l.spatial + kRun - 1) / kRun, runs = l.batch * per_row;
   const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
-  int64_t b = per_row ? begin / per_row : 0, s = per_row ? begin % per_row * kRun : 0;
-  for (int64_t run = begin; run < end; ++run) {
+  if (begin == end) return;
+  int64_t run = kBackwards ? end - 1 : begin, b = run / per_row, s = run % per_row * kRun;
+  for (int64_t left = end - begin; left > 0; --left) {
     const int64_t n = std::min(kRun, l.spatial - s), position = b * l.spatial + s;
     const int64_t offset = (b * l.channels + channel) * l.spatial + s;
     if (split && l.valid) {
@@ -37,9 +42,25 @@ inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const
     } else {
       body(offset, n, position);
     }
-    s += kRun;
-    if (s >= l.spatial) s = 0, ++b;
+    if constexpr (kBackwards) {
+      s -= kRun;
+      if (s < 0) s = (per_row - 1) * kRun, --b;
+    } else {
+      s += kRun;
+      if (s >= l.spatial) s = 0, ++b;
+    }
   }
+}
+
+// About where the next run of the same channel lies: the next piece of the plane, or the next batch entry's plane. A
+// prefetch may point anywhere.
+inline int64_t next_offset(const ChannelLayout& l, int64_t offset, int64_t n) {
+  return offset + n + (n == kRun && l.spatial % kRun ? 0 : (l.channels - 1) * l.spatial);
+}
+
+template <class T>
+inline void prefetch_run(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Columns: the rows and columns of one item.

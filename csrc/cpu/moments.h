@@ -115,8 +115,12 @@ class ProductLanes {
   } __attribute__((packed, may_alias));
 
   inline __attribute__((always_inline)) void step(const float* g, const float* x, Vector& s, Vector& d) const {
+#if defined(__AVX512F__)  // the compiler would convert halves and join them
+    const Vector a = _mm512_cvtps_pd(_mm256_loadu_ps(g)), b = _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#else
     const Vector a = __builtin_convertvector(reinterpret_cast<const Unaligned<Narrow>*>(g)->v, Vector);
     const Vector b = __builtin_convertvector(reinterpret_cast<const Unaligned<Narrow>*>(x)->v, Vector);
+#endif
     s += a, d += a * (b - mean_);
   }
   inline __attribute__((always_inline)) void step(const double* g, const double* x, Vector& s, Vector& d) const {
