@@ -234,7 +234,7 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
       const double low = coefficients.lost_of(m[c]);
       const Partial p = summed(part, partials.data(), c);
       const double n = static_cast<double>(p.n);
-      params[2 * c] += p.b * inv[c], params[2 * c + 1] += p.a;
+      if (p.n) params[2 * c] += p.b * inv[c], params[2 * c + 1] += p.a;  // nothing: 0, not 0 * NaN
       const double slope = p.b * inv[c] * inv[c] / (n - static_cast<double>(o.correction));
       coefficients.set(part, 3, c, p.a / n - low * slope);
       coefficients.set(part, 4, c, slope);

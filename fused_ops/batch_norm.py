@@ -519,6 +519,8 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
+    if isinstance(input, Tensor) and input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
+        return input.clone()  # one dimension of no values: PyTorch lets it through
     output, _, _, new_mean, new_var = _with_statistics(
         *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
         *(activation, residual, negative_slope, alpha, valid, groups),

@@ -339,7 +339,8 @@ def act_forward(
         )
         size = group_size(input.size(0), groups)
     which = torch.arange(input.size(0), device=input.device) // size
-    per_group = (-1, input.size(1), *[1] * (input.dim() - 2))
+    count = group_count(input.size(0), groups) if training else 1
+    per_group = (count, input.size(1), *[1] * (input.dim() - 2))
     z = (input.double() - mean.reshape(per_group)[which]) * invstd.reshape(per_group)[which]
     if weight is not None:
         z = z * per_channel(weight.double(), z)
@@ -438,7 +439,7 @@ def act_backward(
         inputs.append(grad * scale)
         befores.append(h)
         sums.append(total.flatten())
-        dots.append((dot * inv).flatten())
+        dots.append((dot * inv if n else dot).flatten())
     kind, none = param_dtype(input, weight, bias), input.new_empty(0)
     return (
         empty_output(input).copy_(torch.cat(inputs)) if need_input else none,
