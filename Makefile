@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check lint types cuda-compile clean
+.PHONY: demo test check sanitize lint types cuda-compile clean
 export OMP_NUM_THREADS ?= 1
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
@@ -23,6 +23,10 @@ test: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check
+
+# The raw ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: $(STAMP)
+	.ci/sanitize $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

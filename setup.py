@@ -3,6 +3,7 @@
 Environment:
     FUSED_OPS_BUILD=0   install without the native library (pure PyTorch).
     FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built if they can be.
+    FUSED_OPS_SANITIZE=address|undefined|thread  build for a sanitizer (see .ci/sanitize).
 """
 
 from __future__ import annotations
@@ -25,6 +26,19 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 KERNEL_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 COMMON_FLAGS = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+SANITIZERS = {
+    "address": ["-fsanitize=address"],
+    "undefined": [
+        *("-fno-wrapv", "-fsanitize=undefined", "-fsanitize=float-cast-overflow"),
+        "-fno-sanitize-recover=undefined,float-cast-overflow",
+    ],
+    "thread": ["-fsanitize=thread"],
+}
+LINK_FLAGS: list[str] = []
+if os.environ.get("FUSED_OPS_SANITIZE"):
+    LINK_FLAGS = SANITIZERS[os.environ["FUSED_OPS_SANITIZE"]]
+    sanitize = ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG", *LINK_FLAGS]
+    COMMON_FLAGS, KERNEL_FLAGS = COMMON_FLAGS + sanitize, KERNEL_FLAGS + sanitize
 
 
 def warn(message: str) -> None:
@@ -72,6 +86,7 @@ def native_extension() -> dict[str, object]:
         "fused_ops._C",
         sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
         extra_compile_args=COMMON_FLAGS,
+        extra_link_args=LINK_FLAGS,
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp")],
         py_limited_api=True,
     )
