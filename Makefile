@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: test lint types clean
+.PHONY: test lint types clean bench
 export OMP_NUM_THREADS ?= 1
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile $(NATIVE)
@@ -23,6 +23,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --suite quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so
