@@ -60,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--case", default="", help="only cases whose 'op name' contains this text")
     top.add_argument("--threads", type=_threads, default=run.default_threads(), help="e.g. 1,2 (default: all cores)")
     top.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    top.add_argument(
+        "--allocator",
+        choices=machine.ALLOCATORS,
+        default="default",
+        help="where large tensors come from: the C library's own choice, always newly mapped, or never",
+    )
     top.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     top.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<machine>)")
     return top
@@ -99,6 +105,7 @@ def _best(folder: Path) -> list[results.Row]:
 
 
 def _run(args: argparse.Namespace, folder: Path, console: Console) -> int:
+    machine.set_allocator(args.allocator)
     kept = results.load(folder / f"{args.suite}.json")["timings"]
     options = run.Options(
         ops=args.op,
@@ -108,7 +115,8 @@ def _run(args: argparse.Namespace, folder: Path, console: Console) -> int:
         threads=args.threads,
         device=args.device,
         pattern=args.case,
-        memory=not args.no_memory,
+        memory=not args.no_memory and args.allocator == "default",
+        allocator=args.allocator,
         ran_before=frozenset(r["provider"] for r in kept if r["status"] == "ok"),
     )
     found = run.run(options, console)

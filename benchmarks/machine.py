@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -55,6 +56,28 @@ def _git(*args: str) -> str:
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+ALLOCATORS = ("default", "fresh", "recycled")
+
+
+def set_allocator(choice: str) -> None:
+    """Decides where the C library takes large blocks from, for the rest of the process.
+
+    Left to itself glibc maps blocks above 32 MiB anew each time, so that every page of a new tensor is first touched
+    with a page fault, and recycles smaller ones or not, depending on what lies above them on the heap. ``fresh`` maps
+    every large block anew, ``recycled`` none.
+    """
+    if choice == "default":
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
+    wanted = {mmap_threshold: 128 << 10} if choice == "fresh" else {mmap_max: 0, trim_threshold: 2**31 - 1}
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        raise RuntimeError(f"--allocator {choice} needs glibc's malloc") from None
+    if not all(mallopt(key, value) for key, value in wanted.items()):
+        raise RuntimeError(f"--allocator {choice}: mallopt refused")
+
+
 def load_average() -> float:
     """Runnable processes over the last minute, as ``uptime`` gives them; NaN where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
@@ -87,12 +110,13 @@ class OtherProcesses:
         return busy, sum(os.times()[:4]), uptime
 
 
-def environment(device: str) -> dict[str, object]:
+def environment(device: str, allocator: str = "default") -> dict[str, object]:
     """The columns that every row of one run shares."""
     return {
         "machine": machine_name(device),
         "device": device,
         "isa": isa(),
+        "allocator": allocator,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),

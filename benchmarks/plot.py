@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from . import results, targets
 from .harness import COMPILE, COPY, OURS, TRUTH
 from .results import Row, Tables
-from .tables import IN_PLACE, milliseconds, most_threads
+from .tables import IN_PLACE, by_default, milliseconds, most_threads
 
 COLOURS = {
     TRUTH: "#8a8a8a",
@@ -60,7 +60,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
-    timings = tables["timings"]
+    timings = by_default(tables["timings"])
     found: dict[str, Callable[[], Figure | None]] = {}
     for op in ("cross_entropy", "batch_norm", "training"):
         found[f"speedup_{op}"] = lambda op=op: speedup_bars(timings, op)

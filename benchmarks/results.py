@@ -13,7 +13,7 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
 # What makes a row of each table one row: a new figure replaces the one with the same key.
 KEYS = {
-    "timings": ("op", "case", "direction", "provider", "threads", "isa", "device"),
+    "timings": ("op", "case", "direction", "provider", "threads", "isa", "allocator", "device"),
     "accuracy": ("op", "case", "layout", "dtype", "quantity", "provider", "isa", "device"),
     "install": ("quantity",),
     "rivals": ("rival", "device"),

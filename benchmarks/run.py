@@ -32,6 +32,7 @@ class Options:
     device: str
     pattern: str = ""  # cases whose "op name" contains it
     memory: bool = True
+    allocator: str = "default"
     ran_before: frozenset[str] = frozenset()  # rivals of which figures are kept from earlier runs
 
     def wants(self, case: Case) -> bool:
@@ -41,7 +42,7 @@ class Options:
 
 def run(options: Options, console: Console) -> Tables:
     """All tables of one run. Warns on a busy machine."""
-    shared = machine.environment(options.device)
+    shared = machine.environment(options.device, options.allocator)
     load = float(str(shared["load_before"]))
     if load > machine.LOAD_LIMIT:
         console.print(f"[yellow]warning: load average {load} before the start; figures of a busy machine mislead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from . import results, targets
 from .harness import COMPILE, OURS, TRUTH
-from .machine import ROOT
+from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
 
 IN_PLACE = f"{OURS} in place"
@@ -87,13 +88,20 @@ def print_plain(title: str, rows: list[Row], columns: Sequence[str], console: Co
 def print_targets(found: list[targets.Verdict], console: Console) -> None:
     """Every target: reached, missed or why there is no figure."""
     colours = {"reached": "green", "missed": "red"}
-    table = Table("op", "case", "direction", "what", "found", "wanted", "status", title="Targets", title_justify="left")
+    columns = ("op", "case", "direction", "what", "found", *ALLOCATORS[1:], "wanted", "status")
+    table = Table(*columns, title="Targets", title_justify="left")
     for v in found:
         colour = colours.get(v.status, "yellow")
         shown = "" if v.found is None else f"{v.found:.2f}"
-        table.add_row(v.op, v.case, v.direction, v.what, shown, v.wanted, f"[{colour}]{escape(v.status)}")
+        table.add_row(
+            v.op, v.case, v.direction, v.what, shown, *_elsewhere(v), v.wanted, f"[{colour}]{escape(v.status)}"
+        )
     console.print(table)
     console.print(_count(found))
+
+
+def _elsewhere(v: targets.Verdict) -> list[str]:
+    return [f"{v.elsewhere[a]:.2f}" if a in v.elsewhere else "" for a in ALLOCATORS[1:]]
 
 
 def _count(found: list[targets.Verdict]) -> str:
@@ -112,6 +120,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def by_default(rows: list[Row]) -> list[Row]:
+    """The rows measured with the C library's own choice of memory, which all tables but one are about."""
+    return [row for row in rows if row["allocator"] == "default"]
 
 
 def most_threads(rows: list[Row]) -> list[Row]:
@@ -210,14 +223,54 @@ def threads_table(tables: Tables) -> str:
     return markdown(["case", "threads", "fused_ops, 1 thread", "gain of fused_ops", "gain of eager"], lines)
 
 
+def allocator_table(tables: Tables) -> str:
+    """The same cases with newly mapped and with recycled memory."""
+    rows = most_threads([r for r in tables["timings"] if r["direction"] == "both"])
+    index = {(r["op"], r["case"], r["allocator"], r["provider"]): r for r in rows if r["status"] == "ok"}
+    lines = []
+    for op, case in dict.fromkeys((r["op"], r["case"]) for r in rows if r["allocator"] != "default"):
+        line = [f"{op}, {case}"]
+        for allocator in ALLOCATORS:
+            eager, ours = (index.get((op, case, allocator, p)) for p in (TRUTH, OURS))
+            line += [milliseconds(eager["ms"]) if eager else "", milliseconds(ours["ms"]) if ours else ""]
+            line.append(f"{results.speedup(ours, eager):.2f}x" if ours and eager else "")
+        lines.append(line)
+    columns = [f"{allocator}: {word}" for allocator in ALLOCATORS for word in ("eager", "fused_ops", "ratio")]
+    return markdown(["case", *columns], lines)
+
+
+def record(tables: Tables) -> str:
+    """How often ours is faster, and every case where a rival is."""
+    rows = most_threads([r for r in tables["timings"] if r["part"] != "sweep" and r["direction"] in ("both", "step")])
+    rows += most_threads([r for r in tables["timings"] if r["case"].endswith(" eval")])
+    text, lost = [], []
+    for op in dict.fromkeys(r["op"] for r in rows):
+        groups = _grouped([r for r in rows if r["op"] == op])
+        for rival in (TRUTH, COMPILE, "jax"):
+            ratios = []
+            for (case, direction), group in groups.items():
+                ours, other = group.get(OURS), group.get(rival)
+                if ours and other and ours["status"] == other["status"] == "ok":
+                    ratios.append(results.speedup(ours, other))
+                    if ratios[-1] < 1:
+                        figures = (milliseconds(other["ms"]), milliseconds(ours["ms"]), f"{ratios[-1]:.2f}x")
+                        lost.append((ratios[-1], [f"{op}, {case}", direction, rival, *figures]))
+            if ratios:
+                won, middle = sum(r >= 1 for r in ratios), statistics.median(ratios)
+                text.append(f"- {op} vs {rival}: faster in {won} of {len(ratios)} cases, median {middle:.2f}x")
+    lines = [line for _, line in sorted(lost, key=lambda pair: pair[0])]
+    table = markdown(["where a rival is faster", "direction", "rival", "rival's time", "fused_ops", "ratio"], lines)
+    return "\n".join(text) + "\n\n" + (table if lines else "No rival is faster in any case.\n")
+
+
 def targets_table(tables: Tables) -> str:
     """Every target, then the count."""
     found = targets.verdicts(tables["timings"])
-    columns = ["case", "direction", "what", "found", "wanted", "status"]
-    lines = [
-        [f"{v.op}, {v.case}", v.direction, v.what, "" if v.found is None else f"{v.found:.2f}", v.wanted, v.status]
-        for v in found
-    ]
+    columns = ["case", "direction", "what", "found", *ALLOCATORS[1:], "wanted", "status"]
+    lines = []
+    for v in found:
+        shown = "" if v.found is None else f"{v.found:.2f}"
+        lines.append([f"{v.op}, {v.case}", v.direction, v.what, shown, *_elsewhere(v), v.wanted, v.status])
     return markdown(columns, lines) + f"\n{_count(found)}.\n"
 
 
@@ -282,6 +335,8 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
         ("rival", "version", "status"), _cells(t, "rivals", ("rival", "version", "status"))
     ),
     "targets": lambda t, f: targets_table(t),
+    "allocator": lambda t, f: allocator_table(t),
+    "record": lambda t, f: record(t),
     "plots": plots,
 }
 
@@ -302,6 +357,8 @@ def render(page: str, folders: Sequence[Path]) -> str:
             best = results.best(folder)
             if best is not None:
                 suite, found = best
+                if name not in ("allocator", "targets"):
+                    found = {**found, "timings": by_default(found["timings"])}
                 title = f"*{folder.name}, {suite} suite*\n\n" if len(folders) > 1 or name == "conditions" else ""
                 parts.append(title + SECTIONS[name](found, folder))
         return f"{opening}\n" + "\n".join(parts) + f"\n{closing}"

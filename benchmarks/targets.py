@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from . import cases, results
+from . import cases, machine, results
 from .results import Row
 
 
@@ -42,6 +42,7 @@ class Verdict:
     what: str
     found: float | None
     wanted: str
+    elsewhere: dict[str, float]  # allocator other than the default -> what is found with it
     status: str  # reached | missed | not offered | not measured | the reason a provider has no figure
 
 
@@ -52,10 +53,26 @@ def all_targets() -> list[SpeedTarget | MemoryTarget]:
 
 
 def verdicts(rows: list[Row], threads: int | None = None) -> list[Verdict]:
-    """Every target of every op against the rows (those with the most threads, unless told otherwise)."""
+    """Every target of every op against the rows (those with the most threads, unless told otherwise).
+
+    The status is about the C library's own choice of memory; what other allocators give stands beside it.
+    """
     known = [int(row["threads"]) for row in rows]
     threads = threads or (max(known) if known else 1)
-    index = {(row["op"], row["case"], row["direction"], row["provider"], int(row["threads"])): row for row in rows}
+    found = _judge(rows, "default", threads)
+    for allocator in machine.ALLOCATORS[1:]:
+        other = _judge(rows, allocator, threads)
+        pairs = zip(found, other, strict=True)
+        found = [v if o.found is None else replace(v, elsewhere={**v.elsewhere, allocator: o.found}) for v, o in pairs]
+    return found
+
+
+def _judge(rows: list[Row], allocator: str, threads: int) -> list[Verdict]:
+    index = {
+        (row["op"], row["case"], row["direction"], row["provider"], int(row["threads"])): row
+        for row in rows
+        if row["allocator"] == allocator
+    }
     return [
         _speed(t, index, t.threads or threads) if isinstance(t, SpeedTarget) else _memory(t, index, threads)
         for t in all_targets()
@@ -80,11 +97,11 @@ def _speed(target: SpeedTarget, index: Index, threads: int) -> Verdict:
         what, wanted = f"{target.provider} vs {target.rival}", f">= {target.minimum:.1f}x"
     reason = _absent(ours) or _absent(rival)
     if reason or ours is None or rival is None:
-        return Verdict(target.op, target.case, target.direction, what, None, wanted, reason)
+        return Verdict(target.op, target.case, target.direction, what, None, wanted, {}, reason)
     ratio = results.speedup(ours, rival)
     found = 1 / ratio if target.rival == "copy" else ratio
     status = "reached" if ratio >= target.minimum else "missed"
-    return Verdict(target.op, target.case, target.direction, what, found, wanted, status)
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
 
 
 def _memory(target: MemoryTarget, index: Index, threads: int) -> Verdict:
@@ -94,7 +111,7 @@ def _memory(target: MemoryTarget, index: Index, threads: int) -> Verdict:
     if not reason and row is not None and row.get("extra_bytes") is None:
         reason = "not measured"
     if reason or row is None:
-        return Verdict(target.op, target.case, target.direction, what, None, wanted, reason)
+        return Verdict(target.op, target.case, target.direction, what, None, wanted, {}, reason)
     found = int(row["extra_bytes"]) / int(row["input_bytes"])
     status = "reached" if found <= target.maximum else "missed"
-    return Verdict(target.op, target.case, target.direction, what, found, wanted, status)
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
