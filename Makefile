@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check sanitize lint types cuda-compile clean
+.PHONY: demo test check bench sanitize lint types cuda-compile clean
 export OMP_NUM_THREADS ?= 1
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
@@ -41,6 +41,10 @@ cuda-compile:
 	@for source in $(filter %.cu,$(CUDA)); do \
 	  if command -v nvcc >/dev/null; then nvcc -std=c++17 -arch=sm_80 -c $$source -o /dev/null || exit 1; \
 	  else echo "cuda-compile: no nvcc here, $$source was not compiled"; fi; done
+
+# The quick suite (a few minutes), written with its plots to benchmarks/results/<machine>.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --suite quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so

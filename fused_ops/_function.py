@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
+from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for the backward and, only where tangents flow, for ``jvp``.
+
+    What is kept for ``jvp`` is out of reach of saved-tensor hooks, so it would undo checkpointing and offloading.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
 
 
 class FusedFunction(Function):

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fused_ops import _activation
-from fused_ops._function import FusedFunction, _transforms_active
+from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
+from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
 from fused_ops.reference.batch_norm import Options, Saved
 
@@ -133,17 +132,6 @@ _act_backward_op: Any = register(
 )
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves for the backward and, only where tangents flow, for ``jvp``.
-
-    What is kept for ``jvp`` is out of reach of saved-tensor hooks, so it would undo checkpointing and offloading.
-    """
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors)
-
-
 class _Fold:
     """Maps a dimension of examples into the channels and back: each example has statistics of its own.
 
@@ -205,7 +193,7 @@ class BatchNormBackwardFunction(FusedFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, *inputs[:9])
+        save(ctx, *inputs[:9])
         ctx.options = Options(*inputs[9:])
 
     @staticmethod
@@ -273,7 +261,7 @@ class BatchNormFunction(FusedFunction):
         _, mean, invstd, new_mean, new_var = output
         ctx.mark_non_differentiable(mean, invstd, new_mean, new_var)
         ctx.options = Options(training, eps, correction)
-        _save(ctx, input, weight, mean, invstd)
+        save(ctx, input, weight, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -347,7 +335,7 @@ class BatchNormActFunction(FusedFunction):
             mask = None
         if options.activation == _activation.NONE:
             residual = bias = None
-        _save(ctx, input, residual, weight, bias, mean, invstd, mask, valid)
+        save(ctx, input, residual, weight, bias, mean, invstd, mask, valid)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:

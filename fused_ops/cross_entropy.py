@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._function import FusedFunction, _transforms_active
+from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
 from fused_ops.reference import cross_entropy as reference
 
@@ -54,11 +54,12 @@ class CrossEntropyBackwardFunction(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         grad_loss, input, target, _, total, ctx.ignore_index, ctx.reduction = inputs
-        ctx.save_for_backward(grad_loss, input, target, total)
-        ctx.save_for_forward(grad_loss, input, target, total)
+        save(ctx, grad_loss, input, target, total)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_input: Tensor) -> Any:
+    def backward(ctx: Any, grad_grad_input: Tensor | None) -> Any:
+        if grad_grad_input is None:
+            return (None,) * 7
         grad_loss, input, target, total = ctx.saved_tensors
         options = (ctx.ignore_index, ctx.reduction)
         grads = reference.double_backward(grad_grad_input, grad_loss, input, target, total, *options)
@@ -86,9 +87,7 @@ class CrossEntropyFunction(FusedFunction):
         input, target, ctx.ignore_index, ctx.reduction = inputs
         _, lse, total = output
         ctx.mark_non_differentiable(lse, total)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, lse, total)
-        ctx.save_for_forward(input, target, lse, total)
+        save(ctx, input, target, lse, total)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
@@ -105,6 +104,12 @@ class CrossEntropyFunction(FusedFunction):
         if input_t is None:
             return None, None, None
         return reference.jvp(input, input_t, target, total, ctx.ignore_index, ctx.reduction), None, None
+
+
+class _CompiledFunction(CrossEntropyFunction):
+    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
+
+    jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
 
 
 def _check(input: Tensor, target: Tensor, reduction: str) -> None:
@@ -160,5 +165,6 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     _check(input, target, reduction)
     if input.dim() == 1 and target.dim() == 1:
         target = target.reshape(())
-    loss: Tensor = CrossEntropyFunction.apply(input, target, ignore_index, _REDUCTIONS[reduction])[0]
+    function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
+    loss: Tensor = function.apply(input, target, ignore_index, _REDUCTIONS[reduction])[0]
     return loss

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fused_ops
-from fused_ops import _activation
+from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
 from fused_ops.testing import assert_no_worse_than
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops import _activation
-from fused_ops.reference import Sample
+from fused_ops.reference import Sample, _activation
 
 SMALL_PLANE = 32  # planes up to this many values are walked, and masked, as columns
 

@@ -1,0 +1,291 @@
+"""Cross-entropy of logits: shapes of language models, image classifiers, segmentation and character models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_ops
+
+from . import rivals
+from .accuracy import AccuracyCase
+from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider, Runner
+from .instructions import InstructionCase
+from .offered import missing_call, missing_options, ours
+from .targets import MemoryTarget, SpeedTarget
+
+OP = "cross_entropy"
+IN_PLACE = f"{OURS} in place"
+FORMULA = (
+    "forward reads the logits once; backward reads them and writes the gradient; targets (and class probabilities, "
+    "of the logits' size) are read once per direction"
+)
+ALL = ("forward", "backward", "both")
+FULL, BOTH = ("full",), ("quick", "full")  # suites that weigh a case
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, target: str, device: str) -> Inputs:
+    """Logits and targets, the same ones each time."""
+    g = torch.Generator().manual_seed(sum(shape))
+    logits = torch.randn(shape, generator=g)
+    if target == "probabilities":
+        answer = torch.randn(shape, generator=g).softmax(1).to(dtype)
+    else:
+        answer = torch.randint(0, shape[1], shape[:1] + shape[2:], generator=g)
+    logits = logits.to(dtype)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    tensors = {"input": logits.to(device), "target": answer.to(device)}
+    if target == "weighted":
+        tensors["weight"] = (torch.rand(shape[1], generator=g) + 0.5).to(dtype).to(device)
+    return Inputs(tensors, leaves=("input",), fresh=("input",))
+
+
+def bytes_that_move(shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool) -> dict[str, int]:
+    """The formula above."""
+    logits = dtype.itemsize
+    for n in shape:
+        logits *= n
+    target = logits if probabilities else logits // dtype.itemsize // shape[1] * 8
+    return {"forward": logits + target, "backward": 2 * logits + target, "both": 3 * logits + 2 * target}
+
+
+def _ours(options: dict[str, Any], **more: Any) -> Callable[..., Tensor]:
+    def function(input: Tensor, target: Tensor, **tensors: Tensor) -> Tensor:
+        return fused_ops.cross_entropy(input, target, **tensors, **options, **more)
+
+    return function
+
+
+def _eager(options: dict[str, Any]) -> Callable[..., Tensor]:
+    def function(input: Tensor, target: Tensor, **tensors: Tensor) -> Tensor:
+        return F.cross_entropy(input, target, **tensors, **options)
+
+    return function
+
+
+@cache
+def _takes_probabilities() -> str:
+    return missing_call(lambda: fused_ops.cross_entropy(torch.zeros(2, 3), torch.full((2, 3), 1 / 3)))
+
+
+def providers(device: str, options: dict[str, Any], target: str, jax: bool) -> tuple[Provider, ...]:
+    """Eager, compiled, ours, ours in place, and jax where the case is one that optax has."""
+    needed = [*options, *(["weight"] if target == "weighted" else [])]
+    reason = missing_options(fused_ops.cross_entropy, *needed)
+    if not reason and target == "probabilities":
+        reason = _takes_probabilities()
+    in_place = reason or missing_options(fused_ops.cross_entropy, "inplace_backward")
+    found = [
+        Provider(TRUTH, _eager(options)),
+        Provider(COMPILE, _eager(options), compiled=True),
+        ours(_ours(options), reason),
+        ours(_ours(options, inplace_backward=True), in_place, IN_PLACE),
+    ]
+    if jax:
+        absent = rivals.missing("jax", device)
+        found.append(Provider("jax", missing=absent) if absent else Provider("jax", make=_jax, directions=_JAX_RUNS))
+    if device == "cuda":
+        for name in ("liger-kernel", "flash-attn", "quack-kernels", "apex"):
+            absent = rivals.missing(name, device) or "no adapter here yet; it comes with our CUDA kernels"
+            found.append(Provider(name, missing=absent))
+    return tuple(found)
+
+
+_JAX_RUNS = ("forward", "both")  # jax has no backward of its own to call
+
+
+class JaxRunner:
+    """optax's cross-entropy under jax.jit, as an outside yardstick."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        import jax
+        import jax.dlpack
+        import optax
+
+        def loss(logits: Any, target: Any) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+        self._jax = jax
+        self._base = jax.dlpack.from_dlpack(inputs.tensors["input"].clone())
+        self._target = jax.dlpack.from_dlpack(inputs.tensors["target"].to(torch.int32))
+        self._forward, self._both = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+        self._copy = jax.jit(lambda x: x + 0)
+        self._logits = self._base
+
+    def prepare(self, direction: str) -> None:
+        self._logits = self._copy(self._base).block_until_ready()
+
+    def run(self, direction: str) -> None:
+        function = self._both if direction == "both" else self._forward
+        self._jax.block_until_ready(function(self._logits, self._target))
+
+    def results(self) -> dict[str, Tensor]:
+        loss, grad = self._both(self._base, self._target)
+        return {"output": torch.from_dlpack(loss), "grad_input": torch.from_dlpack(grad)}
+
+
+def _jax(case: Case, inputs: Inputs, threads: int) -> Runner:
+    return JaxRunner(inputs)
+
+
+def case(
+    device: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    name: str = "",
+    layout: str = "contiguous",
+    target: str = "indices",
+    options: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Case:
+    """One case; its name says what differs from float32, contiguous, class indices and no options."""
+    options = options or {}
+    words = ["x".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+    words += [layout] if layout != "contiguous" else []
+    words += [f"{k}={v}" for k, v in options.items()]
+    words += {"indices": [], "weighted": ["weight"], "probabilities": ["probabilities"]}[target]
+    plain = not options and target == "indices" and len(shape) == 2
+    return Case(
+        op=OP,
+        name=name or " ".join(words),
+        shape=shape,
+        dtype=dtype,
+        inputs=partial(draw, shape, dtype, layout, target),
+        providers=providers(device, options, target, plain and not fields.get("sweep")),
+        moved_bytes=bytes_that_move(shape, dtype, target == "probabilities"),
+        formula=FORMULA,
+        layout=layout,
+        **fields,
+    )
+
+
+def cases(device: str) -> list[Case]:
+    """The shape classes of the targets below, then the sweeps."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    make = partial(case, device)
+    found = [
+        make((1024, 32000), f32, quick=True, memory=BOTH, directions=ALL),
+        make((1024, 32000), bf16, quick=True, memory=FULL, directions=ALL),
+        make((1024, 32000), f16, directions=ALL),
+        make((512, 128256), f32, memory=FULL),
+        make((512, 128256), bf16),
+        make((512, 128256), f16),
+        make((8192, 1000), f32, quick=True, memory=FULL, directions=ALL),
+        make((65536, 10), f32, directions=ALL),
+        make((65536, 27), f32, quick=True, memory=FULL, directions=ALL),
+        make((16, 21, 256, 256), f32, quick=True, memory=FULL, directions=ALL),
+        make((16, 21, 256, 256), f32, layout="channels_last", memory=FULL, directions=ALL),
+        make((32, 27), f32, quick=True, part="overhead", tiny=True, directions=ALL),
+        make((256, 100), f32, quick=True, part="overhead", tiny=True, directions=ALL),
+        make((1024, 32000), f32, options={"label_smoothing": 0.1}, memory=FULL),
+        make((1024, 32000), f32, target="weighted", memory=FULL),
+        make((1024, 32000), f32, target="probabilities", memory=FULL),
+    ]
+    elements = 1 << 23
+    for classes in (27, 100, 316, 1000, 3162, 10000, 32000, 100000, 262144):
+        fields = {
+            "part": "sweep",
+            "sweep": "classes",
+            "size": classes,
+            "memory": FULL if classes in (100, 1000, 10_000, 100_000) else (),
+        }
+        found.append(make((elements // classes, classes), name=f"classes={classes}", **fields))
+    for rows in (1, 10, 100, 1000, 10_000, 100_000, 1_000_000):
+        fields = {"part": "sweep", "sweep": "rows", "size": rows, "memory": FULL if rows >= 10_000 else ()}
+        found.append(make((rows, 128), name=f"rows={rows}", **fields))
+    return found
+
+
+def targets() -> list[SpeedTarget | MemoryTarget]:
+    """The figures to reach: ratios of medians within one run, forward and backward together."""
+    wanted: list[SpeedTarget | MemoryTarget] = []
+
+    def add(name: str, eager: float, compile: float | None = None, in_place: float | None = None) -> None:
+        wanted.append(SpeedTarget(OP, name, OURS, TRUTH, eager))
+        if compile is not None:
+            wanted.append(SpeedTarget(OP, name, OURS, COMPILE, compile))
+        if in_place is not None:
+            wanted.append(SpeedTarget(OP, name, IN_PLACE, TRUTH, in_place))
+
+    for shape in ("1024x32000", "512x128256"):
+        add(f"{shape} float32", 5, 1.6, 15)
+        for dtype in ("bfloat16", "float16"):
+            add(f"{shape} {dtype}", 4, 1.6, 10)
+    add("8192x1000 float32", 2.5, 1.8, 3)
+    for shape in ("65536x10", "65536x27"):
+        add(f"{shape} float32", 8, 2, 8)
+    for layout in ("", " channels_last"):
+        add(f"16x21x256x256 float32{layout}", 5, 1.5, 6)
+    wanted += [SpeedTarget(OP, f"{shape} float32", OURS, TRUTH, 1.0, threads=1) for shape in ("32x27", "256x100")]
+    for option in ("label_smoothing=0.1", "weight", "probabilities"):
+        add(f"1024x32000 float32 {option}", 6, 1.6)
+    wanted.append(SpeedTarget(OP, "1024x32000 float32", IN_PLACE, "copy", 1 / 1.8))
+    for name in ("1024x32000 float32", "1024x32000 bfloat16", "8192x1000 float32"):
+        wanted.append(MemoryTarget(OP, name, OURS, "forward", 0.02))
+        wanted.append(MemoryTarget(OP, name, OURS, "both", 1.05))
+        wanted.append(MemoryTarget(OP, name, IN_PLACE, "both", 0.05))
+    return wanted
+
+
+def _exact(inputs: Inputs) -> dict[str, list[Any]]:
+    """Loss and gradient of the mean, in 50 digits."""
+    from mpmath import mp
+
+    with mp.workdps(50):
+        rows, target = inputs.tensors["input"].tolist(), inputs.tensors["target"].tolist()
+        losses, grad = [], []
+        for row, answer in zip(rows, target, strict=True):
+            exps = [mp.exp(mp.mpf(x)) for x in row]
+            total = mp.fsum(exps)
+            losses.append(mp.log(total) - mp.mpf(row[answer]))
+            grad += [(e / total - (j == answer)) / len(rows) for j, e in enumerate(exps)]
+        return {"output": [mp.fsum(losses) / len(rows)], "grad_input": grad}
+
+
+def accuracy_cases() -> list[AccuracyCase]:
+    """Ordinary, confident and shifted logits in every dtype."""
+
+    def logits(kind: str, dtype: torch.dtype) -> Inputs:
+        shape = (16, 50) if dtype == torch.float64 else (256, 1000)
+        g = torch.Generator().manual_seed(7)
+        x = torch.randn(shape, generator=g, dtype=torch.float64) * 4
+        target = torch.randint(0, shape[1], shape[:1], generator=g)
+        if kind == "confident":
+            x[torch.arange(shape[0]), target] += 30
+        if kind == "shifted by 1000":
+            x += 1000
+        return Inputs({"input": x.to(dtype), "target": target}, leaves=("input",))
+
+    return [
+        AccuracyCase(OP, kind, dtype, logits(kind, dtype), _eager({}), _ours({}), _exact)
+        for kind in ("ordinary", "confident", "shifted by 1000")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    ]
+
+
+def instruction_cases() -> list[InstructionCase]:
+    """Small calls of every shape class, for the instruction counts."""
+    f32 = torch.float32
+    shapes = [
+        ((32, 27), f32),
+        ((32, 1000), f32),
+        ((32, 1000), torch.bfloat16),
+        ((2048, 27), f32),
+        ((2, 21, 32, 32), f32),
+    ]
+    return [
+        InstructionCase(
+            f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} {layout}",
+            draw(shape, dtype, layout, "indices", "cpu"),
+            _ours({}),
+        )
+        for shape, dtype in shapes
+        for layout in ("contiguous", "channels_last")[: len(shape) // 2]
+    ]

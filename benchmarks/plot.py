@@ -1,0 +1,285 @@
+"""The plots of one machine's results, as PNG files in <folder>/plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import results, targets
+from .harness import COMPILE, COPY, OURS, TRUTH
+from .results import Row, Tables
+from .tables import IN_PLACE, by_default, milliseconds, most_threads
+
+COLOURS = {
+    TRUTH: "#8a8a8a",
+    COMPILE: "#e0a030",
+    "jax": "#7b61a8",
+    OURS: "#1f6fb4",
+    IN_PLACE: "#2a9d6f",
+    f"{OURS} + compile": "#123f66",
+    COPY: "#000000",
+}
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 140,
+}
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Draws what the results of the folder allow; returns the files."""
+    best = results.best(folder)
+    if best is None:
+        return []
+    tables = best[1]
+    (folder / "plots").mkdir(exist_ok=True)
+    drawn = []
+    with plt.rc_context(_STYLE):
+        for name, draw in _plots(tables).items():
+            figure = draw()
+            if figure is None:
+                continue
+            drawn.append(folder / "plots" / f"{name}.png")
+            # Without the version in the file, equal figures are equal files.
+            figure.savefig(drawn[-1], bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+    return drawn
+
+
+def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
+    timings = by_default(tables["timings"])
+    found: dict[str, Callable[[], Figure | None]] = {}
+    for op in ("cross_entropy", "batch_norm", "training"):
+        found[f"speedup_{op}"] = lambda op=op: speedup_bars(timings, op)
+    for op, sweep in dict.fromkeys((r["op"], r["sweep"]) for r in timings if r["sweep"]):
+        found[f"sweep_{op}_{sweep.replace(' ', '_')}"] = lambda op=op, sweep=sweep: sweep_lines(timings, op, sweep)
+    found["memory"] = lambda: memory_bars(timings)
+    found["accuracy"] = lambda: error_chart(tables["accuracy"])
+    return found
+
+
+# ---- speed-up bars ----
+
+
+def speedup_bars(timings: list[Row], op: str) -> Figure | None:
+    """Horizontal bars of the speed-up over eager, 1x marked, targets as black ticks."""
+    rows = [r for r in timings if r["op"] == op and not r["sweep"] and r["direction"] in ("both", "step")]
+    rows += [r for r in timings if r["op"] == op and r["case"].endswith(" eval")]
+    most = max((r["threads"] for r in rows), default=1)
+    rows = [r for r in most_threads(rows) if r["provider"] != COPY]
+    names = list(dict.fromkeys(r["case"] for r in rows))
+    providers = [p for p in COLOURS if p != TRUTH and any(r["provider"] == p and r["status"] == "ok" for r in rows)]
+    if not names or not providers:
+        return None
+    index = {(r["case"], r["provider"]): r for r in rows}
+    goals = _goals(op)
+    step = len(providers) + 0.8
+    figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
+    for i, name in enumerate(names):
+        for j, provider in enumerate(providers):
+            y = i * step + j
+            _bar(axes, y, index.get((name, provider)), provider)
+            goal = goals.get((name, provider))
+            if goal:
+                axes.plot([goal, goal], [y - 0.45, y + 0.45], color="black", lw=1.6, solid_capstyle="butt", zorder=3)
+    axes.axvline(1, color="#c03030", lw=1.2, zorder=2)
+    axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))])
+    axes.set_yticklabels([_with_eager(name, index.get((name, TRUTH))) for name in names])
+    axes.set_ylim(len(names) * step - 0.6, -0.9)
+    _speed_axis(axes, [r["speedup_vs_eager"] for r in rows if "speedup_vs_eager" in r], list(goals.values()))
+    axes.grid(axis="y", visible=False)
+    what = "one training step" if op == "training" else "forward + backward (eval: forward)"
+    title = f"{op.replace('_', ' ')}: speed-up over eager\n{what}, {most} threads (cases of microseconds: 1)"
+    axes.set_title(title, loc="left", fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
+    handles.append(axes.plot([], [], color="#c03030", lw=1.2, label="1x = eager")[0])
+    if goals:
+        handles.append(axes.plot([], [], color="black", lw=1.6, label="target")[0])
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(handles), fontsize=8)
+    return figure
+
+
+def _goals(op: str) -> dict[tuple[str, str], float]:
+    found = [v for v in targets.all_targets() if isinstance(v, targets.SpeedTarget)]
+    return {(t.case, t.provider): t.minimum for t in found if t.op == op and t.rival == TRUTH}
+
+
+def _bar(axes: Axes, y: float, row: Row | None, provider: str) -> None:
+    if row is None:
+        return
+    if row["status"] != "ok" or "speedup_vs_eager" not in row:
+        axes.text(
+            1.03, y, f"{provider}: {str(row['status']).split(':')[0]}", va="center", fontsize=6.5, color="#777777"
+        )
+        return
+    value = row["speedup_vs_eager"]
+    axes.barh(y, value - 1, left=1, height=0.86, color=COLOURS[provider])
+    edge = value * 1.02 if value >= 1 else value / 1.02
+    axes.text(edge, y, f"{value:.2f}x" if value < 10 else f"{value:.0f}x", va="center", fontsize=6.5,
+              ha="left" if value >= 1 else "right")  # fmt: skip
+
+
+def _with_eager(name: str, eager: Row | None) -> str:
+    known = eager is not None and eager["status"] == "ok"
+    return f"{name}\neager {milliseconds(eager['ms'])}" if known and eager is not None else name
+
+
+def _speed_axis(axes: Axes, values: list[float], goals: list[float]) -> None:
+    axes.set_xscale("log")
+    low, high = min([*values, 0.8]), max([*values, *goals, 2.0])
+    axes.set_xlim(low / 1.35, high * 1.25)
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50) if low / 1.35 <= t <= high * 1.25]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.minorticks_off()
+
+
+# ---- sweeps ----
+
+
+def sweep_lines(timings: list[Row], op: str, sweep: str) -> Figure | None:
+    """Time per element and peak memory against size, with the copy's line."""
+    rows = [r for r in timings if (r["op"], r["sweep"], r["status"]) == (op, sweep, "ok")]
+    if len({r["size"] for r in rows}) < 2:
+        return None
+    heavy = any(r.get("extra_bytes") is not None for r in rows)
+    figure, columns = plt.subplots(1, 2 if heavy else 1, figsize=(10.5 if heavy else 6.4, 3.8), squeeze=False)
+    left = columns[0][0]
+    for provider in _order(rows):
+        mine = sorted((r for r in rows if r["provider"] == provider), key=lambda r: r["size"])
+        sizes = [r["size"] for r in mine]
+        elements = [math.prod(int(n) for n in r["shape"].split("x")) for r in mine]
+
+        def per_element(key: str, mine: list[Row] = mine, elements: list[int] = elements) -> list[float]:
+            return [r[key] * 1e6 / n for r, n in zip(mine, elements, strict=True)]
+
+        style = "--" if provider == COPY else "-"
+        left.plot(sizes, per_element("ms"), style, marker="o", ms=3.5, color=COLOURS[provider], label=provider)
+        left.fill_between(
+            sizes, per_element("p20_ms"), per_element("p80_ms"), color=COLOURS[provider], alpha=0.15, lw=0
+        )
+    word = sweep.split()[0]
+    _log_log(left, word, "ns per element (median, band p20 to p80)")
+    left.set_title(f"{op.replace('_', ' ')}, forward + backward: time against {sweep}", loc="left", fontsize=10)
+    if heavy:
+        _memory_lines(columns[0][1], rows, word)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(labels), fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _memory_lines(axes: Axes, rows: list[Row], word: str) -> None:
+    for provider in _order(rows):
+        mine = [r for r in rows if r["provider"] == provider and r.get("extra_bytes") is not None]
+        mine.sort(key=lambda r: r["size"])
+        if mine:
+            ratios = [r["extra_bytes"] / r["input_bytes"] for r in mine]
+            axes.plot([r["size"] for r in mine], ratios, "-o", ms=3.5, color=COLOURS[provider], label=provider)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(word)
+    axes.set_ylabel("peak extra memory / input")
+    axes.set_title("memory", loc="left", fontsize=10)
+
+
+def _log_log(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+
+
+def _order(rows: list[Row]) -> list[str]:
+    return [p for p in COLOURS if any(r["provider"] == p for r in rows)]
+
+
+# ---- memory and errors ----
+
+
+def memory_bars(timings: list[Row]) -> Figure | None:
+    """Peak extra memory over the size of the input, forward + backward (or one step)."""
+    rows = [r for r in timings if r.get("extra_bytes") is not None and r["direction"] != "forward" and not r["sweep"]]
+    rows = [r for r in rows if r["op"] != "training"]  # an input's size says nothing about a model
+    names = list(dict.fromkeys((r["op"], r["case"]) for r in rows))
+    providers = [p for p in _order(rows) if p != COPY]
+    if not names:
+        return None
+    index = {(r["op"], r["case"], r["provider"]): r for r in rows}
+    step = len(providers) + 0.8
+    figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
+    for i, name in enumerate(names):
+        for j, provider in enumerate(providers):
+            row = index.get((*name, provider))
+            if row is not None:
+                value = row["extra_bytes"] / row["input_bytes"]
+                axes.barh(i * step + j, value, height=0.86, color=COLOURS[provider])
+                axes.text(value + 0.03, i * step + j, f"{value:.2f}", va="center", fontsize=6.5)
+    axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))])
+    axes.set_yticklabels([f"{op}\n{case}" for op, case in names])
+    axes.set_ylim(len(names) * step - 0.6, -0.9)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("inputs (1 = one more tensor of the input's size)")
+    axes.set_title("peak extra memory of forward + backward", loc="left", fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=len(handles), fontsize=8)
+    return figure
+
+
+def error_chart(rows: list[Row]) -> Figure | None:
+    """Relative error of eager and ours beside each other, one panel per dtype."""
+    dtypes = [d for d in ("float64", "float32", "bfloat16", "float16") if any(r["dtype"] == d for r in rows)]
+    if not dtypes:
+        return None
+    quantities = list(dict.fromkeys((r["op"], r["case"], r["quantity"]) for r in rows))
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=(2.6 + 2.1 * len(dtypes), 1.2 + 0.17 * len(quantities)), sharey=True, squeeze=False
+    )
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        for y, key in enumerate(quantities):
+            _error_dots(axes, y, [r for r in rows if (r["op"], r["case"], r["quantity"], r["dtype"]) == (*key, dtype)])
+        axes.axvline(_EPS[dtype] / 2, color="#c03030", lw=1, ls=":")
+        axes.set_xscale("log")
+        axes.set_title(dtype, fontsize=9, loc="left")
+        axes.set_xlabel("||error|| / ||truth||", fontsize=8)
+    first = panels[0][0]
+    first.set_yticks(range(len(quantities)), [f"{op}, {case}: {q}" for op, case, q in quantities], fontsize=7.5)
+    first.set_ylim(len(quantities) - 0.4, -0.6)
+    handles = [
+        first.plot([], [], "o", color=COLOURS[TRUTH], ms=6, label="eager")[0],
+        first.plot([], [], "o", color=COLOURS[OURS], ms=4, label="fused_ops")[0],
+        first.plot([], [], ":", color="#c03030", lw=1, label="half a unit in the last place of 1")[0],
+    ]
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, fontsize=8)
+    figure.suptitle(
+        "error against the truth (several dots: memory layouts; an error of zero has none)",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    return figure
+
+
+_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def _error_dots(axes: Axes, y: int, rows: list[Row]) -> None:
+    for provider, size, depth in ((TRUTH, 6, 2), (OURS, 4, 3)):
+        values = [r["relative_error"] for r in rows if r["provider"] == provider and r["relative_error"] > 0]
+        axes.plot(values, [y] * len(values), "o", color=COLOURS[provider], ms=size, zorder=depth)
+    found = [r["relative_error"] for r in rows if r["relative_error"] > 0]
+    if found:
+        axes.plot([min(found), max(found)], [y, y], color="#bbbbbb", lw=1, zorder=1)

@@ -1,0 +1,117 @@
+"""What the ops are meant to reach, and whether the results say that they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from . import cases, machine, results
+from .results import Row
+
+
+@dataclass(frozen=True)
+class SpeedTarget:
+    """``provider`` at least ``minimum`` times as fast as ``rival``."""
+
+    op: str
+    case: str
+    provider: str
+    rival: str
+    minimum: float
+    direction: str = "both"
+    threads: int | None = None  # the most that were measured, unless a number is given
+
+
+@dataclass(frozen=True)
+class MemoryTarget:
+    """Peak extra memory of ``provider`` at most ``maximum`` times the bytes of the case's input."""
+
+    op: str
+    case: str
+    provider: str
+    direction: str
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the table."""
+
+    op: str
+    case: str
+    direction: str
+    what: str
+    found: float | None
+    wanted: str
+    elsewhere: dict[str, float]  # allocator other than the default -> what is found with it
+    status: str  # reached | missed | not offered | not measured | the reason a provider has no figure
+
+
+def all_targets() -> list[SpeedTarget | MemoryTarget]:
+    """The targets that the bench modules state."""
+    stated = [module.targets() for module in cases.modules().values() if hasattr(module, "targets")]
+    return [target for targets in stated for target in targets]
+
+
+def verdicts(rows: list[Row], threads: int | None = None) -> list[Verdict]:
+    """Every target of every op against the rows (those with the most threads, unless told otherwise).
+
+    The status is about the C library's own choice of memory; what other allocators give stands beside it.
+    """
+    known = [int(row["threads"]) for row in rows]
+    threads = threads or (max(known) if known else 1)
+    found = _judge(rows, "default", threads)
+    for allocator in machine.ALLOCATORS[1:]:
+        other = _judge(rows, allocator, threads)
+        pairs = zip(found, other, strict=True)
+        found = [v if o.found is None else replace(v, elsewhere={**v.elsewhere, allocator: o.found}) for v, o in pairs]
+    return found
+
+
+def _judge(rows: list[Row], allocator: str, threads: int) -> list[Verdict]:
+    index = {
+        (row["op"], row["case"], row["direction"], row["provider"], int(row["threads"])): row
+        for row in rows
+        if row["allocator"] == allocator
+    }
+    return [
+        _speed(t, index, t.threads or threads) if isinstance(t, SpeedTarget) else _memory(t, index, threads)
+        for t in all_targets()
+    ]
+
+
+Index = dict[tuple[object, ...], Row]
+
+
+def _absent(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    return str(row["status"]) if row["status"] != "ok" else ""
+
+
+def _speed(target: SpeedTarget, index: Index, threads: int) -> Verdict:
+    ours = index.get((target.op, target.case, target.direction, target.provider, threads))
+    rival = index.get((target.op, target.case, target.direction, target.rival, threads))
+    if target.rival == "copy":
+        what, wanted = f"{target.provider}: time / copy", f"<= {1 / target.minimum:.2f}"
+    else:
+        what, wanted = f"{target.provider} vs {target.rival}", f">= {target.minimum:.1f}x"
+    reason = _absent(ours) or _absent(rival)
+    if reason or ours is None or rival is None:
+        return Verdict(target.op, target.case, target.direction, what, None, wanted, {}, reason)
+    ratio = results.speedup(ours, rival)
+    found = 1 / ratio if target.rival == "copy" else ratio
+    status = "reached" if ratio >= target.minimum else "missed"
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
+
+
+def _memory(target: MemoryTarget, index: Index, threads: int) -> Verdict:
+    row = index.get((target.op, target.case, target.direction, target.provider, threads))
+    what, wanted = f"{target.provider}: peak extra memory / input", f"<= {target.maximum:.2f}"
+    reason = _absent(row)
+    if not reason and row is not None and row.get("extra_bytes") is None:
+        reason = "not measured"
+    if reason or row is None:
+        return Verdict(target.op, target.case, target.direction, what, None, wanted, {}, reason)
+    found = int(row["extra_bytes"]) / int(row["input_bytes"])
+    status = "reached" if found <= target.maximum else "missed"
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)

@@ -1,0 +1,326 @@
+"""The benchmark harness: what it times, weighs and judges is what it says it does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("rich", reason="the bench extra is not installed")
+pytest.importorskip("tqdm", reason="the bench extra is not installed")
+pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+
+from benchmarks import accuracy, cases, harness, machine, memory, plot, results, rivals, run, tables, targets
+from benchmarks.harness import Case, Inputs, Provider
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def square(x):
+    return (x * x).sum()
+
+
+def toy(*providers: Provider, **fields) -> Case:
+    def inputs(device: str) -> Inputs:
+        return Inputs({"x": torch.linspace(-1, 1, 64)}, leaves=("x",), fresh=("x",))
+
+    moved = {"forward": 256, "both": 768}
+    default = {"op": "toy", "name": "64", "shape": (64,), "dtype": torch.float32, "inputs": inputs, "formula": "all"}
+    return Case(**{**default, "providers": (Provider("eager", square), *providers), "moved_bytes": moved, **fields})
+
+
+def options(**fields) -> run.Options:
+    default = {"ops": (), "parts": run.PARTS, "suite": "full", "rivals": (), "threads": (1,), "device": "cpu"}
+    return run.Options(**{**default, **fields})
+
+
+def test_clock_leaves_out_what_is_paused():
+    clock = harness.Clock()
+    start = clock()
+    clock.pause()
+    time.sleep(0.05)
+    clock.resume()
+    assert clock() - start < 0.04
+
+
+def test_preparation_is_not_timed_and_rounds_are_interleaved():
+    calls = []
+
+    class Slow:
+        def __init__(self, name):
+            self.name = name
+
+        def prepare(self, direction):
+            time.sleep(0.01)
+
+        def run(self, direction):
+            calls.append(self.name)
+            time.sleep(0.002)
+
+    timings = harness.time_interleaved(
+        {"a": Slow("a"), "b": Slow("b")}, "both", threads=1, budget_s=0, block_s=0.001, rounds=(4, 4)
+    )
+    assert [len(t.samples_ms) for t in timings.values()] == [4, 4]
+    assert all(1.9 < t.median_ms < 9 for t in timings.values())  # not the 10 ms of the preparation
+    order = "".join(name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name)
+    assert order.endswith("baba")  # a b, b a, a b, b a: each round has both, and begins with the other one
+
+
+def test_every_run_sees_fresh_inputs_and_no_old_gradient():
+    seen = []
+
+    def spoil(x):
+        seen.append((x.detach().clone(), x.grad, x.requires_grad))
+        with torch.no_grad():
+            x.detach().fill_(7)  # as an op that overwrites its input
+        return (x * 1).sum()
+
+    runner = harness.AutogradRunner(spoil, toy().inputs("cpu"))
+    for direction in ("both", "both", "forward"):
+        runner.prepare(direction)
+        runner.run(direction)
+    assert all(torch.equal(x, torch.linspace(-1, 1, 64)) and grad is None and needs for x, grad, needs in seen)
+
+
+@pytest.mark.parametrize("factor, accepted", [(1.0, True), (1.0 + 1e-5, False)])
+def test_ours_is_held_to_the_error_rule(factor, accepted):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return square(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * factor * ctx.saved_tensors[0]
+
+    case = toy(Provider("fused_ops", lambda x: Scaled.apply(x), strict=True))
+    row = next(r for r in run.run_case(case, 1, options()) if r["provider"] == "fused_ops")
+    assert (row["status"] == "ok") == accepted
+    assert accepted or ("grad_x" in row["status"] and "ms" not in row)
+
+
+def test_what_is_missing_or_fails_is_reported_and_the_rest_is_timed():
+    def fails(x):
+        raise RuntimeError("no such luck")
+
+    case = toy(Provider("fused_ops", missing="not offered: no argument y"), Provider("rival", fails))
+    rows = {r["provider"]: r for r in run.run_case(case, 1, options())}
+    assert rows["fused_ops"]["status"] == "not offered: no argument y"
+    assert rows["rival"]["status"] == "failed: RuntimeError: no such luck"
+    assert rows["eager"]["status"] == rows["copy"]["status"] == "ok"
+    assert rows["eager"]["speedup_vs_eager"] == 1.0
+    assert rows["eager"]["gb_per_s"] == pytest.approx(768 / rows["eager"]["ms"] / 1e6, rel=1e-3)
+    assert rows["copy"]["copy_fraction"] == 1.0
+
+
+def test_peak_memory_sees_what_a_run_allocates():
+    if not os.access(memory.CLEAR, os.W_OK):
+        pytest.skip("this system has no high-water mark to reset")
+    size = 64 << 20
+    assert memory.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8)) == pytest.approx(size, rel=0.05)
+    assert memory.peak_extra_bytes(lambda: None) < size / 20
+    kept = [torch.ones(size, dtype=torch.uint8)]
+    assert memory.peak_extra_bytes(lambda: kept[0].max()) < size / 2
+
+
+def test_cases_are_named_once_and_found_again():
+    everything = cases.all_cases("cpu")
+    assert {"cross_entropy", "batch_norm", "training"} <= {case.op for case in everything}
+    assert len(everything) > 60
+    for case in everything[::9]:
+        assert cases.find(case.op, case.name, "cpu").shape == case.shape
+    assert all(p.function or p.make or p.missing for case in everything for p in case.providers)
+
+
+def test_every_target_has_its_case():
+    known = {(case.op, case.name): case for case in cases.all_cases("cpu")}
+    stated = targets.all_targets()
+    assert len(stated) > 80
+    for target in stated:
+        case = known[target.op, target.case]
+        names = {p.name for p in case.providers} | {"copy"}
+        assert target.provider in names
+        assert target.direction in case.directions
+        if isinstance(target, targets.SpeedTarget):
+            assert target.rival in names
+        else:
+            assert "full" in case.memory
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "batch_norm"])
+def test_bytes_follow_the_formula(op):
+    case = next(c for c in cases.all_cases("cpu", [op]) if c.part == "micro" and "both" in c.moved_bytes)
+    assert case.moved_bytes["forward"] + case.moved_bytes["backward"] == case.moved_bytes["both"]
+    inputs = case.inputs("cpu")
+    size = inputs.tensors["input"].numel() * inputs.tensors["input"].element_size()
+    target = inputs.tensors["target"].numel() * 8 if op == "cross_entropy" else 0
+    assert case.moved_bytes["both"] == (3 * size + 2 * target if op == "cross_entropy" else 8 * size)
+    assert case.copied == inputs.tensors["input"].numel()
+
+
+def timing(provider: str, ms: list[float], **fields) -> results.Row:
+    row = {"op": "cross_entropy", "case": "1024x32000 float32", "part": "micro", "sweep": "", "tiny": False}
+    row |= {"direction": "both", "threads": 2, "isa": "AVX2", "allocator": "default", "device": "cpu"}
+    row |= {"status": "ok", "run": "1", "input_bytes": 100}
+    return {**row, "provider": provider, "ms": sorted(ms)[len(ms) // 2], "samples_ms": ms, **fields}
+
+
+def test_speedup_is_the_median_of_ratios_within_rounds():
+    eager, ours = timing("eager", [10.0, 40.0, 12.0]), timing("fused_ops", [5.0, 10.0, 2.0])
+    assert results.speedup(ours, eager) == 4.0  # of 2, 4, 6
+    assert results.speedup({**ours, "run": "2"}, eager) == 12 / 5  # other rounds: of the medians
+
+
+def test_targets_are_judged():
+    rows = [
+        timing("eager", [10.0] * 3),
+        timing("torch.compile", [3.0] * 3),
+        timing("copy", [1.0] * 3),
+        timing("fused_ops", [2.0] * 3, extra_bytes=104),
+        timing("fused_ops in place", [0.0], status="not offered: no argument inplace_backward"),
+    ]
+    found = {v.what: v for v in targets.verdicts(rows) if v.case == "1024x32000 float32" and v.direction == "both"}
+    assert found["fused_ops vs eager"].status == "reached"
+    assert found["fused_ops vs eager"].found == 5
+    assert found["fused_ops vs torch.compile"].status == "missed"
+    assert found["fused_ops: peak extra memory / input"].status == "reached"
+    assert found["fused_ops in place vs eager"].status.startswith("not offered")
+    assert found["fused_ops in place: time / copy"].wanted == "<= 1.80"
+    fresh = [{**row, "allocator": "fresh", "ms": 1.0, "samples_ms": [1.0]} for row in rows if row["status"] == "ok"]
+    both = next(v for v in targets.verdicts([*rows, *fresh]) if v.what == "fused_ops vs eager" and v.found)
+    assert (both.found, both.elsewhere) == (5, {"fresh": 1.0})
+    elsewhere = [v for v in targets.verdicts(rows) if v.op == "batch_norm"]
+    assert elsewhere and all(v.status == "not measured" for v in elsewhere)
+
+
+def test_results_are_merged_by_key(tmp_path):
+    old, new = timing("eager", [10.0]), timing("eager", [11.0])
+    results.save(tmp_path, "full", {"timings": [old, timing("copy", [1.0])]})
+    results.save(tmp_path, "full", {"timings": [new]})
+    kept = results.load(tmp_path / "full.json")["timings"]
+    assert {row["provider"]: row["ms"] for row in kept} == {"eager": 11.0, "copy": 1.0}
+    with (tmp_path / "full-timings.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ms"] for row in rows] == ["11.0", "1.0"]
+    assert "samples_ms" not in rows[0]
+
+
+def test_pages_are_rendered_between_markers(tmp_path):
+    results.save(tmp_path, "full", {"rivals": [{"rival": "eager", "version": "1", "status": "ran", "device": "cpu"}]})
+    page = "before\n<!-- benchmarks:rivals -->\nold\n<!-- /benchmarks:rivals -->\nafter\n"
+    once = tables.render(page, [tmp_path])
+    assert "| eager | 1 | ran |" in once and "old" not in once
+    assert once.startswith("before\n") and once.endswith("after\n")
+    assert tables.render(once, [tmp_path]) == once
+    with pytest.raises(KeyError, match="unknown section"):
+        tables.render("<!-- benchmarks:nothing -->\n<!-- /benchmarks:nothing -->", [tmp_path])
+
+
+@pytest.mark.parametrize("page", [p for p in tables.PAGES if p.exists()], ids=lambda p: p.name)
+def test_the_tables_of_the_docs_are_not_stale(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.render(text, results.machines()) == text, "run: python -m benchmarks report"
+
+
+def test_results_name_no_host_and_no_path():
+    for folder in results.machines():
+        for path in folder.glob("*.[jc]s*"):
+            text = path.read_text(encoding="utf-8")
+            assert platform.node() not in text
+            assert not re.search(r'"/[a-z]+/', text)
+
+
+def test_machine_says_what_it_is():
+    name = machine.machine_name()
+    assert str(os.cpu_count()) in name
+    assert platform.node() not in name
+    assert re.fullmatch(r"[a-z0-9-]+", machine.directory_name(name))
+    assert machine.isa() in ("DEFAULT", "AVX2", "AVX512")
+
+
+def test_ulp_errors():
+    one = torch.tensor([1.0, 1.0 + 2**-23])
+    assert accuracy.errors(one, torch.tensor([1.0, 1.0], dtype=torch.float64)) == (1.0, pytest.approx(2**-23 / 2**0.5))
+    half = torch.tensor([1.0], dtype=torch.bfloat16)
+    assert accuracy.errors(half, torch.tensor([1 + 2**-8], dtype=torch.float64))[0] == 0.5
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "batch_norm"])
+def test_exact_truth_agrees_with_float64(op):
+    case = next(c for c in cases.modules()[op].accuracy_cases() if c.dtype == torch.float64)
+    rows = list(accuracy.measure(case))
+    assert {row["provider"] for row in rows} == {"eager", "fused_ops"}
+    assert all(row["relative_error"] < 1e-14 for row in rows)
+
+
+def test_rivals_that_do_not_run_say_why():
+    report = {row["rival"]: row["status"] for row in rivals.report("cpu", {"eager"})}
+    assert report["eager"] == "ran"
+    assert report["liger-kernel"] == "runs on CUDA only"
+    assert set(report) == {*rivals.ALWAYS, *rivals.OPTIONAL}
+    assert all(report.values())
+    assert "jax" not in {row["rival"] for row in rivals.report("cpu", {"eager"}, {"jax"})}  # its row is kept
+
+
+def test_plots_are_drawn_from_results(tmp_path):
+    sweep = [
+        timing(p, [ms * n], case=f"rows={n}", part="sweep", sweep="rows", size=n, shape=f"{n}x4", p20_ms=ms, p80_ms=ms)
+        for p, ms in (("eager", 2.0), ("fused_ops", 1.0), ("copy", 0.5))
+        for n in (1, 10)
+    ]
+    bars = [timing("eager", [2.0], speedup_vs_eager=1.0), timing("fused_ops", [1.0], speedup_vs_eager=2.0)]
+    results.save(tmp_path, "full", {"timings": sweep + bars})
+    drawn = {path.name: path for path in plot.draw_all(tmp_path)}
+    assert {"speedup_cross_entropy.png", "sweep_cross_entropy_rows.png"} <= set(drawn)
+    for path in drawn.values():
+        image = plot.plt.imread(path)
+        assert min(image.shape[:2]) > 100 and image[..., :3].std() > 0.01  # neither empty nor one colour
+
+
+def test_command_line_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--op", "cross_entropy", "--case", "32x27", "--part", "overhead"]
+    command += ["--rivals", "eager", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "quick.json").read_text(encoding="utf-8"))["timings"]
+    assert {row["provider"] for row in rows} >= {"eager", "fused_ops", "copy"}
+    wanted = {"op", "direction", "provider", "shape", "dtype", "layout", "threads", "isa", "ms", "p20_ms", "p80_ms"}
+    wanted |= {"gb_per_s", "copy_fraction", "extra_bytes", "torch", "commit", "machine", "load_before", "busy_others"}
+    assert all(wanted <= set(row) for row in rows if row["status"] == "ok")
+    judged = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "targets", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert re.search(r"\d+ targets: \d+ reached, \d+ missed", judged.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--op", "nothing"], ["--threads", "0"], ["--threads", "x"], ["--part", ""]])
+def test_command_line_names_what_it_does_not_know(arguments, capsys):
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_truth_is_the_float64_eager_result():
+    case = cases.find("cross_entropy", "32x27 float32", "cpu")
+    inputs = case.inputs("cpu")
+    wide = harness.in_float64(inputs)
+    assert wide.tensors["input"].dtype == torch.float64 and wide.tensors["target"].dtype == torch.int64
+    loss = harness.make_runner(case, case.providers[0], wide, 1).results()["output"]
+    assert torch.equal(loss, F.cross_entropy(wide.tensors["input"], wide.tensors["target"]))

@@ -1,0 +1,156 @@
+"""Cross-entropy against PyTorch, the float64 truth and finite differences, and under the transforms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fused_ops
+from fused_ops.reference import cross_entropy as reference
+from fused_ops.testing import assert_no_worse_than
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CLASSES = [1, 2, 7, 15, 16, 17, 27, 33, 1000, 1025, 3001]
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_no_worse_than_eager(dtype, classes, reduction):
+    torch.manual_seed(classes)
+    x = (torch.randn(13, classes) * 4).to(dtype)
+    target = torch.randint(0, classes, (13,))
+    target[3] = -100
+
+    def run(function, x):
+        x = x.detach().requires_grad_()
+        loss = function(x, target, reduction=reduction)
+        upstream = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss.dtype)
+        return loss.detach(), torch.autograd.grad(loss, x, upstream)[0]
+
+    truth = run(F.cross_entropy, x.double())
+    for ours, eager, exact in zip(run(fused_ops.cross_entropy, x), run(F.cross_entropy, x), truth, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+        else:
+            assert_no_worse_than(ours, eager, exact)
+
+
+@pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
+def test_derivatives(sample):
+    input, target = sample.args
+
+    def f(x):
+        return fused_ops.cross_entropy(x, target, **sample.kwargs)
+
+    assert gradcheck(f, input, check_forward_ad=True)
+    assert gradgradcheck(f, input, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("value", [-1, 3, 2**62, -(2**63)])
+def test_target_out_of_bounds(value):
+    with pytest.raises(IndexError, match=f"Target {value} is out of bounds"):
+        fused_ops.cross_entropy(torch.randn(2, 3), torch.tensor([0, value]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(9, 33), (3, 5, 7), (2, 3, 4, 5)])
+def test_kernels_match_reference(shape, reduction, dtype):
+    x, target = torch.randn(shape, dtype=dtype), torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    target.view(-1)[::4] = -100
+    options = (-100, REDUCTIONS.index(reduction))
+    ours, expected = (
+        torch.ops.fused_ops.cross_entropy_forward(x, target, *options),
+        reference.forward(x, target, *options),
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    _, lse, total = ours
+    args = (torch.randn_like(ours[0]), x, target, lse, total, *options)
+    torch.testing.assert_close(torch.ops.fused_ops.cross_entropy_backward(*args), reference.backward(*args))
+
+
+def test_third_derivative():
+    x, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 3, -100])
+
+    def value(function):
+        return torch.func.jacrev(torch.func.hessian(lambda x: function(x, target).sin()))(x)
+
+    torch.testing.assert_close(value(fused_ops.cross_entropy), value(F.cross_entropy))
+
+
+@pytest.mark.parametrize("transform", ["grad", "hessian", "jacrev", "jacfwd"])
+def test_torch_func(transform):
+    x, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 3, 0])
+
+    def value(function):
+        return getattr(torch.func, transform)(lambda x: function(x, target))(x)
+
+    torch.testing.assert_close(value(fused_ops.cross_entropy), value(F.cross_entropy))
+
+
+def test_vmap():
+    x, target = torch.randn(5, 3, 4, dtype=torch.float64), torch.randint(0, 4, (5, 3))
+
+    def value(function):
+        one = lambda x, t: function(x, t)  # noqa: E731
+        return torch.vmap(one)(x, target), torch.vmap(torch.func.grad(one))(x, target)
+
+    torch.testing.assert_close(value(fused_ops.cross_entropy), value(F.cross_entropy))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_as_one_graph(reduction):
+    x, target = torch.randn(6, 5, requires_grad=True), torch.randint(0, 5, (6,))
+
+    def f(x):
+        return fused_ops.cross_entropy(x * 2, target, reduction=reduction).sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), f(x))
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(f(x), x)[0])
+
+
+def test_saved_tensor_hooks_see_everything_and_checkpointing_saves_nothing():
+    x, target, seen = torch.randn(6, 5, requires_grad=True), torch.randint(0, 5, (6,)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        loss = fused_ops.cross_entropy(x, target)
+    assert x.shape in seen
+    again = checkpoint(fused_ops.cross_entropy, x, target, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(again, x)[0])
+
+
+def test_a_logit_changed_between_forward_and_backward_is_noticed():
+    x, target = torch.randn(6, 5, requires_grad=True), torch.randint(0, 5, (6,))
+    y = x * 1
+    loss = fused_ops.cross_entropy(y, target)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_dual_tensors():
+    x, t, target = torch.randn(6, 5), torch.randn(6, 5), torch.randint(0, 5, (6,))
+    with forward_ad.dual_level():
+        ours, theirs = (
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, t), target)).tangent
+            for f in (fused_ops.cross_entropy, F.cross_entropy)
+        )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_do_not_change_a_bit(threads):
+    x, target = torch.randn(512, 1000, requires_grad=True), torch.randint(0, 1000, (512,))
+
+    def run():
+        loss = fused_ops.cross_entropy(x, target)
+        return loss, *torch.autograd.grad(loss, x)
+
+    torch.set_num_threads(1)
+    one = run()
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, run(), strict=True))

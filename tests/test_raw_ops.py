@@ -1,0 +1,128 @@
+"""Raw ops called directly with garbage: every call gives a result or a Python exception, and no argument changes.
+
+Valid calls are recorded from the samples of every op; each trial spoils up to three arguments of one of them.
+``FUSED_OPS_FUZZ_CALLS`` sets the number of trials, ``FUSED_OPS_FUZZ_SEED`` the seed; ``make sanitize`` runs this under
+the sanitizers.
+"""
+
+import importlib
+import os
+import random
+
+import pytest
+import torch
+
+import fused_ops
+from fused_ops.testing import _RecordRawOps, op_names
+
+CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
+SEED = int(os.environ.get("FUSED_OPS_FUZZ_SEED", "0"))
+# AttributeError: None for a tensor without a default goes to the reference, which has nothing to read a shape from.
+CLEAN = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AttributeError)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+ODD_DTYPES = [torch.int8, torch.int16, torch.bool, torch.complex64, torch.uint16, torch.float8_e4m3fn]
+INTEGERS = [-1, 0, 1, 2, 3, 7, 64, 2**31, -(2**31), 2**62, -(2**63), 2**63 - 1]
+FLOATS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-320, 1e308]
+
+
+def valid_calls(names):
+    calls = []
+    for name in names:
+        module = importlib.import_module(f"fused_ops.reference.{name}")
+        for sample in module.samples():
+            with _RecordRawOps() as recorder:
+                outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+                if wanted:
+                    torch.autograd.backward(wanted, [torch.ones_like(o) for o in wanted])
+            calls += recorder.calls
+    return calls
+
+
+def spoil_tensor(t, rng):
+    """Another tensor: of the same kind, but with one thing about it changed."""
+    dim = rng.randrange(t.dim()) if t.dim() else 0
+    kinds = {
+        "dtype": lambda: t.to(rng.choice(DTYPES)),
+        "odd dtype": lambda: t.to(rng.choice(ODD_DTYPES)),
+        "one dimension more": lambda: t.unsqueeze(dim),
+        "flat": lambda: t.flatten(),
+        "scalar": lambda: t.new_zeros(()),
+        "shorter": lambda: t.narrow(dim, 0, rng.randrange(t.size(dim) + 1)),
+        "longer": lambda: torch.cat([t, t], dim),
+        "empty": lambda: t.new_empty([0] * max(1, t.dim())),
+        "expanded": lambda: t.narrow(dim, 0, 1).expand_as(t),
+        "transposed": lambda: t.transpose(0, -1).contiguous().transpose(0, -1),
+        "every second": lambda: torch.stack([t, t], -1)[..., 0],
+        "offset by one": lambda: torch.cat([t.flatten(), t.flatten()[:1]])[1:].view(t.shape),
+        "overlapping": lambda: t.as_strided(t.shape, [1] * t.dim()),
+        "other values": lambda: torch.full_like(t, rng.choice([-1, 0, 1, 5, 100])),
+        "huge": lambda: torch.full_like(t, rng.choice([1e30, -1e30, float("nan"), float("inf"), -float("inf")])),
+        "negated view": lambda: torch._neg_view(t) if t.is_floating_point() else t,
+        "sparse": lambda: t.to_sparse(),
+        "no data": lambda: t.to("meta"),
+        "one": lambda: t.flatten()[:1],
+        "large": lambda: t.repeat([rng.choice([1, 1, 17, 65]) for _ in range(t.dim())]),
+    }
+    try:
+        return kinds[rng.choice(list(kinds))]()
+    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # this tensor cannot be changed that way
+        return t
+
+
+def spoil(value, rng):
+    if isinstance(value, torch.Tensor):
+        return rng.choice([None, rng.choice(INTEGERS)]) if rng.random() < 0.04 else spoil_tensor(value, rng)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice(INTEGERS)
+    if isinstance(value, float):
+        return rng.choice(FLOATS)
+    if value is None:
+        return torch.randn([rng.choice([0, 1, 2, 3, 7]) for _ in range(rng.randrange(4))], dtype=rng.choice(DTYPES[:4]))
+    return value
+
+
+def fingerprint(args):
+    return [
+        (t._version, t.detach().clone())
+        for t in args
+        if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided
+    ]
+
+
+def same(a, b):
+    """Equal in version and in every value, a NaN being equal to a NaN."""
+    return a[0] == b[0] and torch.equal(a[1].isnan(), b[1].isnan()) and bool(((a[1] == b[1]) | a[1].isnan()).all())
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_garbage_is_a_result_or_an_exception(op):
+    rng = random.Random(SEED)
+    torch.manual_seed(SEED)
+    calls = valid_calls([op])
+    assert len(calls) >= 4
+    right = wrong = 0
+    for _ in range(CALLS):
+        function, args, kwargs = rng.choice(calls)
+        args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+            i = rng.randrange(len(args))
+            args[i] = spoil(args[i], rng)
+        mutable = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
+        before = fingerprint(args)
+        try:
+            result = function(*args, **kwargs)
+        except CLEAN:
+            wrong += 1
+        else:
+            right += 1
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            for output in outputs:
+                if isinstance(output, torch.Tensor) and output.device.type == "cpu":
+                    output.double().sum().item()  # reads every element
+        if not mutable:
+            assert all(same(a, b) for a, b in zip(before, fingerprint(args), strict=True)), (function, args)
+    assert right > CALLS // 20 and wrong > CALLS // 20
