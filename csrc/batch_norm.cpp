@@ -153,9 +153,9 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
     two_passes(part, o.training ? FUSED_OPS_SELECT(batch_norm_moments) : nullptr, FUSED_OPS_SELECT(batch_norm_apply),
                args, finish);
   }
-  for (int64_t c = 0; update && c < channels; ++c) {
-    set_value(out.new_mean, c, running[2 * c]);
-    set_value(out.new_var, c, running[2 * c + 1]);
+  if (update) {
+    set_every_second(out.new_mean, running.data(), channels);
+    set_every_second(out.new_var, running.data() + 1, channels);
   }
   return out;
 }
@@ -242,9 +242,9 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     two_passes(part, reduces ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
                o.need_input ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, finish);
   }
-  for (int64_t c = 0; o.need_params && c < channels; ++c) {
-    set_value(out.grad_weight, c, params[2 * c]);
-    set_value(out.grad_bias, c, params[2 * c + 1]);
+  if (o.need_params) {
+    set_every_second(out.grad_weight, params.data(), channels);
+    set_every_second(out.grad_bias, params.data() + 1, channels);
   }
   return out;
 }

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "batch_norm.h"
@@ -58,13 +59,23 @@ class Values {
   double missing_;
 };
 
-inline void set_value(const Tensor& t, int64_t i, double value) {
+// Every second of the 2 n values at `from` into the n elements of t, rounded once.
+inline void set_every_second(const Tensor& t, const double* from, int64_t n) {
+  const auto write = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    for (int64_t i = 0; i < n; ++i) {
+      if constexpr (sizeof(T) == 2)
+        to[i] = static_cast<float>(from[2 * i]);
+      else
+        to[i] = static_cast<T>(from[2 * i]);
+    }
+  };
   void* p = t.mutable_data_ptr();
   switch (t.scalar_type()) {
-    case ScalarType::Float: static_cast<float*>(p)[i] = static_cast<float>(value); return;
-    case ScalarType::Double: static_cast<double*>(p)[i] = value; return;
-    case ScalarType::BFloat16: static_cast<c10::BFloat16*>(p)[i] = static_cast<float>(value); return;
-    default: static_cast<c10::Half*>(p)[i] = static_cast<float>(value); return;
+    case ScalarType::Float: return write(static_cast<float*>(p));
+    case ScalarType::Double: return write(static_cast<double*>(p));
+    case ScalarType::BFloat16: return write(static_cast<c10::BFloat16*>(p));
+    default: return write(static_cast<c10::Half*>(p));
   }
 }
 

@@ -514,9 +514,8 @@ def batch_norm(
         *(activation, residual, negative_slope, alpha, valid, groups),
     )
     if training and running_mean is not None and running_var is not None and not recomputing():
-        with torch.no_grad():
-            running_mean.copy_(new_mean)
-            running_var.copy_(new_var)
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
     result: Tensor = output
     return result
 
