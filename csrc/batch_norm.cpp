@@ -65,8 +65,13 @@ template <class Args, class Finish>
 void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
                 void (*write)(const Args&, int64_t, int64_t), const Args& args, const Finish& finish) {
   const ChannelLayout& l = view.layout;
+  if (args.by_plane) {
+    for (int64_t c = 0; c < view.channels; ++c) finish(c);
+    if (write) for_items(l, l.planes(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
+    return;
+  }
   if (!l.columns() && l.parts() == 1) {
-    for_items(l, [&](int64_t begin, int64_t end) {
+    for_items(l, l.items(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (reduce) reduce(args, c, c + 1);
         finish(c);
@@ -75,9 +80,9 @@ void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
     });
     return;
   }
-  if (reduce) for_items(l, [&](int64_t begin, int64_t end) { reduce(args, begin, end); });
+  if (reduce) for_items(l, l.items(), [&](int64_t begin, int64_t end) { reduce(args, begin, end); });
   for (int64_t c = 0; c < view.channels; ++c) finish(c);
-  if (write) for_items(l, [&](int64_t begin, int64_t end) { write(args, begin, end); });
+  if (write) for_items(l, l.items(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
 }
 
 ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const MaybeTensor& running_mean,
@@ -135,6 +140,7 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
                                 view.mask_rows_before(group) * view.mask_row_bytes()
                           : nullptr;
     args.partials = partials.data();
+    args.by_plane = !o.training && !l.columns();
     const auto finish = [&](int64_t c) {
       if (o.training) {
         const Partial p = merged_moments(part, partials.data(), c);
@@ -228,6 +234,7 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     args.grad_input = o.need_input ? at(out.grad_input.mutable_data_ptr(), offset * bytes) : nullptr;
     args.grad_residual = o.need_residual ? at(out.grad_residual.mutable_data_ptr(), offset * bytes) : nullptr;
     args.partials = partials.data();
+    args.by_plane = !reduces && !l.columns();
     for (int64_t c = 0; c < channels; ++c) coefficients.set_affine(part, c, m[c], inv[c] * w[c], b[c]);
     const auto finish = [&](int64_t c) {
       if (!reduces) return;

@@ -37,6 +37,7 @@ struct ChannelLayout {
     const int64_t largest = std::max<int64_t>(1, batch * spatial / kMinItemValues);
     return std::min((kMinItems + channels - 1) / channels, largest);
   }
+  int64_t planes() const { return batch * channels; }
   int64_t items() const { return columns() ? row_blocks() * tiles() : channels * parts(); }
   int64_t partials() const { return columns() ? row_blocks() * channels : channels * parts(); }
 };
@@ -58,6 +59,7 @@ struct BatchNormForward {
   const void* input;     // as layout
   const void* residual;  // as layout, or null
   const void *mean, *scale, *shift;
+  bool by_plane;      // items are the planes in the order of memory instead
   void* output;       // as layout
   uint8_t* mask;      // a bit per value, 1 where the activation's input is > 0; each run or row starts a byte. Or null
   Partial* partials;  // written by batch_norm_moments
@@ -70,7 +72,8 @@ struct BatchNormBackward {
   ChannelLayout layout;
   Activation activation;
   double slope;
-  bool frozen;  // evaluation mode: grad_input = scale * grad_residual
+  bool frozen;    // evaluation mode: grad_input = scale * grad_residual
+  bool by_plane;  // items of batch_norm_grad_input are the planes in the order of memory instead
   const void *input, *grad_output, *residual;
   const void *mean, *scale, *shift;    // the forward's
   const void *grad_mean, *grad_slope;  // accumulators, (channels,); what `mean` lost is in grad_mean

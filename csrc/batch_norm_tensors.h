@@ -264,10 +264,10 @@ class Coefficients {
   Scratch<double, 512> memory_;
 };
 
-// Calls kernel(begin, end) over all items, in parallel where there is enough to do.
+// Calls kernel(begin, end) over `items` equal shares of the layout, in parallel where there is enough to do.
 template <class Kernel>
-void for_items(const ChannelLayout& l, const Kernel& kernel) {
-  const int64_t items = l.items(), numel = l.numel();
+void for_items(const ChannelLayout& l, int64_t items, const Kernel& kernel) {
+  const int64_t numel = l.numel();
   if (items == 0) return;
   if (numel <= kGrainValues) return kernel(0, items);
   const int64_t grain = std::max<int64_t>(1, kGrainValues * items / numel);

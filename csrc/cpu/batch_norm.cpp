@@ -47,7 +47,7 @@ template <class T>
 Partial plane_moments(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.input);
-  A buffer[kPadded], center = 0;
+  alignas(64) A buffer[kPadded], center = 0;
   Moments total;
   Lanes<A> lanes;
   int64_t pending = 0, fold_at = 0;
@@ -103,47 +103,79 @@ void for_each_row(const ChannelLayout& l, int64_t begin, int64_t end, const Body
     if (!l.valid || l.valid[r]) body(r);
 }
 
+// center[0, width): the mean of the first rows that count, in [begin, end), rounded.
+template <class T>
+void pilot_center(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, acc_t<T>* center) {
+  const T* x = static_cast<const T*>(a.input) + t.column;
+  alignas(64) acc_t<T> buffer[kTile];
+  double pilot[kTile] = {};
+  int64_t count = 0;
+  for_each_row(a.layout, begin, end, [&](int64_t r) {
+    if (count >= kPilotRows) return;
+    const acc_t<T>* v = load_run(x + r * a.layout.channels, t.n, buffer);
+    for (int64_t i = 0; i < t.n; ++i) pilot[i] += static_cast<double>(v[i]);
+    ++count;
+  });
+  for (int64_t i = 0; count && i < t.n; ++i) center[i] = center_of<T>(pilot[i] / static_cast<double>(count));
+  t.repeat_in_place(center);
+}
+
+// Sums of the deviations from `center`, and of their squares, over rows [begin, end); returns how many count.
+template <class T>
+int64_t tile_deviations(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, const acc_t<T>* center,
+                        double* sums, double* squares) {
+  using A = acc_t<T>;
+  const ChannelLayout& l = a.layout;
+  const T* x = static_cast<const T*>(a.input) + t.column;
+  alignas(64) A buffers[4][sizeof(T) == sizeof(A) ? 1 : kTile], sum[kTile] = {}, square[kTile] = {};
+  const A* rows[4];
+  int64_t waiting = 0, counted = 0;
+  t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
+    if (l.valid && !l.valid[r]) return;
+    counted += count;
+    prefetch_run(x + (r + kRowsAhead * t.fused) * l.channels, n);
+    if (n < t.width) {  // the last step, of fewer rows
+      const A* last = load_run(x + r * l.channels, n, buffers[3]);
+      add_rows<A, 1>(&last, n, center, sum, square);
+      return;
+    }
+    rows[waiting] = load_run(x + r * l.channels, n, buffers[waiting]);
+    if (++waiting == 4) add_rows<A, 4>(rows, n, center, sum, square), waiting = 0;
+  });
+  for (int64_t k = 0; k < waiting; ++k) add_rows<A, 1>(rows + k, t.width, center, sum, square);
+  for (int64_t i = 0; i < t.n; ++i) sums[i] = static_cast<double>(sum[i]), squares[i] = static_cast<double>(square[i]);
+  for (int64_t i = t.n; i < t.width; i += t.n)
+    for (int64_t j = 0; j < t.n; ++j)
+      sums[j] += static_cast<double>(sum[i + j]), squares[j] += static_cast<double>(square[i + j]);
+  return counted;
+}
+
 template <class T>
 void tile_moments(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const Tile t(l, item);
   const T* x = static_cast<const T*>(a.input) + t.column;
-  A buffers[4][sizeof(T) == sizeof(A) ? 1 : kTile], center[kTile], sum[kTile], square[kTile];
-  double mean[kTile], m2[kTile] = {};
+  alignas(64) A center[kTile];
+  double mean[kTile], m2[kTile] = {}, sums[kTile], squares[kTile];
   int64_t done = 0;
   for (int64_t begin = t.row_begin; begin < t.row_end; begin += kRowsPerFold) {
     const int64_t end = std::min(begin + kRowsPerFold, t.row_end);
-    const A* rows[4];
-    int64_t waiting = 0, count = 0;
-    for (int64_t i = 0; i < t.n; ++i) sum[i] = square[i] = 0;
-    if (done == 0) {  // the pilot: the mean of the first rows that count
-      double pilot[kTile] = {};
-      for_each_row(l, begin, end, [&](int64_t r) {
-        if (count >= kPilotRows) return;
-        const A* v = load_run(x + r * l.channels, t.n, buffers[0]);
-        for (int64_t i = 0; i < t.n; ++i) pilot[i] += static_cast<double>(v[i]);
-        ++count;
-      });
-      for (int64_t i = 0; count && i < t.n; ++i) center[i] = center_of<T>(pilot[i] / static_cast<double>(count));
-      count = 0;
+    if (done == 0) {
+      pilot_center<T>(a, t, begin, end, center);
     } else {
       for (int64_t i = 0; i < t.n; ++i) center[i] = center_of<T>(mean[i]);
+      t.repeat_in_place(center);
     }
-    for_each_row(l, begin, end, [&](int64_t r) {
-      rows[waiting] = load_run(x + r * l.channels, t.n, buffers[waiting]);
-      ++count;
-      if (++waiting == 4) add_rows<A, 4>(rows, t.n, center, sum, square), waiting = 0;
-    });
-    for (int64_t k = 0; k < waiting; ++k) add_rows<A, 1>(rows + k, t.n, center, sum, square);
+    const int64_t count = tile_deviations<T>(a, t, begin, end, center, sums, squares);
     if (count == 0) continue;
     const double n = static_cast<double>(count), total = static_cast<double>(done + count);
     const double share = n / total, cross = static_cast<double>(done) * n / total, inverse = 1 / n;
     const bool first = done == 0;
 #pragma omp simd
     for (int64_t i = 0; i < t.n; ++i) {
-      const double s = static_cast<double>(sum[i]), c = static_cast<double>(center[i]), m = c + s * inverse;
-      const double fresh = static_cast<double>(square[i]) - s * s * inverse, delta = first ? 0 : m - mean[i];
+      const double c = static_cast<double>(center[i]), m = c + sums[i] * inverse;
+      const double fresh = squares[i] - sums[i] * sums[i] * inverse, delta = first ? 0 : m - mean[i];
       mean[i] = first ? m : mean[i] + delta * share;
       m2[i] += fresh + delta * delta * cross;
     }
@@ -165,7 +197,7 @@ template <class T, class Coefficient>
 inline void apply_run(const BatchNormForward& a, int64_t offset, int64_t n, Coefficient mean, Coefficient scale,
                       Coefficient shift, uint8_t* mask) {
   using A = acc_t<T>;
-  A in[sizeof(T) == sizeof(A) ? 1 : kPadded], out[sizeof(T) == sizeof(A) ? 1 : kPadded];
+  alignas(64) A in[sizeof(T) == sizeof(A) ? 1 : kPadded], out[sizeof(T) == sizeof(A) ? 1 : kPadded];
   T* y = static_cast<T*>(a.output) + offset;
   const A* v = load_run(static_cast<const T*>(a.input) + offset, n, in);
   A* __restrict z = output_run(y, out);
@@ -176,7 +208,7 @@ inline void apply_run(const BatchNormForward& a, int64_t offset, int64_t n, Coef
     return;
   }
   if (a.residual) {
-    A extra[sizeof(T) == sizeof(A) ? 1 : kPadded];
+    alignas(64) A extra[sizeof(T) == sizeof(A) ? 1 : kPadded];
     const A* r = load_run(static_cast<const T*>(a.residual) + offset, n, extra);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (shift[i] + r[i]);
@@ -214,24 +246,36 @@ void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
   T* y = static_cast<T*>(a.output);
   for (int64_t item = begin; item < end; ++item) {
     if (l.columns()) {
-      const Tile t(l, item);
+      const Tile t(l, item, !a.mask || l.channels % 8 == 0);
       const int64_t c = t.column, row_bytes = (l.channels + 7) / 8;
-      for (int64_t r = t.row_begin; r < t.row_end; ++r) {
+      alignas(64) A m[kTile], k[kTile], b[kTile];
+      t.repeat(mean + c, m), t.repeat(scale + c, k), t.repeat(shift + c, b);
+      t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
         uint8_t* mask = a.mask ? a.mask + r * row_bytes + c / 8 : nullptr;
+        const int64_t ahead = (r + kRowsAhead * t.fused) * l.channels + c;
+        prefetch_run(static_cast<const T*>(a.input) + ahead, n);
+        prefetch_run<true>(y + ahead, n);
         if (l.valid && !l.valid[r])
-          std::fill_n(y + r * l.channels + c, t.n, T{});
+          std::fill_n(y + r * l.channels + c, n, T{});
         else
-          apply_run<T>(a, r * l.channels + c, t.n, mean + c, scale + c, shift + c, mask);
-      }
+          apply_run<T, const A*>(a, r * l.channels + c, n, m, k, b, mask);
+      });
       continue;
     }
-    const int64_t c = item / l.parts(), row_bytes = (l.spatial + 7) / 8;
-    const Same<A> m{mean[c]}, s{scale[c]}, b{shift[c]};
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+    const int64_t row_bytes = (l.spatial + 7) / 8;
+    const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t c) {
       const int64_t row = position / l.spatial * l.channels + c;
       uint8_t* mask = a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr;
-      apply_run<T>(a, offset, n, m, s, b, mask);
+      apply_run<T>(a, offset, n, Same<A>{mean[c]}, Same<A>{scale[c]}, Same<A>{shift[c]}, mask);
       zero_invalid(l, y + offset, n, position);
+    };
+    if (a.by_plane) {
+      for_each_plane_run(l, item, item + 1, run);
+      continue;
+    }
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+      prefetch_run<true>(y + previous_offset(l, offset, n, position), n);
+      run(offset, n, position, item / l.parts());
     });
   }
 }

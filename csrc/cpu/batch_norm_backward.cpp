@@ -37,7 +37,7 @@ inline const acc_t<T>* grad_before(const BatchNormBackward& a, const acc_t<T>* v
                                    Coefficient mean, Coefficient scale, Coefficient shift, const uint8_t* mask,
                                    acc_t<T>* __restrict out) {
   using A = acc_t<T>;
-  A buffer[kBuffer<T>];
+  alignas(64) A buffer[kBuffer<T>];
   const A* g = load_run(static_cast<const T*>(a.grad_output) + offset, n, sizeof(T) == sizeof(A) ? buffer : out);
   if (a.activation == Activation::none) return g;
   if (mask) {
@@ -52,7 +52,7 @@ inline const acc_t<T>* grad_before(const BatchNormBackward& a, const acc_t<T>* v
     return out;
   }
   if (a.residual) {
-    A extra[kBuffer<T>];
+    alignas(64) A extra[kBuffer<T>];
     const A* r = load_run(static_cast<const T*>(a.residual) + offset, n, extra);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = (v[i] - mean[i]) * scale[i] + (shift[i] + r[i]);
@@ -87,7 +87,7 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   const T* x = static_cast<const T*>(a.input);
   const int64_t c = item / l.parts();
   const Same<A> mean{k.mean[c]}, scale{k.scale[c]}, shift{k.shift[c]};
-  A in[kBuffer<T>], out[kPadded];
+  alignas(64) A in[kBuffer<T>], out[kPadded];
   ProductLanes lanes(a.exact_mean[c]);
   int64_t count = 0;
   if (l.valid && a.grad_residual)
@@ -95,7 +95,9 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
       std::fill_n(static_cast<T*>(a.grad_residual) + offset, n, T{});
     });
   for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position) {
-    const int64_t row = position / l.spatial * l.channels + c;
+    const int64_t row = position / l.spatial * l.channels + c, next = next_offset(l, offset, n);
+    prefetch_run(x + next, n);
+    prefetch_run(static_cast<const T*>(a.grad_output) + next, n);
     const A* v = load_run(x + offset, n, in);
     const A* g =
         grad_before<T>(a, v, offset, n, mean, scale, shift, mask_of<T>(a, row, l.spatial, position % l.spatial), out);
@@ -128,38 +130,50 @@ template <class T>
 void tile_sums(const BatchNormBackward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
-  const Tile t(l, item);
+  const Tile t(l, item, !a.mask || l.channels % 8 == 0);
   const Coefficients<A> k(a);
-  const A *mean = k.mean + t.column, *scale = k.scale + t.column, *shift = k.shift + t.column;
-  const T* x = static_cast<const T*>(a.input);
-  A buffers[4][kBuffer<T> == 1 ? 1 : kTile], grads[4][kTile];
-  double sum[kTile] = {}, dot[kTile] = {}, exact[kTile];
+  const T* x = static_cast<const T*>(a.input) + t.column;
+  const T* grad_output = static_cast<const T*>(a.grad_output) + t.column;
+  alignas(64) A buffers[4][kBuffer<T> == 1 ? 1 : kTile], grads[4][kTile], mean[kTile], scale[kTile], shift[kTile];
+  alignas(64) double sum[kTile] = {}, dot[kTile] = {}, exact[kTile];
   for (int64_t i = 0; i < t.n; ++i) exact[i] = a.exact_mean[(t.column + i) / a.repeat];
+  t.repeat_in_place(exact);
+  t.repeat(k.mean + t.column, mean), t.repeat(k.scale + t.column, scale), t.repeat(k.shift + t.column, shift);
   const A *values[4], *before[4];
-  int64_t count = 0, waiting = 0;
-  for (int64_t r = t.row_begin; r < t.row_end; ++r) {
-    const int64_t offset = r * l.channels + t.column;
+  int64_t counted = 0, waiting = 0;
+  t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t count, int64_t n) {
+    const int64_t offset = r * l.channels + t.column, ahead = (r + kRowsAhead * t.fused) * l.channels;
+    prefetch_run(x + ahead, n);
+    prefetch_run(grad_output + ahead, n);
     if (l.valid && !l.valid[r]) {
-      if (a.grad_residual) std::fill_n(static_cast<T*>(a.grad_residual) + offset, t.n, T{});
-      continue;
+      if (a.grad_residual) std::fill_n(static_cast<T*>(a.grad_residual) + offset, n, T{});
+      return;
     }
-    values[waiting] = load_run(x + offset, t.n, buffers[waiting]);
-    before[waiting] = grad_before<T>(a, values[waiting], offset, t.n, mean, scale, shift,
-                                     mask_of<T>(a, r, l.channels, t.column), grads[waiting]);
-    store_residual<T>(a, offset, t.n, before[waiting]);
-    ++count;
-    if (++waiting == 4) add_rows<4>(before, values, t.n, exact, sum, dot), waiting = 0;
-  }
-  for (int64_t k = 0; k < waiting; ++k) add_rows<1>(before + k, values + k, t.n, exact, sum, dot);
+    if (n < t.width) {  // the last step, of fewer rows
+      for (int64_t w = 0; w < waiting; ++w) add_rows<1>(before + w, values + w, t.width, exact, sum, dot);
+      waiting = 0;
+    }
+    values[waiting] = load_run(x + r * l.channels, n, buffers[waiting]);
+    before[waiting] = grad_before<T, const A*>(a, values[waiting], offset, n, mean, scale, shift,
+                                               mask_of<T>(a, r, l.channels, t.column), grads[waiting]);
+    store_residual<T>(a, offset, n, before[waiting]);
+    counted += count;
+    if (n < t.width)
+      add_rows<1>(before, values, n, exact, sum, dot);
+    else if (++waiting == 4)
+      add_rows<4>(before, values, n, exact, sum, dot), waiting = 0;
+  });
+  for (int64_t w = 0; w < waiting; ++w) add_rows<1>(before + w, values + w, t.width, exact, sum, dot);
+  t.fold(sum), t.fold(dot);
   Partial* partials = a.partials + t.block * l.channels + t.column;
-  for (int64_t i = 0; i < t.n; ++i) partials[i] = {sum[i], dot[i], count};
+  for (int64_t i = 0; i < t.n; ++i) partials[i] = {sum[i], dot[i], counted};
 }
 
 template <class T, class Coefficient>
 inline void grad_run(const BatchNormBackward& a, int64_t offset, int64_t n, Coefficient mean, Coefficient scale,
                      Coefficient shift, Coefficient grad_mean, Coefficient slope, const uint8_t* mask) {
   using A = acc_t<T>;
-  A in[kBuffer<T>], before[kPadded], result[kBuffer<T>];
+  alignas(64) A in[kBuffer<T>], before[kPadded], result[kBuffer<T>];
   const A* v = load_run(static_cast<const T*>(a.input) + offset, n, in);
   const A* g;
   if (sizeof(T) == sizeof(A) && a.grad_residual)  // the sums have just written it
@@ -176,6 +190,29 @@ inline void grad_run(const BatchNormBackward& a, int64_t offset, int64_t n, Coef
     for (int64_t i = 0; i < n; ++i) out[i] = scale[i] * ((g[i] - grad_mean[i]) - (v[i] - mean[i]) * slope[i]);
   }
   store_run(to, n, out);
+}
+
+template <class T>
+void tile_grad_input(const BatchNormBackward& a, int64_t item) {
+  using A = acc_t<T>;
+  const ChannelLayout& l = a.layout;
+  const Tile t(l, item, !a.mask || l.channels % 8 == 0);
+  const int64_t c = t.column;
+  const Coefficients<A> k(a);
+  alignas(64) A mean[kTile], scale[kTile], shift[kTile], grad_mean[kTile], slope[kTile];
+  t.repeat(k.mean + c, mean), t.repeat(k.scale + c, scale), t.repeat(k.shift + c, shift);
+  t.repeat(k.grad_mean + c, grad_mean), t.repeat(k.grad_slope + c, slope);
+  T* out = static_cast<T*>(a.grad_input);
+  t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
+    const int64_t offset = r * l.channels + c, ahead = offset + kRowsAhead * t.fused * l.channels;
+    prefetch_run(static_cast<const T*>(a.input) + ahead, n);
+    prefetch_run(static_cast<const T*>(a.grad_output) + ahead, n);
+    prefetch_run<true>(out + ahead, n);
+    if (l.valid && !l.valid[r])
+      std::fill_n(out + offset, n, T{});
+    else
+      grad_run<T, const A*>(a, offset, n, mean, scale, shift, grad_mean, slope, mask_of<T>(a, r, l.channels, c));
+  });
 }
 
 template <class T>
@@ -196,26 +233,25 @@ void grad_input(const BatchNormBackward& a, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(a.grad_input);
   for (int64_t item = begin; item < end; ++item) {
     if (l.columns()) {
-      const Tile t(l, item);
-      const int64_t c = t.column;
-      for (int64_t r = t.row_begin; r < t.row_end; ++r) {
-        if (l.valid && !l.valid[r])
-          std::fill_n(out + r * l.channels + c, t.n, T{});
-        else
-          grad_run<T>(a, r * l.channels + c, t.n, k.mean + c, k.scale + c, k.shift + c, k.grad_mean + c,
-                      k.grad_slope + c, mask_of<T>(a, r, l.channels, c));
-      }
+      tile_grad_input<T>(a, item);
       continue;
     }
-    const int64_t c = item / l.parts();
-    const Same<A> mean{k.mean[c]}, scale{k.scale[c]}, shift{k.shift[c]}, grad_mean{k.grad_mean[c]},
-        slope{k.grad_slope[c]};
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+    const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t c) {
       const int64_t row = position / l.spatial * l.channels + c;
+      const Same<A> mean{k.mean[c]}, scale{k.scale[c]}, shift{k.shift[c]}, grad_mean{k.grad_mean[c]},
+          slope{k.grad_slope[c]};
       grad_run<T>(a, offset, n, mean, scale, shift, grad_mean, slope,
                   mask_of<T>(a, row, l.spatial, position % l.spatial));
       for (int64_t i = 0; l.valid && i < n; ++i)
         if (!l.valid[position + i]) out[offset + i] = T{};
+    };
+    if (a.by_plane) {
+      for_each_plane_run(l, item, item + 1, run);
+      continue;
+    }
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
+      prefetch_run<true>(out + previous_offset(l, offset, n, position), n);
+      run(offset, n, position, item / l.parts());
     });
   }
 }

@@ -58,22 +58,69 @@ inline int64_t next_offset(const ChannelLayout& l, int64_t offset, int64_t n) {
   return offset + n + (n == kRun && l.spatial % kRun ? 0 : (l.channels - 1) * l.spatial);
 }
 
-template <class T>
-inline void prefetch_run(const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+// About where the run before this one lies.
+inline int64_t previous_offset(const ChannelLayout& l, int64_t offset, int64_t n, int64_t position) {
+  return offset - n - (position % l.spatial ? 0 : (l.channels - 1) * l.spatial);
 }
 
-// Columns: the rows and columns of one item.
+// kWrite: the lines are about to be written.
+template <bool kWrite = false, class T>
+inline void prefetch_run(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, kWrite, 2);
+}
+
+// Planes in the order of memory, as (batch, channel): calls body(offset, n, position, channel) for the runs of planes
+// [begin, end). For what needs no sums over a channel.
+template <class Body>
+inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t plane = begin; plane < end; ++plane)
+    for (int64_t s = 0; s < l.spatial; s += kRun)
+      body(plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels * l.spatial + s,
+           plane % l.channels);
+}
+
+// Columns: the rows and columns of one item. Where rows are short and all of them count, `fused` consecutive ones are
+// walked as one of `width` values, with the coefficients repeated: a row is then many vectors long.
 struct Tile {
-  int64_t block, row_begin, row_end, column, n;
-  Tile(const ChannelLayout& l, int64_t item) {
+  int64_t block, row_begin, row_end, column, n, fused, width;
+  explicit Tile(const ChannelLayout& l, int64_t item, bool may_fuse = true) {
     block = item / l.tiles();
     row_begin = block * l.rows_per_item();
     row_end = std::min(row_begin + l.rows_per_item(), l.batch);
     column = item % l.tiles() * kTile;
     n = std::min(kTile, l.channels - column);
+    fused = may_fuse && !l.valid ? std::max<int64_t>(1, kTile / l.channels) : 1;
+    width = fused * n;
+  }
+  int64_t rows() const { return row_end - row_begin; }
+
+  // Calls body(row, count, n) for the steps of rows [begin, end): `count` rows from `row` on, n values.
+  template <class Body>
+  void for_each_step(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t r = begin; r < end; r += fused) {
+      const int64_t count = std::min(fused, end - r);
+      body(r, count, count * n);
+    }
+  }
+  // to[0, width) = from[0, n), repeated.
+  template <class A>
+  void repeat(const A* from, A* to) const {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    repeat_in_place(to);
+  }
+  template <class A>
+  void repeat_in_place(A* values) const {
+    for (int64_t i = n; i < width; ++i) values[i] = values[i - n];
+  }
+  // values[0, n) += the repetitions, in order.
+  template <class A>
+  void fold(A* values) const {
+    for (int64_t k = 1; k < fused; ++k)
+      for (int64_t i = 0; i < n; ++i) values[i] += values[k * n + i];
   }
 };
+
+constexpr int64_t kRowsAhead = 8;  // rows that are prefetched: a tile is a piece of each row, which no stream predicts
 
 // One coefficient for a whole run, where columns have an array of them.
 template <class A>
