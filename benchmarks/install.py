@@ -29,7 +29,7 @@ def _build() -> list[Row]:
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, tree / name)
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
-        for name in ("fused_ops", "csrc"):
+        for name in ("fused_ops", "csrc", "examples"):
             shutil.copytree(ROOT / name, tree / name, ignore=ignore)
         command = ["setup.py", "-q", "bdist_wheel", "--dist-dir", f"{scratch}/dist"]
         start = time.perf_counter()

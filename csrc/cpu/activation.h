@@ -27,6 +27,9 @@ inline float expm1_(float x) {
 }
 inline double expm1_(double x) { return std::expm1(x); }
 
+inline float magnitude(float x) { return std::fabs(x); }
+inline double magnitude(double x) { return std::fabs(x); }
+
 inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 inline double sigmoid_(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
@@ -100,12 +103,12 @@ inline A derivative(A z, A slope) {
   if constexpr (kind == Activation::gelu)
     return A(0.5) * (A(1) + erf_(z * kSqrtHalf<A>)) + z * kInvSqrt2Pi<A> * exp_(A(-0.5) * z * z);
   if constexpr (kind == Activation::tanh) {
-    const A t = tanh_(z);
-    return (A(1) - t) * (A(1) + t);
+    const A e = exp_(A(-2) * magnitude(z)), r = A(1) / (A(1) + e);  // no cancellation, where 1 - t^2 has one
+    return A(4) * e * r * r;
   }
   if constexpr (kind == Activation::sigmoid) {
-    const A s = sigmoid_(z);
-    return s * (A(1) - s);
+    const A e = exp_(-magnitude(z)), r = A(1) / (A(1) + e);
+    return e * r * r;
   }
   if constexpr (kind == Activation::hardswish) return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);
   return A(1);
