@@ -105,7 +105,7 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
   ForwardTensors out;
   const int64_t statistics = view.groups * channels, none = 0;
   const bool update = o.training && running_mean.has_value();
-  out.output = empty_like_huge(input);
+  out.output = empty_huge(kOp, input, input.strides());
   out.mean = empty(input, {&statistics, 1}, ScalarType::Double);
   out.invstd = empty(input, {&statistics, 1}, ScalarType::Double);
   out.new_mean =
@@ -202,9 +202,11 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
 
   BackwardTensors out;
   const ScalarType like = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
-  out.grad_input = o.need_input ? empty_like_huge(input) : empty(input, {&none, 1}, input.scalar_type());
+  out.grad_input =
+      o.need_input ? empty_huge(kOp, input, input.strides()) : empty(input, {&none, 1}, input.scalar_type());
   if (residual_ || o.need_residual)
-    out.grad_residual = o.need_residual ? empty_like_huge(input) : empty(input, {&none, 1}, input.scalar_type());
+    out.grad_residual =
+        o.need_residual ? empty_huge(kOp, input, input.strides()) : empty(input, {&none, 1}, input.scalar_type());
   out.grad_weight = empty(input, {o.need_params ? &channels : &none, 1}, like);
   out.grad_bias = empty(input, {o.need_params ? &channels : &none, 1}, like);
   if (channels == 0) return out;

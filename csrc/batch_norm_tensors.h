@@ -1,7 +1,5 @@
 // What the batch-norm ops need of tensors: their layout as the kernels see it, parameters as doubles, scratch memory.
 #pragma once
-#include <sys/mman.h>
-
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -16,7 +14,6 @@ namespace fused_ops {
 constexpr const char* kOp = "batch_norm";
 constexpr int64_t kGrainValues = 16384;  // per task: below this a second thread costs more than it saves
 constexpr int64_t kSmallPlane = 32;      // planes up to this many values are walked as columns
-constexpr size_t kHugeBytes = size_t{8} << 20;
 
 using MaybeTensor = std::optional<Tensor>;
 
@@ -82,19 +79,6 @@ inline void set_every_second(const Tensor& t, const double* from, int64_t n) {
 inline double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 inline const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 inline void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
-inline int64_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
-
-// Dense with the channel dimension last in memory (and not also contiguous).
-inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 3 || t.is_contiguous()) return false;
-  int64_t expected = t.size(1);
-  if (t.size(1) != 1 && t.stride(1) != 1) return false;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return t.size(0) == 1 || t.stride(0) == expected;
-}
 
 // A tensor of the input's shape and dtype in the input's memory layout: itself, or a copy.
 inline MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor& input) {
@@ -153,22 +137,6 @@ inline Activation activation_of(int64_t code) {
   if (code < 0 || code >= kActivations)
     raise(kOp, ": activation must be a code in [0, ", kActivations, "), got ", code);
   return static_cast<Activation>(code);
-}
-
-// A fresh tensor like `input`. A large one asks for huge pages before its first touch: page faults, not arithmetic, are
-// what it would cost.
-inline Tensor empty_like_huge(const Tensor& input) {
-  Tensor t = empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
-#if defined(MADV_HUGEPAGE)
-  const size_t bytes = static_cast<size_t>(t.numel() * element_size(float_dtype(kOp, "input", t)));
-  if (bytes >= kHugeBytes) {
-    constexpr uintptr_t page = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) / page * page;
-    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is no error
-  }
-#endif
-  return t;
 }
 
 // A tensor as the kernels walk it, cut along the batch into ghost batches.

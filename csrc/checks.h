@@ -1,10 +1,12 @@
 // What every op's checking file shares: dtype mapping, messages that show the value seen, and tensor plumbing.
 #pragma once
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -106,6 +108,48 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Dense with the channel dimension last in memory (and not also contiguous).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() < 3 || t.is_contiguous()) return false;
+  int64_t expected = t.size(1);
+  if (t.size(1) != 1 && t.stride(1) != 1) return false;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return t.size(0) == 1 || t.stride(0) == expected;
+}
+
+inline int64_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
+
+constexpr int64_t kHugeBytes = int64_t{8} << 20;
+
+// FUSED_OPS_HUGE_PAGES=0 turns the advice off, to measure what it is worth.
+inline bool huge_pages_wanted() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("FUSED_OPS_HUGE_PAGES");
+    return value == nullptr || value[0] != '0';
+  }();
+  return wanted;
+}
+
+// A fresh tensor of the shape and strides of `input`. A large one asks for huge pages before its first touch: page
+// faults, not arithmetic, are what it would cost.
+inline Tensor empty_huge(const char* op, const Tensor& input, torch::headeronly::IntHeaderOnlyArrayRef strides) {
+  Tensor t = empty_strided(input, input.sizes(), strides, input.scalar_type());
+#if defined(MADV_HUGEPAGE)
+  const int64_t bytes = t.numel() * element_size(float_dtype(op, "input", t));
+  if (bytes >= kHugeBytes && huge_pages_wanted()) {
+    constexpr uintptr_t page = 4096;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t begin = (start + page - 1) / page * page;
+    const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is no error
+  }
+#endif
+  return t;
+}
 
 inline double scalar_value(const Tensor& t) {
   const void* p = t.const_data_ptr();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -40,6 +41,8 @@ RowLayout layout_of(const Tensor& t) {
   RowLayout l{t.size(0), 1, t.size(1), t.stride(0), 0, t.stride(1)};
   for (int64_t d = 2; d < t.dim(); ++d) l.spatial *= t.size(d);
   if (t.dim() > 2) l.spatial_stride = t.stride(t.dim() - 1);
+  if (l.spatial == 1 && l.batch_stride == 1 && l.class_stride != 1)  // a transposed matrix: its rows are adjacent
+    std::swap(l.batch, l.spatial), std::swap(l.batch_stride, l.spatial_stride);
   return l;
 }
 
@@ -60,17 +63,20 @@ int64_t rows_per_block(const RowLayout& l) {
   return std::clamp<int64_t>(kGrainElements / std::max<int64_t>(l.classes, 1), 1, 1024);
 }
 
-[[noreturn]] void raise_bad_target(const Tensor& target, int64_t row) {
+int64_t target_value(const Tensor& target, int64_t row) {
   const void* p = target.const_data_ptr();
-  int64_t value = 0;
   switch (target_type(target)) {
-    case TargetType::int64: value = static_cast<const int64_t*>(p)[row]; break;
-    case TargetType::int32: value = static_cast<const int32_t*>(p)[row]; break;
-    case TargetType::int16: value = static_cast<const int16_t*>(p)[row]; break;
-    case TargetType::int8: value = static_cast<const int8_t*>(p)[row]; break;
-    case TargetType::uint8: value = static_cast<const uint8_t*>(p)[row]; break;
+    case TargetType::int64: return static_cast<const int64_t*>(p)[row];
+    case TargetType::int32: return static_cast<const int32_t*>(p)[row];
+    case TargetType::int16: return static_cast<const int16_t*>(p)[row];
+    case TargetType::int8: return static_cast<const int8_t*>(p)[row];
+    case TargetType::uint8: return static_cast<const uint8_t*>(p)[row];
   }
-  raise_index_error("Target ", value, " is out of bounds.");
+  return -1;
+}
+
+[[noreturn]] void raise_bad_target(const Tensor& target, int64_t row) {
+  raise_index_error("Target ", target_value(target, row), " is out of bounds.");
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
@@ -114,8 +120,33 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   return {loss, lse, total};
 }
 
-Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
-                              const Tensor& total, int64_t ignore_index, int64_t reduction) {
+// A channels_last gradient for channels_last logits, else a contiguous one.
+Tensor grad_like(const Tensor& input) {
+  if (is_channels_last(input)) return empty_huge(kOp, input, input.strides());
+  int64_t strides[kMaxDims], next = 1;
+  for (int64_t d = input.dim(); d-- > 0;) {
+    strides[d] = next;
+    next *= std::max<int64_t>(input.size(d), 1);
+  }
+  return empty_huge(kOp, input, {strides, static_cast<size_t>(input.dim())});
+}
+
+// Whether no two elements share memory, for the layouts that can be walked in place.
+bool each_element_alone(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < reach) return false;
+    reach = stride * size;
+  }
+  return true;
+}
+
+Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
+                const Tensor& total, int64_t ignore_index, int64_t reduction, bool in_place) {
   check_input_and_target(input_, target_, reduction);
   check_cpu(kOp, "grad_loss", grad_loss_);
   check_cpu(kOp, "lse", lse_);
@@ -131,10 +162,15 @@ Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, co
   else
     check_numel(kOp, "grad_loss", grad_loss_, 1);
 
+  if (in_place && !(spatial_is_one_dim(input_) && (input_.numel() == 0 || each_element_alone(input_))))
+    raise(kOp,
+          ": inplace_backward needs logits whose elements do not share memory, and whose dimensions behind the "
+          "classes are dense, got shape ",
+          shape_of(input_));
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
   const Tensor target = dense(target_), lse = dense(lse_), grad_loss = dense(grad_loss_);
   const DType dtype = float_dtype(kOp, "input", input);
-  Tensor grad = empty(input, input.sizes(), input.scalar_type());
+  Tensor grad = in_place ? input : grad_like(input);
   double scale = 1;
   if (mode != Reduction::none) scale = scalar_value(grad_loss);
   if (mode == Reduction::mean) scale /= scalar_value(total);
@@ -149,6 +185,10 @@ Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, co
                                   scale,
                                   grad.mutable_data_ptr(),
                                   layout_of(grad)};
+  if (in_place) {  // nothing may be written if any target is bad
+    const int64_t bad = FUSED_OPS_SELECT(cross_entropy_bad_target)(args.targets, layout.rows(), layout.classes);
+    if (bad >= 0) raise_bad_target(target, bad);
+  }
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_backward);
   std::atomic<int64_t> bad_row{-1};
   torch::stable::parallel_for(0, layout.rows(), rows_per_block(layout), [&](int64_t begin, int64_t end) {
@@ -157,6 +197,16 @@ Tensor cross_entropy_backward(const Tensor& grad_loss_, const Tensor& input_, co
   });
   if (bad_row >= 0) raise_bad_target(target, bad_row);
   return grad;
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& lse,
+                              const Tensor& total, int64_t ignore_index, int64_t reduction) {
+  return backward(grad_loss, input, target, lse, total, ignore_index, reduction, false);
+}
+
+void cross_entropy_backward_(const Tensor& grad_loss, Tensor input, const Tensor& target, const Tensor& lse,
+                             const Tensor& total, int64_t ignore_index, int64_t reduction) {
+  backward(grad_loss, input, target, lse, total, ignore_index, reduction, true);
 }
 
 }  // namespace
@@ -169,9 +219,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
       "int ignore_index, int reduction) -> Tensor");
+  m.def(
+      "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor lse, Tensor total, "
+      "int ignore_index, int reduction) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
 }

@@ -14,6 +14,8 @@ struct RowLayout {
   int64_t batch, spatial, classes;
   int64_t batch_stride, spatial_stride, class_stride;  // in elements
   int64_t rows() const { return batch * spatial; }
+  bool adjacent_classes() const { return class_stride == 1; }
+  bool adjacent_rows() const { return class_stride != 1 && spatial_stride == 1; }
   int64_t offset(int64_t row) const { return (row / spatial) * batch_stride + (row % spatial) * spatial_stride; }
 };
 
@@ -53,6 +55,8 @@ struct CrossEntropyBackward {
 };
 
 FUSED_OPS_PER_ISA(void cross_entropy_forward(const CrossEntropyForward& args, int64_t begin_block, int64_t end_block))
+// The first row whose target is neither a class nor ignore_index, or -1.
+FUSED_OPS_PER_ISA(int64_t cross_entropy_bad_target(const Targets& targets, int64_t rows, int64_t classes))
 FUSED_OPS_PER_ISA(int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin_row, int64_t end_row))
 
 }  // namespace fused_ops

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
-from fused_ops.reference import _activation
+from fused_ops.reference import _activation, empty_output
 from fused_ops.reference import batch_norm as reference
 from fused_ops.reference.batch_norm import Options, Saved
 
@@ -40,7 +40,7 @@ def _fake_act_forward(
         for r in (running_mean, running_var)
     )
     bits = reference.mask_bytes(input) if reference.has_mask(residual, valid, activation) else 0
-    return reference.empty_output(input), mean, invstd, new_mean, new_var, input.new_empty((bits,), dtype=torch.uint8)
+    return empty_output(input), mean, invstd, new_mean, new_var, input.new_empty((bits,), dtype=torch.uint8)
 
 
 def _fake_act_backward(
@@ -65,7 +65,7 @@ def _fake_act_backward(
     kind = reference.param_dtype(input, weight, bias)
     grad_weight, grad_bias = (input.new_empty((input.size(1) if need_params else 0,), dtype=kind) for _ in range(2))
     grad_input, grad_residual = (
-        reference.empty_output(input) if need else input.new_empty(0) for need in (need_input, need_residual)
+        empty_output(input) if need else input.new_empty(0) for need in (need_input, need_residual)
     )
     return grad_input, grad_residual, grad_weight, grad_bias
 

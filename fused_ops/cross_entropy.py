@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
 from fused_ops.reference import cross_entropy as reference
+from fused_ops.reference import empty_output
 
 _REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -25,7 +27,11 @@ def _fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: i
 def _fake_backward(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> Tensor:
-    return input.new_empty(input.shape)
+    return empty_output(input)
+
+
+def _fake_backward_(*_: Any) -> None:
+    return None
 
 
 _forward_op = register(
@@ -39,6 +45,12 @@ _backward_op = register(
     "int ignore_index, int reduction) -> Tensor",
     reference.backward,
     _fake_backward,
+)
+_backward_inplace_op = register(
+    "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor lse, Tensor total, "
+    "int ignore_index, int reduction) -> ()",
+    reference.backward_,
+    _fake_backward_,
 )
 
 
@@ -75,16 +87,29 @@ class CrossEntropyBackwardFunction(FusedFunction):
         )
 
 
+def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
+    if torch.is_grad_enabled() or _transforms_active():
+        raise RuntimeError(
+            "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
+            "transform; expected inplace_backward=False for those"
+        )
+    gradient = input.detach()
+    _backward_inplace_op(grad_loss, gradient, *rest)
+    increment_version(input)
+    return gradient
+
+
 class CrossEntropyFunction(FusedFunction):
     """(loss, lse, total); only the loss is differentiable."""
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> Any:
+    def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int, inplace_backward: bool) -> Any:
         return _forward_op(input, target, ignore_index, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, ctx.ignore_index, ctx.reduction = inputs
+        input, target, ctx.ignore_index, ctx.reduction, ctx.inplace_backward = inputs
         _, lse, total = output
         ctx.mark_non_differentiable(lse, total)
         save(ctx, input, target, lse, total)
@@ -92,11 +117,13 @@ class CrossEntropyFunction(FusedFunction):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
         if grad_loss is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
+        if ctx.inplace_backward:
+            return _inplace_gradient(*args), None, None, None, None
         if torch.is_grad_enabled() or _transforms_active():
-            return CrossEntropyBackwardFunction.apply(*args), None, None, None
-        return _backward_op(*args), None, None, None
+            return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
+        return _backward_op(*args), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, *_: Any) -> Any:
@@ -134,7 +161,25 @@ def _check(input: Tensor, target: Tensor, reduction: str) -> None:
     raise RuntimeError(f"cross_entropy: expected target of shape {list(want)}, got {list(target.shape)}")
 
 
-def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+def _check_inplace(input: Tensor) -> None:
+    if torch.compiler.is_compiling() or _transforms_active():
+        raise RuntimeError(
+            "cross_entropy: inplace_backward=True is for eager autograd, not for torch.compile or torch.func"
+        )
+    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy: inplace_backward=True overwrites input, which must not be a leaf that requires grad"
+        )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
+) -> Tensor:
     """Cross-entropy between logits and class indices, as ``torch.nn.functional.cross_entropy``.
 
     Args:
@@ -143,6 +188,8 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
             int8 or uint8.
         ignore_index: Target value whose rows count neither in the loss nor in the gradient.
         reduction: ``"none"``, ``"mean"`` (over the rows that count) or ``"sum"``.
+        inplace_backward: Lets the backward write the gradient over ``input``, so that it needs no memory of its own.
+            Whatever else uses the logits after that backward raises, as does a second backward.
 
     Returns:
         The loss, in the dtype of ``input``: a scalar, or the shape of ``target`` for ``"none"``. The mean is NaN if no
@@ -150,7 +197,8 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
 
     Raises:
         ValueError: unknown ``reduction``, or batch sizes of input and target that differ.
-        RuntimeError: ``target`` of another dtype or shape.
+        RuntimeError: ``target`` of another dtype or shape; ``inplace_backward`` with a leaf, with elements that share
+            memory, with ``create_graph``, or under torch.compile and torch.func.
         IndexError: a target outside [0, classes) that is not ``ignore_index``.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
         TypeError: ``input`` or ``target`` is not a tensor.
@@ -166,5 +214,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     if input.dim() == 1 and target.dim() == 1:
         target = target.reshape(())
     function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
-    loss: Tensor = function.apply(input, target, ignore_index, _REDUCTIONS[reduction])[0]
+    if inplace_backward:
+        _check_inplace(input)
+    loss: Tensor = function.apply(input, target, ignore_index, _REDUCTIONS[reduction], inplace_backward)[0]
     return loss

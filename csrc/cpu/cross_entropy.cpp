@@ -4,7 +4,9 @@
 // Backward, per row: grad_x_j = (exp(x_j - lse) - [j == target]) * grad_loss.
 //
 // Memory: forward reads every logit once and writes 8 bytes per row (lse); backward reads every logit once and writes
-// every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax).
+// every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Three
+// walks: rows whose classes are adjacent (one register of classes at a time), rows that are adjacent themselves, as in
+// (batch, classes, height, width) (one register of rows at a time, a tile of rows in L2), and any strides, gathered.
 //
 // Stability: the sum is taken over classes other than the target, relative to the running maximum, so that a confident
 // right row keeps its loss (log1p of the rest) and the target's gradient is minus the sum of the others instead of
@@ -14,7 +16,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "simd.h"
+#include "cross_entropy_walks.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
@@ -31,120 +33,123 @@ int64_t target_at(const Targets& t, int64_t row) {
   return -1;
 }
 
-// Online log-sum-exp with the sum of the classes other than the target kept apart.
-template <class A>
-struct OnlineSum {
-  A max = -std::numeric_limits<A>::infinity();
-  double others = 0;  // sum over j != target of exp(x_j - max)
+// The targets of up to kRowTile rows: a class, or kIgnored.
+struct TargetTile {
+  int64_t target[kRowTile];
+  int64_t count = 0;     // rows of them that are not ignored
+  int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
 
-  void add(const A* x, int64_t n, int64_t target, A chunk_max) {
-    if (!(chunk_max <= max)) {  // larger, or NaN
-      others *= max == -std::numeric_limits<A>::infinity() ? 0.0 : static_cast<double>(exp_(max - chunk_max));
-      max = chunk_max;
-    }
-    if (max == -std::numeric_limits<A>::infinity()) return;  // nothing but -inf so far
-    if (target >= 0 && target < n) {
-      others += static_cast<double>(sum_exp(x, target, max)) + sum_exp(x + target + 1, n - target - 1, max);
-    } else {
-      others += sum_exp(x, n, max);
+  TargetTile(const Targets& t, int64_t begin, int64_t n, int64_t classes) {
+    for (int64_t r = 0; r < n; ++r) {
+      target[r] = target_at(t, begin + r);
+      if (target[r] == t.ignore_index) {
+        target[r] = kIgnored;
+      } else if (target[r] < 0 || target[r] >= classes) {
+        bad_row = begin + r;
+        return;
+      } else {
+        ++count;
+      }
     }
   }
 };
 
+// Rows from `row` on that one step takes: not beyond `end`, nor beyond a batch entry where rows are walked in
+// registers.
+int64_t rows_of_step(const RowLayout& l, int64_t row, int64_t end, int64_t element_bytes) {
+  int64_t n = std::min(kRowTile, end - row);
+  if (l.adjacent_classes()) return n;
+  const int64_t fit = kTileBytes / std::max<int64_t>(1, l.classes * element_bytes) / kWidth * kWidth;
+  n = std::min(n, std::max(fit, kWidth));
+  return std::min(n, l.spatial - row % l.spatial);
+}
+
 template <class T>
-double row_forward(const T* logits, int64_t stride, int64_t classes, int64_t target, double* lse) {
-  using A = acc_t<T>;
-  A buffer[kChunk];
-  OnlineSum<A> sum;
-  for (int64_t c = 0; c < classes; c += kChunk) {
-    const int64_t n = std::min(kChunk, classes - c);
-    const A* x = load_chunk(logits + c * stride, stride, n, buffer);
-    sum.add(x, n, target - c, max_of(x, n));
+void step_forward(const CrossEntropyForward& a, int64_t row, int64_t n, const int64_t* target, RowSums& sums) {
+  const T* logits = static_cast<const T*>(a.logits) + a.layout.offset(row);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (a.layout.adjacent_rows()) return lanes_sums(logits, a.layout.class_stride, a.layout.classes, n, target, sums);
   }
-  const double max = sum.max;
-  const double x_target = to_acc(logits[target * stride]);
-  const double below = x_target - max;  // NaN for a row of only -inf and for +inf, as in PyTorch
-  *lse = max == -std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::quiet_NaN()
-                                                         : max + std::log(sum.others + std::exp(below));
-  return std::log1p(below == 0 ? sum.others : sum.others + std::expm1(below)) - below;
+  for (int64_t r = 0; r < n; ++r) {
+    if (target[r] == kIgnored) continue;
+    const T* x = static_cast<const T*>(a.logits) + a.layout.offset(row + r);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (a.layout.adjacent_classes()) {
+        row_sums(x, a.layout.classes, target[r], &sums.max[r], &sums.others[r], &sums.below[r]);
+        continue;
+      }
+    }
+    strided_row_sums(x, a.layout.class_stride, a.layout.classes, target[r], &sums.max[r], &sums.others[r],
+                     &sums.below[r]);
+  }
 }
 
 template <class T>
 void forward_block(const CrossEntropyForward& a, int64_t block) {
   const int64_t begin = block * a.block_rows, end = std::min(begin + a.block_rows, a.layout.rows());
   BlockResult result{0.0, 0, -1};
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = target_at(a.targets, row);
-    double loss = 0;
-    if (target == a.targets.ignore_index) {
-      a.lse[row] = 0;  // never read: an ignored row's gradient is zero whatever its logits
-    } else if (target < 0 || target >= a.layout.classes) {
-      result.bad_row = row;
+  RowSums sums;
+  double loss[kRowTile];
+  for (int64_t row = begin, n = 0; row < end; row += n) {
+    n = rows_of_step(a.layout, row, end, sizeof(T));
+    const TargetTile targets(a.targets, row, n, a.layout.classes);
+    if (targets.bad_row >= 0) {
+      result.bad_row = targets.bad_row;
       break;
-    } else {
-      loss = row_forward(static_cast<const T*>(a.logits) + a.layout.offset(row), a.layout.class_stride,
-                         a.layout.classes, target, a.lse + row);
-      result.loss_sum += loss;
-      ++result.count;
     }
-    if (a.loss) store(static_cast<T*>(a.loss) + row, static_cast<acc_t<T>>(loss));
+    for (int64_t r = 0; r < n; ++r) sums.max[r] = sums.others[r] = sums.below[r] = 0;
+    step_forward<T>(a, row, n, targets.target, sums);
+    sums.finish<std::is_same_v<T, double>>(n, a.lse + row, loss);
+    for (int64_t r = 0; r < n; ++r) {
+      if (targets.target[r] == kIgnored) a.lse[row + r] = loss[r] = 0;  // lse never read: its gradient is zero
+      result.loss_sum += loss[r];
+    }
+    result.count += targets.count;
+    for (int64_t r = 0; a.loss && r < n; ++r) store(static_cast<T*>(a.loss) + row + r, static_cast<acc_t<T>>(loss[r]));
   }
   a.blocks[block] = result;
 }
 
 template <class T>
-void row_backward(const CrossEntropyBackward& a, int64_t row, int64_t target) {
-  using A = acc_t<T>;
-  const int64_t stride = a.layout.class_stride, grad_stride = a.grad_layout.class_stride;
-  const T* logits = static_cast<const T*>(a.logits) + a.layout.offset(row);
-  T* grad = static_cast<T*>(a.grad_logits) + a.grad_layout.offset(row);
-  const double scale_d = a.grad_loss ? static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row])) : a.scale;
-  const A scale = static_cast<A>(scale_d);
-  const A high = static_cast<A>(a.lse[row]);  // lse = high + low: x - high is exact where it matters
-  const A low = static_cast<A>(a.lse[row] - static_cast<double>(high));
-  A in[kChunk], out[kChunk];
-  double sum = 0, p_target = 0;
-  for (int64_t c = 0; c < a.layout.classes; c += kChunk) {
-    const int64_t n = std::min(kChunk, a.layout.classes - c);
-    const A* x = load_chunk(logits + c * stride, stride, n, in);
-    A lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) {
-        const A p = exp_((x[i + l] - high) - low);
-        lanes[l] += p;
-        out[i + l] = p * scale;
+void step_backward(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target) {
+  const T* logits = static_cast<const T*>(a.logits);
+  T* grads = static_cast<T*>(a.grad_logits);
+  const RowLayout &l = a.layout, &g = a.grad_layout;
+  const auto scale_of = [&](int64_t r) {
+    return a.grad_loss ? static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row + r])) : a.scale;
+  };
+  if constexpr (!std::is_same_v<T, double>) {
+    if (l.adjacent_rows() && g.adjacent_rows()) {
+      double scale[kRowTile];
+      for (int64_t r = 0; r < n; ++r) scale[r] = scale_of(r);
+      return lanes_backward(logits + l.offset(row), l.class_stride, grads + g.offset(row), g.class_stride, l.classes, n,
+                            target, a.lse + row, scale);
+    }
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const T* x = logits + l.offset(row + r);
+    T* grad = grads + g.offset(row + r);
+    if (target[r] == kIgnored) {
+      for (int64_t c = 0; c < l.classes; ++c) store(grad + c * g.class_stride, acc_t<T>(0));
+      continue;
+    }
+    if constexpr (!std::is_same_v<T, double>) {
+      if (l.adjacent_classes() && g.adjacent_classes()) {
+        row_backward(x, grad, l.classes, target[r], a.lse[row + r], scale_of(r));
+        continue;
       }
     }
-    for (int64_t l = 0; i + l < n; ++l) {
-      const A p = exp_((x[i + l] - high) - low);
-      lanes[l] += p;
-      out[i + l] = p * scale;
-    }
-    if (target >= c && target < c + n) {
-      p_target = exp_((x[target - c] - high) - low);
-      lanes[(target - c) % kLanes] -= static_cast<A>(p_target);
-    }
-    for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
-    store_chunk(grad + c * grad_stride, grad_stride, n, out);
+    strided_row_backward(x, l.class_stride, grad, g.class_stride, l.classes, target[r], a.lse[row + r], scale_of(r));
   }
-  const double residual = p_target < 0.5 ? p_target - 1.0 : -sum;
-  store(grad + target * grad_stride, static_cast<A>(residual * scale_d));
 }
 
 template <class T>
 int64_t backward_rows(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = target_at(a.targets, row);
-    if (target == a.targets.ignore_index) {
-      T* grad = static_cast<T*>(a.grad_logits) + a.grad_layout.offset(row);
-      for (int64_t c = 0; c < a.layout.classes; ++c) store(grad + c * a.grad_layout.class_stride, acc_t<T>(0));
-    } else if (target < 0 || target >= a.layout.classes) {
-      return row;
-    } else {
-      row_backward<T>(a, row, target);
-    }
+  for (int64_t row = begin, n = 0; row < end; row += n) {
+    n = std::min(rows_of_step(a.layout, row, end, sizeof(T)), rows_of_step(a.grad_layout, row, end, sizeof(T)));
+    const TargetTile targets(a.targets, row, n, a.layout.classes);
+    if (targets.bad_row >= 0) return targets.bad_row;
+    step_backward<T>(a, row, n, targets.target);
   }
   return -1;
 }
@@ -160,6 +165,14 @@ void cross_entropy_forward(const CrossEntropyForward& args, int64_t begin_block,
       case DType::float16: forward_block<float16_t>(args, block); break;
     }
   }
+}
+
+int64_t cross_entropy_bad_target(const Targets& targets, int64_t rows, int64_t classes) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t target = target_at(targets, row);
+    if (target != targets.ignore_index && (target < 0 || target >= classes)) return row;
+  }
+  return -1;
 }
 
 int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin_row, int64_t end_row) {

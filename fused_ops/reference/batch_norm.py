@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample, _activation
+from fused_ops.reference import Sample, _activation, empty_output, is_channels_last
 
 SMALL_PLANE = 32  # planes up to this many values are walked, and masked, as columns
 
@@ -68,13 +68,6 @@ def group_size(batch: int, groups: int) -> int:
 def group_count(batch: int, groups: int) -> int:
     """Ghost batches that a batch is cut into: ``groups``, or fewer if the batch is small."""
     return max(1, -(-batch // group_size(batch, groups)))
-
-
-def is_channels_last(input: Tensor) -> bool:
-    """Dense with the channel dimension last in memory, and not also contiguous."""
-    if input.dim() < 3 or input.is_contiguous():
-        return False
-    return input.movedim(1, -1).is_contiguous()
 
 
 def _mask_rows(input: Tensor) -> tuple[int, int]:
@@ -352,11 +345,6 @@ def act_forward(
     if valid is not None:
         y = torch.where(_keep(valid, input).bool(), y, 0.0)
     return empty_output(input).copy_(y), mean, invstd, new_mean, new_var, mask
-
-
-def empty_output(input: Tensor) -> Tensor:
-    """Uninitialised, of the input's shape and dtype: channels_last for a channels_last input, else contiguous."""
-    return torch.empty_like(input) if is_channels_last(input) else input.new_empty(input.shape)
 
 
 def _statistics(

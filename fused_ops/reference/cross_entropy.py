@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample
+from fused_ops.reference import Sample, empty_output
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -75,12 +75,20 @@ def backward(
     dim = class_dim(input)
     valid, safe = split_targets(input, target, ignore_index)
     if input.size(dim) == 0:
-        return torch.zeros_like(input, memory_format=torch.contiguous_format)
+        return empty_output(input).zero_()
     p = (input.double() - lse.unsqueeze(dim)).exp()
+    p = p / p.sum(dim, keepdim=True)  # what a double cannot hold beside a large lse
     p = p.scatter_add(dim, safe.unsqueeze(dim), -torch.ones_like(p).narrow(dim, 0, 1))
     scale = row_scale(grad_loss.double(), total, valid, reduction).unsqueeze(dim)
     grad = torch.where(valid.unsqueeze(dim), p * scale, 0.0)
-    return grad.to(input.dtype).contiguous()
+    return empty_output(input).copy_(grad)
+
+
+def backward_(
+    grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
+) -> None:
+    """``backward``, written over the logits."""
+    input.copy_(backward(grad_loss, input, target, lse, total, ignore_index, reduction))
 
 
 def _residual(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

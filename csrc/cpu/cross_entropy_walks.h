@@ -1,0 +1,283 @@
+// One row, or one tile of adjacent rows, of cross-entropy: what cross_entropy.cpp walks over.
+#pragma once
+#include <algorithm>
+
+#include "../cross_entropy.h"
+#include "vector.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+constexpr int64_t kRowTile = 256;                 // rows whose logarithms are taken together
+constexpr int64_t kTileBytes = int64_t{1} << 17;  // logits of a tile of adjacent rows: read from memory once
+constexpr int64_t kClassesPerFold = 8;            // terms that are added in float before they are folded into double
+constexpr int64_t kIgnored = -1;
+
+// Per row: the maximum, the sum of exp(x_j - max) over the classes but the target, and x_target - max.
+struct RowSums {
+  double max[kRowTile], others[kRowTile], below[kRowTile];
+
+  // lse and loss. kExact for float64, where float's exponential is not enough.
+  template <bool kExact>
+  void finish(int64_t n, double* lse, double* loss) const {
+    if constexpr (kExact) {
+      for (int64_t r = 0; r < n; ++r) {
+        const double rest = below[r] == 0 ? others[r] : others[r] + std::expm1(below[r]);
+        const double log_sum = std::log1p(rest);
+        lse[r] = max[r] + log_sum, loss[r] = log_sum - below[r];
+      }
+    } else {
+#pragma omp simd
+      for (int64_t r = 0; r < n; ++r) {
+        // below < 0: the maximum is among the others, which are 1 at least
+        const double target = static_cast<double>(exp_(static_cast<float>(below[r])));
+        const double log_sum = log1p_(below[r] == 0 ? others[r] : (others[r] - 1.0) + target);
+        lse[r] = max[r] + log_sum, loss[r] = log_sum - below[r];
+      }
+    }
+  }
+};
+
+// ---- classes adjacent in memory: a register of classes at a time
+
+template <class T>
+float max_of_row(const T* x, int64_t n) {  // -inf for NaN: the sum finds those
+  float_vec m[4];
+  for (auto& v : m) v = splat(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int64_t k = 0; k < 4; ++k) m[k] = max_vec(load_vec(x + i + k * kWidth), m[k]);
+  for (; i + kWidth <= n; i += kWidth) m[0] = max_vec(load_vec(x + i), m[0]);
+  if (i < n) m[1] = max_vec(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), m[1]);
+  return reduce_max(max_vec(max_vec(m[0], m[1]), max_vec(m[2], m[3])));
+}
+
+// sum of exp(x - shift), without the class `target` if kExcept.
+template <bool kExcept, class T>
+float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target) {
+  float_vec s[4] = {};
+  const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
+  int_vec at = iota();
+  const auto term = [&](float_vec v) {
+    float_vec e = exp_vec(v - shift);
+    if constexpr (kExcept) e = at == wanted ? float_vec{} : e, at += static_cast<int32_t>(kWidth);
+    return e;
+  };
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int64_t k = 0; k < 4; ++k) s[k] += term(load_vec(x + i + k * kWidth));
+  for (; i + kWidth <= n; i += kWidth) s[0] += term(load_vec(x + i));
+  if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+template <class T>
+void row_sums(const T* x, int64_t classes, int64_t target, double* max_out, double* others_out, double* below) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  float max = kNone;
+  double others = 0;
+  for (int64_t c = 0; c < classes; c += kChunk) {
+    const int64_t n = std::min(kChunk, classes - c);
+    const float chunk_max = max_of_row(x + c, n);
+    if (chunk_max > max) {
+      others *= max == kNone ? 0.0 : static_cast<double>(exp_(max - chunk_max));
+      max = chunk_max;
+    }
+    const float shift = max == kNone ? 0.0f : max;
+    const bool here = target >= c && target < c + n;
+    others += static_cast<double>(here ? sum_exp_of_row<true>(x + c, n, shift, target - c)
+                                       : sum_exp_of_row<false>(x + c, n, shift, 0));
+  }
+  *max_out = max, *others_out = others;
+  *below = static_cast<double>(to_acc(x[target])) - max;  // NaN for a row of only -inf and for +inf, as in PyTorch
+}
+
+// lse = high + low in the accumulator: x - high is exact where it matters. Where a double cannot hold lse to what p
+// needs (always for float64, beyond kFar for the others: there high is the maximum itself), low is found again.
+constexpr double kFar = 268435456.0;
+
+template <class T>
+struct SplitLse {
+  using A = acc_t<T>;
+  A high, low;
+
+  SplitLse(const T* x, int64_t stride, int64_t classes, double lse)
+      : high(static_cast<A>(lse)), low(static_cast<A>(lse - static_cast<double>(high))) {
+    if (!std::is_same_v<T, double> && !(std::fabs(lse) >= kFar)) return;
+    double sum = 0;
+    for (int64_t c = 0; c < classes; ++c) sum += static_cast<double>(exp_(to_acc(x[c * stride]) - high));
+    low = static_cast<A>(std::log(sum));
+  }
+};
+
+// The target's gradient over the upstream one: p - 1, or minus the others' p where that would cancel.
+inline double target_residual(double p, double others) { return p < 0.5 ? p - 1.0 : -others; }
+
+// grad[0, n) = exp(x - lse) * scale; returns the sum of the exponentials but the target's, if kSum.
+template <bool kSum, class T>
+float grads_of_row(const T* x, T* grad, int64_t n, float high, float low, float scale, int64_t target) {
+  float_vec s[2] = {};
+  const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
+  int_vec at = iota();
+  const auto step = [&](float_vec v, float_vec& sum) {
+    const float_vec p = exp_vec((v - high) - low);
+    if constexpr (kSum) sum += at == wanted ? float_vec{} : p, at += static_cast<int32_t>(kWidth);
+    return p * scale;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    store_vec(grad + i, step(load_vec(x + i), s[0]));
+    store_vec(grad + i + kWidth, step(load_vec(x + i + kWidth), s[1]));
+  }
+  for (; i < n; i += kWidth) {
+    const int64_t count = std::min(kWidth, n - i);
+    store_up_to(grad + i, count, step(load_up_to(x + i, count, -std::numeric_limits<float>::infinity()), s[0]));
+  }
+  return kSum ? reduce_add(s[0] + s[1]) : 0.0f;
+}
+
+// In place where grad is x.
+template <class T>
+void row_backward(const T* x, T* grad, int64_t classes, int64_t target, double lse, double scale) {
+  const auto [high, low] = SplitLse<T>(x, 1, classes, lse);
+  const double p_target = static_cast<double>(exp_((to_acc(x[target]) - high) - low));
+  const float factor = static_cast<float>(scale);
+  double others = 0;
+  if (p_target < 0.5)
+    grads_of_row<false>(x, grad, classes, high, low, factor, 0);
+  else
+    for (int64_t c = 0; c < classes; c += kChunk)
+      others += static_cast<double>(grads_of_row<true>(x + c, grad + c, std::min(kChunk, classes - c), high, low,
+                                                       factor, target >= c && target < c + kChunk ? target - c : -1));
+  store(grad + target, static_cast<float>(target_residual(p_target, others) * scale));
+}
+
+// ---- rows adjacent in memory: a register of rows at a time. Lanes behind the last row hold anything finite.
+
+template <class T>
+void lanes_sums(const T* x, int64_t stride, int64_t classes, int64_t rows, const int64_t* target, RowSums& out) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  alignas(64) float max[kRowTile];
+  alignas(64) int32_t wanted[kRowTile];
+  const int64_t padded = (rows + kWidth - 1) / kWidth * kWidth;
+  for (int64_t r = 0; r < padded; ++r)
+    max[r] = kNone, wanted[r] = r < rows ? static_cast<int32_t>(target[r]) : static_cast<int32_t>(kIgnored);
+  for (int64_t c = 0; c < classes; ++c)
+    for (int64_t r = 0; r < rows; r += kWidth)
+      store_vec(max + r, max_vec(load_up_to(x + c * stride + r, std::min(kWidth, rows - r), kNone), load_vec(max + r)));
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const int64_t n = std::min(kWidth, rows - r);
+    float_vec shift = load_vec(max + r);
+    shift = shift == kNone ? float_vec{} : shift;
+    const int_vec t = load_bits<int_vec>(wanted + r);
+    double others[kWidth] = {};
+    for (int64_t begin = 0; begin < classes; begin += kClassesPerFold) {
+      const int64_t end = std::min(begin + kClassesPerFold, classes);
+      float_vec sum{};
+      for (int64_t c = begin; c < end; ++c) {
+        const float_vec e = exp_vec(load_up_to(x + c * stride + r, n, kNone) - shift);
+        sum += t == static_cast<int32_t>(c) ? float_vec{} : e;
+      }
+      for (int64_t l = 0; l < kWidth; ++l) others[l] += static_cast<double>(sum[l]);
+    }
+    for (int64_t l = 0; l < n; ++l) {
+      if (target[r + l] == kIgnored) continue;
+      out.max[r + l] = max[r + l], out.others[r + l] = others[l];
+      out.below[r + l] = static_cast<double>(to_acc(x[target[r + l] * stride + r + l])) - max[r + l];
+    }
+  }
+}
+
+// In place where grad is x.
+template <class T>
+void lanes_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, int64_t classes, int64_t rows,
+                    const int64_t* target, const double* lse, const double* scale) {
+  alignas(64) float high[kRowTile], low[kRowTile], factor[kRowTile], sum[kRowTile] = {};
+  alignas(64) int32_t wanted[kRowTile];
+  double p_target[kRowTile], others[kRowTile] = {};
+  const int64_t padded = (rows + kWidth - 1) / kWidth * kWidth;
+  for (int64_t r = 0; r < padded; ++r) {
+    const bool counts = r < rows && target[r] != kIgnored;
+    high[r] = low[r] = 0;
+    if (counts) {
+      const SplitLse<T> split(x + r, stride, classes, lse[r]);
+      high[r] = split.high, low[r] = split.low;
+    }
+    factor[r] = counts ? static_cast<float>(scale[r]) : 0.0f;
+    wanted[r] = counts ? static_cast<int32_t>(target[r]) : static_cast<int32_t>(kIgnored);
+    if (counts) p_target[r] = static_cast<double>(exp_((to_acc(x[target[r] * stride + r]) - high[r]) - low[r]));
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    for (int64_t r = 0; r < rows; r += kWidth) {
+      const int64_t n = std::min(kWidth, rows - r);
+      const float_vec v = load_up_to(x + c * stride + r, n, 0.0f);
+      const int_vec t = load_bits<int_vec>(wanted + r);
+      const float_vec p = exp_vec((v - load_vec(high + r)) - load_vec(low + r));
+      store_vec(sum + r, load_vec(sum + r) + (t == static_cast<int32_t>(c) ? float_vec{} : p));
+      const float_vec g = p * load_vec(factor + r);
+      store_up_to(grad + c * grad_stride + r, n, t == static_cast<int32_t>(kIgnored) ? float_vec{} : g);
+    }
+    if (c % kClassesPerFold == kClassesPerFold - 1 || c == classes - 1)
+      for (int64_t r = 0; r < rows; ++r) others[r] += static_cast<double>(sum[r]), sum[r] = 0;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    if (target[r] != kIgnored)
+      store(grad + target[r] * grad_stride + r, static_cast<float>(target_residual(p_target[r], others[r]) * scale[r]));
+}
+
+// ---- any strides, and float64
+
+template <class T>
+void strided_row_sums(const T* x, int64_t stride, int64_t classes, int64_t target, double* max_out, double* others_out,
+                      double* below) {
+  using A = acc_t<T>;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  A buffer[kChunk], max = kNone;
+  double others = 0;
+  for (int64_t c = 0; c < classes; c += kChunk) {
+    const int64_t n = std::min(kChunk, classes - c);
+    const A* v = load_chunk(x + c * stride, stride, n, buffer);
+    const A chunk_max = max_of(v, n);
+    if (!(chunk_max <= max)) {  // larger, or NaN
+      others *= max == kNone ? 0.0 : static_cast<double>(exp_(max - chunk_max));
+      max = chunk_max;
+    }
+    if (max == kNone) continue;  // nothing but -inf so far
+    const int64_t t = target - c;
+    if (t >= 0 && t < n)
+      others += static_cast<double>(sum_exp(v, t, max)) + static_cast<double>(sum_exp(v + t + 1, n - t - 1, max));
+    else
+      others += static_cast<double>(sum_exp(v, n, max));
+  }
+  *max_out = max, *others_out = others;
+  *below = static_cast<double>(to_acc(x[target * stride])) - static_cast<double>(max);
+}
+
+template <class T>
+void strided_row_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, int64_t classes, int64_t target,
+                          double lse, double scale_d) {
+  using A = acc_t<T>;
+  const A scale = static_cast<A>(scale_d);
+  const auto [high, low] = SplitLse<T>(x, stride, classes, lse);
+  A in[kChunk], out[kChunk];
+  double others = 0, p_target = 0;
+  for (int64_t c = 0; c < classes; c += kChunk) {
+    const int64_t n = std::min(kChunk, classes - c), t = target - c;
+    const A* v = load_chunk(x + c * stride, stride, n, in);
+    A lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const A p = exp_((v[i] - high) - low);
+      if (i == t)
+        p_target = static_cast<double>(p);
+      else
+        lanes[i % kLanes] += p;
+      out[i] = p * scale;
+    }
+    for (int64_t l = 0; l < kLanes; ++l) others += static_cast<double>(lanes[l]);
+    store_chunk(grad + c * grad_stride, grad_stride, n, out);
+  }
+  store(grad + target * grad_stride, static_cast<A>(target_residual(p_target, others) * scale_d));
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops

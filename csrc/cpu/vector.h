@@ -1,0 +1,221 @@
+// One register of floats of this file's ISA, with the compiler's own operators: for the loops whose registers must not
+// be left to chance. Loads and stores convert the 16-bit types.
+#pragma once
+#include <cstring>
+
+#include "simd.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+// log(1 + x) for finite x >= 0 (or NaN) to about 1 ulp: 1 + x = m 2^e, m in [sqrt(1/2), sqrt(2)), and the series of
+// log m = 2 atanh((m - 1) / (m + 1)) to its 23rd power; what 1 + x rounds away is added back to first order.
+inline double log1p_(double x) {
+  const double u = 1.0 + x;
+  const double lost = x - (u - 1.0);
+  const uint64_t bits = bit_copy<uint64_t>(u);
+  const uint64_t e_bits = (bits - 0x3fe6a09e667f3bcdu) >> 52;
+  const double m = bit_copy<double>(bits - (e_bits << 52));
+  const double e = bit_copy<double>(e_bits | 0x4330000000000000u) - 4503599627370496.0;
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  double poly = 1.0 / 23;
+  poly = poly * z + 1.0 / 21;
+  poly = poly * z + 1.0 / 19;
+  poly = poly * z + 1.0 / 17;
+  poly = poly * z + 1.0 / 15;
+  poly = poly * z + 1.0 / 13;
+  poly = poly * z + 1.0 / 11;
+  poly = poly * z + 1.0 / 9;
+  poly = poly * z + 1.0 / 7;
+  poly = poly * z + 1.0 / 5;
+  poly = poly * z + 1.0 / 3;
+  const double log_m = 2.0 * s + 2.0 * s * (z * poly);
+  const double result = e * 0.693147180369123816490 + (e * 1.90821492927058770002e-10 + (log_m + lost / u));
+  return x != x ? x : result;
+}
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <class E>
+struct vec_of {
+  typedef E type __attribute__((vector_size(kVectorBytes)));
+};
+template <class E>
+using vec_t = typename vec_of<E>::type;
+using float_vec = vec_t<float>;
+constexpr int64_t kWidth = kVectorBytes / 4;
+
+inline float_vec splat(float v) { return float_vec{} + v; }
+// b where either is NaN.
+inline float_vec max_vec(float_vec a, float_vec b) { return a > b ? a : b; }
+
+template <class V, class E>
+inline V load_bits(const E* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline float_vec load_vec(const float* p) { return load_bits<float_vec>(p); }
+inline float_vec load_vec(const bfloat16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_copy<float_vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_copy<float_vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  return float_vec{to_acc(p[0]), to_acc(p[1]), to_acc(p[2]), to_acc(p[3])};
+#endif
+}
+inline float_vec load_vec(const float16_t* p) {
+#if defined(__AVX512F__)
+  return bit_copy<float_vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_copy<float_vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return float_vec{to_acc(p[0]), to_acc(p[1]), to_acc(p[2]), to_acc(p[3])};
+#endif
+}
+
+inline void store_vec(float* p, float_vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store_vec(bfloat16_t* p, float_vec v) {
+#if defined(__AVX2__)
+  using bits_vec = vec_t<uint32_t>;
+  const bits_vec u = bit_copy<bits_vec>(v);
+  const bits_vec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bits_vec out = (v != v) ? (bits_vec{} + 0x7fc0u) : rounded;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_copy<__m512i>(out)));
+#else
+  const __m256i wide = bit_copy<__m256i>(out);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#endif
+#else
+  for (int64_t l = 0; l < kWidth; ++l) store(p + l, v[l]);
+#endif
+}
+inline void store_vec(float16_t* p, float_vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_copy<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_copy<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t l = 0; l < kWidth; ++l) store(p + l, v[l]);
+#endif
+}
+
+// exp_ for a register, for x below 88; -inf gives 0, NaN gives NaN.
+inline float_vec exp_vec(float_vec x) {
+  x = x < -110.0f ? splat(-110.0f) : x;
+  const float_vec shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float_vec n = shifted - 12582912.0f;
+  float_vec r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  float_vec poly = r * 1.3888889e-3f + 8.3333337e-3f;
+  poly = poly * r + 4.1666668e-2f;
+  poly = poly * r + 1.6666667e-1f;
+  poly = poly * r + 0.5f;
+  poly = poly * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return bit_copy<float_vec>(_mm512_scalef_ps(bit_copy<__m512>(poly), bit_copy<__m512>(n)));
+#else
+  using bits_vec = vec_t<int32_t>;
+  const bits_vec k = bit_copy<bits_vec>(shifted) - 0x4b400000;
+  const bits_vec half = k >> 1;
+  return poly * bit_copy<float_vec>((half + 127) << 23) * bit_copy<float_vec>((k - half + 127) << 23);
+#endif
+}
+
+using int_vec = vec_t<int32_t>;
+
+inline int_vec iota() {
+  int_vec v;
+  for (int64_t l = 0; l < kWidth; ++l) v[l] = static_cast<int32_t>(l);
+  return v;
+}
+
+// The first n < kWidth values, and `fill` behind them.
+template <class T>
+inline float_vec load_tail(const T* p, int64_t n, float fill) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);
+  const __m512 rest = _mm512_set1_ps(fill);
+  if constexpr (sizeof(T) == 4) {
+    return bit_copy<float_vec>(_mm512_mask_loadu_ps(rest, mask, p));
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
+    if constexpr (std::is_same_v<T, float16_t>)
+      return bit_copy<float_vec>(_mm512_mask_cvtph_ps(rest, mask, bits));
+    else
+      return bit_copy<float_vec>(
+          _mm512_mask_mov_ps(rest, mask, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))));
+  }
+#else
+  float buffer[kWidth];
+  for (int64_t l = 0; l < kWidth; ++l) buffer[l] = fill;
+  for (int64_t l = 0; l < n; ++l) buffer[l] = to_acc(p[l]);
+  return load_vec(buffer);
+#endif
+}
+
+template <class T>
+inline void store_tail(T* p, int64_t n, float_vec v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), bit_copy<__m512>(v));
+    return;
+  }
+#endif
+  T buffer[kWidth];
+  store_vec(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Load or store of n <= kWidth values.
+template <class T>
+inline float_vec load_up_to(const T* p, int64_t n, float fill) {
+  return n == kWidth ? load_vec(p) : load_tail(p, n, fill);
+}
+template <class T>
+inline void store_up_to(T* p, int64_t n, float_vec v) {
+  if (n == kWidth)
+    store_vec(p, v);
+  else
+    store_tail(p, n, v);
+}
+
+inline float reduce_add(float_vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bit_copy<__m512>(v));
+#else
+  float lanes[kWidth];
+  store_vec(lanes, v);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+#endif
+}
+inline float reduce_max(float_vec v) {  // of values without NaN
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bit_copy<__m512>(v));
+#else
+  float lanes[kWidth];
+  store_vec(lanes, v);
+  for (int64_t l = 1; l < kWidth; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+  return lanes[0];
+#endif
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops
