@@ -77,12 +77,23 @@ def speedup(ours: Row, rival: Row) -> float:
 
 
 def best(folder: Path) -> tuple[str, Tables] | None:
-    """The full suite's tables of a machine, or else the quick one's."""
-    for suite in ("full", "quick"):
-        path = folder / f"{suite}.json"
-        if path.exists():
-            return suite, load(path)
-    return None
+    """What is known of a machine: the full suite's rows, and the quick one's for what the full one has not run."""
+    found = {
+        suite: load(folder / f"{suite}.json") for suite in ("full", "quick") if (folder / f"{suite}.json").exists()
+    }
+    if len(found) < 2:
+        return next(iter(found.items()), None)
+    return "quick and full", _merged(found["full"], found["quick"])
+
+
+def _merged(full: Tables, quick: Tables) -> Tables:
+    """``full``, with the rows of ``quick`` for each op and part that it has not, and for rivals that did not run."""
+    done = {(r["op"], r["part"]) for r in full["timings"]}
+    merged = {name: rows or quick.get(name, []) for name, rows in {**quick, **full}.items()}
+    merged["timings"] = full["timings"] + [r for r in quick["timings"] if (r["op"], r["part"]) not in done]
+    ran = {r["rival"]: r for r in full["rivals"] + [r for r in quick["rivals"] if r["status"] == "ran"]}
+    merged["rivals"] = list(ran.values())
+    return merged
 
 
 def machines(root: Path = RESULTS) -> list[Path]:
