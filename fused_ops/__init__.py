@@ -9,6 +9,8 @@ from fused_ops._batch_norm_modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fused_ops._cross_entropy_modules import CrossEntropyLoss
+from fused_ops._cross_entropy_options import CrossEntropyOutput
 from fused_ops.batch_norm import batch_norm
 from fused_ops.cross_entropy import cross_entropy
 
@@ -17,6 +19,8 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits against class indices: public function, autograd Functions, fake kernels."""
+"""Cross-entropy: the public function, and the fused op of class indices with its Functions and fake kernels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fused_ops._cross_entropy_options import Numbers, autocast_to_float32, prepare, reduced_loss
+from fused_ops._cross_entropy_rows import refuse_inplace_transforms
 from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
 from fused_ops.reference import cross_entropy as reference
 from fused_ops.reference import empty_output
 
 _REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
+_NUMBERS = (float, int)  # not a tensor, which might want a gradient
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -89,11 +92,7 @@ class CrossEntropyBackwardFunction(FusedFunction):
 
 def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
     """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
-    if torch.is_grad_enabled() or _transforms_active():
-        raise RuntimeError(
-            "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
-            "transform; expected inplace_backward=False for those"
-        )
+    refuse_inplace_transforms()
     gradient = input.detach()
     _backward_inplace_op(grad_loss, gradient, *rest)
     increment_version(input)
@@ -172,49 +171,120 @@ def _check_inplace(input: Tensor) -> None:
         )
 
 
+def _is_plain(input: Tensor, target: object) -> bool:
+    """Whether the fused op of class indices alone will do: no class probabilities, no autocast to float32."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return not isinstance(target, (tuple, list))  # _check says what is wrong
+    if target.shape == input.shape and input.dim():
+        return False
+    return input.dtype.itemsize != 2 or not autocast_to_float32(input)
+
+
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
-    *,
+    target: Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | float],
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    class_mask: Tensor | None = None,
+    empty: str = "nan",
+    loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
-) -> Tensor:
-    """Cross-entropy between logits and class indices, as ``torch.nn.functional.cross_entropy``.
+    return_outputs: bool = False,
+) -> Any:
+    """Cross-entropy between logits and a target: ``torch.nn.functional.cross_entropy``, and more.
 
     Args:
         input: Logits, (classes), (rows, classes) or (rows, classes, d1, ...); float32, float64, bfloat16 or float16.
-        target: Class indices in [0, classes), the shape of ``input`` without its class dimension; int64, int32, int16,
-            int8 or uint8.
-        ignore_index: Target value whose rows count neither in the loss nor in the gradient.
-        reduction: ``"none"``, ``"mean"`` (over the rows that count) or ``"sum"``.
+        target: Class indices in [0, classes), of the shape of ``input`` without its class dimension; int64, int32,
+            int16, int8 or uint8. Or class probabilities, floating-point, of the shape of ``input``. Or a pair
+            (indices, probabilities) of one shape, k of them in the place of the classes: the probabilities of k
+            classes, zero for the rest. Or mixup's (target_a, target_b, lam): two tensors of class indices and the
+            share of the first, a number or a tensor of their shape (or of its first dimension).
+        weight: (classes,) factor of each class, of the dtype of ``input``. Differentiable, except with class indices.
+        size_average: Deprecated, as in PyTorch.
+        ignore_index: Class index whose rows count neither in the loss nor in the gradient; of (indices,
+            probabilities) and of mixup it drops the one index.
+        reduce: Deprecated, as in PyTorch.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. The mean is over the rows that count, weighted by the class
+            weights of their indices; over all rows for class probabilities.
+        label_smoothing: In [0, 1], the share of the target that is spread evenly over the (allowed) classes.
+        z_loss: Adds ``z_loss * lse**2`` to each row that counts, lse being the log-sum-exp of its logits.
+        logit_scale: Multiplies the logits (an inverse temperature).
+        softcap: Then bounds them: ``softcap * tanh(logits / softcap)``.
+        token_weight: A factor of each row, of the shape of the loss without reduction; also in the mean's denominator.
+            Differentiable.
+        normalizer: Replaces the mean's denominator, to accumulate gradients over batches. Differentiable.
+        class_mask: bool, (classes,) or the shape of ``input``; a class that is False has probability 0, whatever its
+            logit, and gradient 0.
+        empty: The mean where nothing counts: ``"nan"`` as PyTorch, ``"zero"``, or ``"raise"`` (reads the denominator).
+        loss_dtype: Of the loss, computed in float32 or more in any case. Default: PyTorch's, the dtype of ``input``
+            (of class probabilities too, if wider; float32 for 16-bit logits under autocast).
         inplace_backward: Lets the backward write the gradient over ``input``, so that it needs no memory of its own.
             Whatever else uses the logits after that backward raises, as does a second backward.
+        return_outputs: Returns a ``CrossEntropyOutput`` (loss, lse, prediction, correct, target_log_probability,
+            entropy, z_loss), all from the same pass over the logits.
 
     Returns:
-        The loss, in the dtype of ``input``: a scalar, or the shape of ``target`` for ``"none"``. The mean is NaN if no
-        row counts.
+        The loss: a scalar, or the shape of ``input`` without its class dimension for ``"none"``.
 
     Raises:
-        ValueError: unknown ``reduction``, or batch sizes of input and target that differ.
-        RuntimeError: ``target`` of another dtype or shape; ``inplace_backward`` with a leaf, with elements that share
-            memory, with ``create_graph``, or under torch.compile and torch.func.
-        IndexError: a target outside [0, classes) that is not ``ignore_index``.
+        ValueError: unknown ``reduction`` or ``empty``; batch sizes of input and target that differ; ``normalizer``
+            without the mean; a number out of its range; nothing counts and ``empty="raise"``.
+        RuntimeError: a tensor of another dtype or shape than said above; ``label_smoothing`` above 1; ``weight`` that
+            requires grad with class indices; ``ignore_index`` of a class with class probabilities;
+            ``inplace_backward`` with a leaf, with elements that share memory, with ``create_graph``, or under
+            torch.compile and torch.func.
+        IndexError: a class index outside [0, classes) that is not ``ignore_index``.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
-        TypeError: ``input`` or ``target`` is not a tensor.
+        TypeError: something that must be a tensor or a number is none.
 
     Note:
         16-bit logits are computed in float32 and rounded once. Each row's loss and gradient depend on that row alone,
-        whatever the number of threads. Twice differentiable; the gradient of ignored rows is zero even where their
+        whatever the number of threads. Differentiable any number of times; beyond class indices alone the second
+        derivative is plain PyTorch, and so is torch.func.grad. The gradient of ignored rows is zero even where their
         logits are not finite.
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """
-    _check(input, target, reduction)
-    if input.dim() == 1 and target.dim() == 1:
-        target = target.reshape(())
-    function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
-    if inplace_backward:
+    if (
+        weight is None
+        and not label_smoothing
+        and token_weight is None
+        and class_mask is None
+        and softcap is None
+        and loss_dtype is None
+        and normalizer is None
+        and size_average is None
+        and reduce is None
+        and type(z_loss) in _NUMBERS
+        and not z_loss
+        and not return_outputs
+        and type(logit_scale) in _NUMBERS
+        and logit_scale == 1
+        and empty == "nan"
+        and _is_plain(input, target)
+    ):
+        _check(input, target, reduction)  # type: ignore[arg-type]
+        if inplace_backward:
+            _check_inplace(input)
+        if input.dim() == 1 and target.dim() == 1:  # type: ignore[union-attr]
+            target = target.reshape(())  # type: ignore[union-attr]
+        function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
+        return function.apply(input, target, ignore_index, _REDUCTIONS[reduction], inplace_backward)[0]
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
-    loss: Tensor = function.apply(input, target, ignore_index, _REDUCTIONS[reduction], inplace_backward)[0]
-    return loss
+    numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
+    call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype)
+    return reduced_loss(call, reduction, normalizer, empty, inplace_backward, return_outputs)

@@ -16,22 +16,12 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cross_entropy_targets.h"
 #include "cross_entropy_walks.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
-
-int64_t target_at(const Targets& t, int64_t row) {
-  switch (t.type) {
-    case TargetType::int64: return static_cast<const int64_t*>(t.data)[row];
-    case TargetType::int32: return static_cast<const int32_t*>(t.data)[row];
-    case TargetType::int16: return static_cast<const int16_t*>(t.data)[row];
-    case TargetType::int8: return static_cast<const int8_t*>(t.data)[row];
-    case TargetType::uint8: return static_cast<const uint8_t*>(t.data)[row];
-  }
-  return -1;
-}
 
 // The targets of up to kRowTile rows: a class, or kIgnored.
 struct TargetTile {

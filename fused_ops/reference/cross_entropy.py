@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.reference import Sample, empty_output
+from fused_ops.reference._cross_entropy_samples import option_samples
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -189,4 +190,4 @@ def samples() -> list[Sample]:
             target.view(-1)[-1] = 7
         name = f"{list(shape)} {reduction}, {str(dtype).removeprefix('torch.')} target"
         found.append(Sample(name, (input, target), options))
-    return found
+    return found + option_samples()

@@ -1,0 +1,298 @@
+"""Cross-entropy's options in plain PyTorch, row by row: the reference of the kernels, and every higher derivative.
+
+For one row of logits x with u = softcap * tanh(logit_scale * x / softcap), its target distribution t over the allowed
+classes (a class index is a t of one 1) and class weights w::
+
+    q_j  = w_j * ((1 - label_smoothing) * t_j + label_smoothing / allowed)
+    lse  = log sum_j exp(u_j)      p_j = exp(u_j - lse)      entropy = lse - sum_j p_j u_j
+    nll  = sum_j q_j (lse - u_j)
+
+and for upstream gradients g of nll, l of lse, h of entropy and r of the target's log-probability u_t - lse::
+
+    grad_u_j = p_j * (g * sum_k q_k + l - r - h * (log p_j + entropy)) - g * q_j + r * [j == t]
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops.reference import empty_output
+from fused_ops.reference.cross_entropy import acc_dtype, class_dim
+
+
+class RowOptions(NamedTuple):
+    """The numbers behind the tensors of a raw op's arguments, in their order."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    statistics: bool = False  # lse of ignored rows too; entropy, prediction and target log-probability
+
+
+class RowArgs(NamedTuple):
+    """The tensors that say what the loss of each row is."""
+
+    input: Tensor
+    indices: Tensor | None  # class indices, one a row; with probabilities several, in the dimension of the classes
+    probabilities: Tensor | None  # of the indices, or of all classes
+    weight: Tensor | None
+    class_mask: Tensor | None  # (classes,) or of the input's shape
+
+
+def along_classes(values: Tensor, input: Tensor) -> Tensor:
+    """(classes,) values, broadcastable to the input; what has the input's shape stays."""
+    if input.dim() < 2 or values.dim() > 1:
+        return values
+    return values.reshape(-1, *(1,) * (input.dim() - 2))
+
+
+def counted_rows(a: RowArgs, ignore_index: int) -> Tensor:
+    """Which rows have a target that is not ignored."""
+    dim = class_dim(a.input)
+    if a.indices is None:
+        return torch.ones((), dtype=torch.bool, device=a.input.device).expand(a.input.select(dim, 0).shape)
+    valid = a.indices != ignore_index
+    return valid if a.probabilities is None else valid.any(dim)
+
+
+class _Row:
+    """What every formula starts from: u and its slope, log p, q. Differentiable in all the floating-point tensors."""
+
+    def __init__(self, a: RowArgs, o: RowOptions, dtype: torch.dtype, quiet: Tensor | None = None) -> None:
+        self.a, self.o, self.dim = a, o, class_dim(a.input)
+        x = a.input.to(dtype)
+        if quiet is not None:
+            x = torch.where(quiet.unsqueeze(self.dim), 0.0, x)  # rows whose gradient is zero whatever they hold
+        scaled = x * o.logit_scale
+        self.slope = torch.full_like(scaled, o.logit_scale)
+        if o.softcap:
+            t = torch.tanh(scaled / o.softcap)
+            scaled, self.slope = o.softcap * t, o.logit_scale * (1 - t * t)
+        self.allowed = None if a.class_mask is None else along_classes(a.class_mask, a.input).expand_as(x)
+        if self.allowed is not None:
+            scaled = torch.where(self.allowed, scaled, -math.inf)
+            self.slope = torch.where(self.allowed, self.slope, 0.0)
+        self.u = scaled
+        self.log_p = scaled.log_softmax(self.dim)
+        # where it is a factor: a masked class, whose log p is -inf for good, has the derivative 0
+        self.log_p_allowed = self.log_p if self.allowed is None else torch.where(self.allowed, self.log_p, 0.0)
+        self.valid = counted_rows(a, o.ignore_index)
+
+    def scatter(self, values: Tensor | None) -> Tensor:
+        """Values of the indices (1 for None, 0 where ignored), on all classes."""
+        indices = self.a.indices
+        assert indices is not None
+        if self.a.probabilities is None:
+            indices = indices.unsqueeze(self.dim)
+        valid = indices != self.o.ignore_index
+        safe = torch.where(valid, indices, 0).long()
+        one = torch.ones((), dtype=self.u.dtype, device=self.u.device)
+        source = torch.where(valid, one if values is None else values.to(self.u.dtype), 0.0)
+        return torch.zeros_like(self.u).scatter_add(self.dim, safe, source)
+
+    def distribution(self, values: Tensor | None, share: float) -> Tensor:
+        """(1 - label_smoothing) * values on all classes, plus ``share`` of the smoothing's mass."""
+        dense = self.scatter(values) if self.a.indices is not None else values.to(self.u.dtype)  # type: ignore[union-attr]
+        if self.o.label_smoothing == 0:
+            return dense
+        dense = dense * (1 - self.o.label_smoothing)
+        if not share:
+            return dense
+        if self.allowed is None:
+            spread = torch.full((), 1 / max(self.u.size(self.dim), 1), dtype=dense.dtype, device=dense.device)
+        else:
+            spread = self.allowed.to(dense.dtype) / self.allowed.sum(self.dim, keepdim=True).clamp(min=1)
+        return dense + share * spread
+
+    def weighted(self, distribution: Tensor, weight: Tensor | None) -> Tensor:
+        """The distribution times the class weights, 0 in ignored rows."""
+        if weight is not None:
+            distribution = distribution * along_classes(weight.to(distribution.dtype), self.a.input)
+        return torch.where(self.valid.unsqueeze(self.dim), distribution, 0.0)
+
+    def q(self) -> Tensor:
+        """The coefficients of -log p in nll."""
+        return self.weighted(self.distribution(self.a.probabilities, self.o.label_smoothing), self.a.weight)
+
+    def dot(self, q: Tensor, values: Tensor) -> Tensor:
+        """sum_j q_j values_j; a class that is off the target for good (masked, or not the index) adds nothing."""
+        off = q == 0
+        if self.a.indices is None or self.o.label_smoothing:
+            off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
+        return torch.where(off | ~self.valid.unsqueeze(self.dim), 0.0, q * values).sum(self.dim)
+
+    def neg_entropy_terms(self) -> tuple[Tensor, Tensor]:
+        """p and log p, with 0 for the logarithm of 0."""
+        return self.log_p.exp(), torch.where(self.log_p == -math.inf, 0.0, self.log_p)
+
+
+def _check_range(a: RowArgs, ignore_index: int) -> None:
+    if a.indices is None or a.indices.device.type != "cpu":
+        return
+    outside = (a.indices != ignore_index) & ((a.indices < 0) | (a.indices >= a.input.size(class_dim(a.input))))
+    if bool(outside.any()):
+        raise IndexError(f"Target {a.indices[outside].flatten()[0].item()} is out of bounds.")
+
+
+def forward(
+    input: Tensor,
+    indices: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse, mass, the target's weight, entropy, prediction and target log-probability of each row.
+
+    The mass is the sum of q, without a class index' own (1 - label_smoothing) * weight.
+    """
+    a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
+    _check_range(a, o.ignore_index)
+    row, dim = _Row(a, o, torch.float64), class_dim(input)
+    q, count = row.q(), row.valid.double()
+    lse = row.u.logsumexp(dim) + 0 * row.log_p.amax(dim) if input.size(dim) else count * 0  # NaN where no class is left
+    nll = row.dot(q, -row.log_p)
+    mass = q.sum(dim)
+    if indices is None:
+        target_weight = count
+    else:
+        target_weight = row.weighted(row.scatter(probabilities), weight).sum(dim)
+        mass = mass if probabilities is not None else mass - (1 - o.label_smoothing) * target_weight
+    empty, no_index = input.new_empty(0, dtype=torch.float64), input.new_empty(0, dtype=torch.int64)
+    if not o.statistics:
+        return nll, torch.where(row.valid, lse, 0.0), mass, target_weight, empty, no_index, empty.clone()
+    p, log_p = row.neg_entropy_terms()
+    entropy = -(p * log_p).sum(dim)
+    one = indices is not None and probabilities is None
+    log_probability = row.dot(row.scatter(None), row.log_p) if one else torch.zeros_like(nll)
+    prediction = row.u.argmax(dim) if input.size(dim) else torch.zeros_like(nll, dtype=torch.int64)
+    return nll, lse, mass, target_weight, entropy, prediction, log_probability
+
+
+class RowGrads(NamedTuple):
+    """Upstream gradients, one value per row each; None is zero."""
+
+    nll: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+    target_log_probability: Tensor | None
+
+
+def _quiet(g: RowGrads, valid: Tensor, statistics: bool) -> Tensor:
+    """Rows that are ignored and that nobody asks anything of."""
+    quiet = ~valid
+    for grad in (g.lse, g.entropy) if statistics else ():
+        if grad is not None:
+            quiet = quiet & (grad == 0)
+    return quiet
+
+
+def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, dtype: torch.dtype) -> Tensor:
+    """The gradient with respect to the logits; differentiable in every tensor."""
+    dim = class_dim(a.input)
+    if a.input.numel() == 0:
+        return a.input.to(dtype) * 0
+    row = _Row(a, o, dtype, _quiet(g, counted_rows(a, o.ignore_index), o.statistics))
+    p, log_p = row.neg_entropy_terms()
+
+    def each(grad: Tensor, counted: bool = True) -> Tensor:
+        grad = grad.to(dtype)
+        return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(dim)
+
+    grad_u = torch.zeros_like(p)
+    if g.nll is not None:
+        q = row.q()
+        grad_u = grad_u + each(g.nll) * (p * q.sum(dim, keepdim=True) - q)
+    if g.lse is not None:
+        grad_u = grad_u + each(g.lse, not o.statistics) * p
+    if g.entropy is not None:
+        entropy = -(p * log_p).sum(dim, keepdim=True)
+        grad_u = grad_u - each(g.entropy, not o.statistics) * p * (log_p + entropy)
+    if g.target_log_probability is not None and a.probabilities is None:
+        grad_u = grad_u + each(g.target_log_probability) * (row.scatter(None) - p)
+    grad = grad_u * row.slope
+    return grad if row.allowed is None else torch.where(row.allowed, grad, 0.0)
+
+
+def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
+    """The gradient with respect to the probabilities: -(1 - label_smoothing) * g * w_j * log p_j."""
+    assert g.nll is not None and a.probabilities is not None
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
+    each = torch.where(row.valid, g.nll.to(row.u.dtype), 0.0).unsqueeze(dim)
+    values = -(1 - o.label_smoothing) * row.log_p_allowed * each
+    if a.weight is not None:
+        values = values * along_classes(a.weight.to(values.dtype), a.input)
+    if a.indices is not None:
+        counts = a.indices != o.ignore_index
+        values = torch.where(counts, values.gather(dim, torch.where(counts, a.indices, 0).long()), 0.0)
+    return values.to(a.probabilities.dtype)
+
+
+def grad_weight(g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
+    """The gradient with respect to the class weights: the sum over rows of -g * t_j * log p_j."""
+    assert g.nll is not None and a.weight is not None
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
+    t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), None)
+    each = torch.where(row.valid, g.nll.to(t.dtype), 0.0).unsqueeze(dim)
+    values = -t * row.log_p_allowed * each
+    return values.movedim(dim, 0).reshape(values.size(dim), -1).sum(1).to(a.weight.dtype)
+
+
+def backward(
+    grad_nll: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_target_log_probability: Tensor | None,
+    input: Tensor,
+    indices: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    entropy: Tensor | None,
+    *options: float,
+) -> Tensor:
+    """The gradient with respect to the logits, in their dtype."""
+    a = RowArgs(input, indices, probabilities, weight, class_mask)
+    o = RowOptions(*options)  # type: ignore[arg-type]
+    _check_range(a, o.ignore_index)
+    g = RowGrads(grad_nll, grad_lse, grad_entropy, grad_target_log_probability)
+    return empty_output(input).copy_(grad_input(g, a, o, torch.float64))
+
+
+def backward_(*args: Tensor | float | None) -> None:
+    """``backward``, written over the logits."""
+    input = args[4]
+    assert isinstance(input, Tensor)
+    input.copy_(backward(*args))  # type: ignore[arg-type]
+
+
+def jvp(
+    a: RowArgs, o: RowOptions, input_t: Tensor | None, probabilities_t: Tensor | None, weight_t: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tangents of nll, lse, entropy and target log-probability."""
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
+    p, log_p = row.neg_entropy_terms()
+    u_t = torch.zeros_like(p) if input_t is None else row.slope * input_t.to(p.dtype)
+    lse_t = (p * u_t).sum(dim)
+    log_p_t = u_t - lse_t.unsqueeze(dim)
+    nll_t = -row.dot(row.q(), log_p_t)
+    if probabilities_t is not None:
+        q_t = row.weighted(row.distribution(probabilities_t, 0.0), a.weight)
+        nll_t = nll_t - (q_t * row.log_p_allowed).sum(dim)
+    if weight_t is not None:
+        q_t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), weight_t)
+        nll_t = nll_t - (q_t * row.log_p_allowed).sum(dim)
+    if not o.statistics:
+        return nll_t.double(), torch.where(row.valid, lse_t, 0.0).double(), None, None
+    entropy = -(p * log_p).sum(dim, keepdim=True)
+    entropy_t = -(p * (log_p + entropy) * u_t).sum(dim)
+    one = a.probabilities is None
+    target_t = row.dot(row.scatter(None), log_p_t) if one else torch.zeros_like(lse_t)
+    return nll_t.double(), lse_t.double(), entropy_t.double(), target_t.double()
