@@ -47,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
                                  block_rows,
                                  static_cast<double*>(lse.mutable_data_ptr()),
                                  reduction == 0 ? loss.mutable_data_ptr() : nullptr,
+                                 nullptr,
                                  results.data()};
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -98,11 +99,13 @@ Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& ta
                                   {target.const_data_ptr(), target_type(target), ignore_index},
                                   static_cast<const double*>(lse.const_data_ptr()),
                                   mode == Reduction::none ? grad_loss.const_data_ptr() : nullptr,
+                                  nullptr,
+                                  0,
                                   scale,
                                   grad.mutable_data_ptr(),
                                   layout_of(grad)};
   if (in_place) {  // nothing may be written if any target is bad
-    const int64_t bad = FUSED_OPS_SELECT(cross_entropy_bad_target)(args.targets, layout.rows(), layout.classes);
+    const int64_t bad = FUSED_OPS_SELECT(cross_entropy_bad_target)(args.targets, 0, layout.rows(), layout.classes);
     if (bad >= 0) raise_bad_target(target, bad);
   }
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_backward);

@@ -39,6 +39,7 @@ struct CrossEntropyForward {
   int64_t block_rows;
   double* lse;          // (rows,)
   void* loss;           // (rows,) of dtype, or null when the loss is reduced
+  double* row_loss;     // (rows,) the loss before it is rounded, or null
   BlockResult* blocks;  // (ceil(rows / block_rows),)
 };
 
@@ -47,16 +48,21 @@ struct CrossEntropyBackward {
   const void* logits;
   RowLayout layout;
   Targets targets;
-  const double* lse;      // (rows,)
-  const void* grad_loss;  // (rows,) of dtype, or null: every row's is `scale`
+  const double* lse;        // (rows,)
+  const void* grad_loss;    // (rows,) of dtype, or null: every row's is `scale`
+  const double* row_scale;  // takes the place of grad_loss, or null; its first entry is row row_scale_begin's
+  int64_t row_scale_begin;
   double scale;
   void* grad_logits;
   RowLayout grad_layout;
 };
 
 FUSED_OPS_PER_ISA(void cross_entropy_forward(const CrossEntropyForward& args, int64_t begin_block, int64_t end_block))
+// Any rows, outside the blocks.
+FUSED_OPS_PER_ISA(BlockResult cross_entropy_forward_rows(const CrossEntropyForward& args, int64_t begin_row,
+                                                         int64_t end_row))
 // The first row whose target is neither a class nor ignore_index, or -1.
-FUSED_OPS_PER_ISA(int64_t cross_entropy_bad_target(const Targets& targets, int64_t rows, int64_t classes))
+FUSED_OPS_PER_ISA(int64_t cross_entropy_bad_target(const Targets& targets, int64_t begin, int64_t end, int64_t classes))
 FUSED_OPS_PER_ISA(int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin_row, int64_t end_row))
 
 }  // namespace fused_ops

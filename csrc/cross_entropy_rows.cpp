@@ -270,7 +270,7 @@ Tensor rows_backward(bool in_place, const MaybeTensor& grad_nll, const MaybeTens
   args.grad_logits = grad.mutable_data_ptr();
   args.grad_layout = layout_beside(grad, p.input);
   if (in_place && p.indices) {  // nothing may be written if any target is bad
-    const int64_t bad = FUSED_OPS_SELECT(cross_entropy_bad_target)(p.rows.indices, p.indices->numel(), p.classes());
+    const int64_t bad = FUSED_OPS_SELECT(cross_entropy_bad_target)(p.rows.indices, 0, p.indices->numel(), p.classes());
     if (bad >= 0) raise_bad_target(*p.indices, bad);
   }
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_rows_backward);

@@ -75,8 +75,7 @@ void step_forward(const CrossEntropyForward& a, int64_t row, int64_t n, const in
 }
 
 template <class T>
-void forward_block(const CrossEntropyForward& a, int64_t block) {
-  const int64_t begin = block * a.block_rows, end = std::min(begin + a.block_rows, a.layout.rows());
+BlockResult forward_rows(const CrossEntropyForward& a, int64_t begin, int64_t end) {
   BlockResult result{0.0, 0, -1};
   RowSums sums;
   double loss[kRowTile];
@@ -93,11 +92,12 @@ void forward_block(const CrossEntropyForward& a, int64_t block) {
     for (int64_t r = 0; r < n; ++r) {
       if (targets.target[r] == kIgnored) a.lse[row + r] = loss[r] = 0;  // lse never read: its gradient is zero
       result.loss_sum += loss[r];
+      if (a.row_loss) a.row_loss[row + r] = loss[r];
     }
     result.count += targets.count;
     for (int64_t r = 0; a.loss && r < n; ++r) store(static_cast<T*>(a.loss) + row + r, static_cast<acc_t<T>>(loss[r]));
   }
-  a.blocks[block] = result;
+  return result;
 }
 
 template <class T>
@@ -106,6 +106,7 @@ void step_backward(const CrossEntropyBackward& a, int64_t row, int64_t n, const 
   T* grads = static_cast<T*>(a.grad_logits);
   const RowLayout &l = a.layout, &g = a.grad_layout;
   const auto scale_of = [&](int64_t r) {
+    if (a.row_scale) return a.row_scale[row + r - a.row_scale_begin];
     return a.grad_loss ? static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row + r])) : a.scale;
   };
   if constexpr (!std::is_same_v<T, double>) {
@@ -146,19 +147,25 @@ int64_t backward_rows(const CrossEntropyBackward& a, int64_t begin, int64_t end)
 
 }  // namespace
 
+BlockResult cross_entropy_forward_rows(const CrossEntropyForward& args, int64_t begin_row, int64_t end_row) {
+  switch (args.dtype) {
+    case DType::float32: return forward_rows<float>(args, begin_row, end_row);
+    case DType::float64: return forward_rows<double>(args, begin_row, end_row);
+    case DType::bfloat16: return forward_rows<bfloat16_t>(args, begin_row, end_row);
+    case DType::float16: return forward_rows<float16_t>(args, begin_row, end_row);
+  }
+  return {0.0, 0, -1};
+}
+
 void cross_entropy_forward(const CrossEntropyForward& args, int64_t begin_block, int64_t end_block) {
   for (int64_t block = begin_block; block < end_block; ++block) {
-    switch (args.dtype) {
-      case DType::float32: forward_block<float>(args, block); break;
-      case DType::float64: forward_block<double>(args, block); break;
-      case DType::bfloat16: forward_block<bfloat16_t>(args, block); break;
-      case DType::float16: forward_block<float16_t>(args, block); break;
-    }
+    const int64_t begin = block * args.block_rows, end = std::min(begin + args.block_rows, args.layout.rows());
+    args.blocks[block] = cross_entropy_forward_rows(args, begin, end);
   }
 }
 
-int64_t cross_entropy_bad_target(const Targets& targets, int64_t rows, int64_t classes) {
-  for (int64_t row = 0; row < rows; ++row) {
+int64_t cross_entropy_bad_target(const Targets& targets, int64_t begin, int64_t end, int64_t classes) {
+  for (int64_t row = begin; row < end; ++row) {
     const int64_t target = target_at(targets, row);
     if (target != targets.ignore_index && (target < 0 || target >= classes)) return row;
   }

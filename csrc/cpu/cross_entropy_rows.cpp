@@ -311,6 +311,10 @@ struct RowState {
     }
   }
 
+  static double exp_of(double x) {
+    return std::is_same_v<A, double> ? std::exp(x) : static_cast<double>(exp_(static_cast<float>(x)));
+  }
+
   static int64_t first_of(const A* u, int64_t n, A value) {
     int64_t i = 0;
     while (i + 1 < n && u[i] != value && !(value != value && u[i] != u[i])) ++i;
@@ -320,8 +324,8 @@ struct RowState {
   // log sum exp(u - max). `below` is the excluded class' u - max; not used if none is.
   double log_sum(bool excluded, double below) const {
     if (max == kNone) return std::numeric_limits<double>::quiet_NaN();  // no class left: as PyTorch
-    if (!excluded) return std::log1p(others - 1.0);
-    return std::log1p(below == 0 ? others : (others - 1.0) + std::exp(below));
+    const double rest = !excluded || below == 0 ? others - (excluded ? 0.0 : 1.0) : (others - 1.0) + exp_of(below);
+    return std::is_same_v<A, double> ? std::log1p(rest) : log1p_(rest);
   }
 };
 
@@ -547,14 +551,60 @@ struct Backward {
   }
 };
 
+// ---- class indices with nothing but class weights: the walks of cross_entropy.cpp, with a factor per row
+
+bool is_index_alone(const CrossEntropyRows& a) {
+  return !a.has_dense && !a.sparse && !a.has_mask && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 &&
+         !a.statistics;
+}
+
+double weight_of_row(const CrossEntropyRows& a, int64_t row) {
+  const int64_t t = target_at(a.indices, row);
+  if (t == a.indices.ignore_index) return 0;
+  if (!a.class_weight) return 1;
+  return a.dtype == DType::float64 ? static_cast<const double*>(a.class_weight)[t]
+                                   : static_cast<double>(static_cast<const float*>(a.class_weight)[t]);
+}
+
+int64_t index_alone_forward(const CrossEntropyRowsForward& args, int64_t begin, int64_t end) {
+  const CrossEntropyRows& a = args.rows;
+  const CrossEntropyForward plain{a.dtype, a.logits, a.layout, a.indices, 0, args.lse, nullptr, args.nll, nullptr};
+  const BlockResult result = cross_entropy_forward_rows(plain, begin, end);
+  if (result.bad_row >= 0) return result.bad_row;
+  for (int64_t row = begin; row < end; ++row) {
+    const double weight = weight_of_row(a, row);
+    args.mass[row] = 0, args.target_weight[row] = weight;
+    if (target_at(a.indices, row) != a.indices.ignore_index) args.nll[row] *= weight;
+  }
+  return -1;
+}
+
+int64_t index_alone_backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 512;
+  const CrossEntropyRows& a = args.rows;
+  const int64_t bad = cross_entropy_bad_target(a.indices, begin, end, a.layout.classes);
+  if (bad >= 0) return bad;
+  double scale[kRows];
+  for (int64_t row = begin, n = 0; row < end; row += n) {
+    n = std::min(kRows, end - row);
+    for (int64_t r = 0; r < n; ++r) scale[r] = args.grad_nll[row + r] * weight_of_row(a, row + r);
+    const CrossEntropyBackward plain{a.dtype, a.logits, a.layout, a.indices,        args.lse,        nullptr,
+                                     scale,   row,      1.0,      args.grad_logits, args.grad_layout};
+    cross_entropy_backward(plain, row, row + n);
+  }
+  return -1;
+}
+
 }  // namespace
 
 int64_t cross_entropy_rows_forward(const CrossEntropyRowsForward& args, int64_t begin, int64_t end) {
+  if (is_index_alone(args.rows)) return index_alone_forward(args, begin, end);
   if (args.rows.dtype == DType::float64) return Forward<double>(args).run(begin, end);
   return Forward<float>(args).run(begin, end);
 }
 
 int64_t cross_entropy_rows_backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
+  if (is_index_alone(args.rows) && args.grad_nll && !args.grad_lse) return index_alone_backward(args, begin, end);
   if (args.rows.dtype == DType::float64) return Backward<double>(args).run(begin, end);
   return Backward<float>(args).run(begin, end);
 }
