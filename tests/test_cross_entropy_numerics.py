@@ -1,6 +1,7 @@
 """Cross-entropy's values: the error rule over classes, layouts and dtypes; extremes, ISAs, batch splits, in place."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,20 @@ def test_inplace_reference_is_the_kernel():
     torch.ops.fused_ops.cross_entropy_backward_(torch.ones_like(loss), a, *args)
     reference.backward_(torch.ones_like(loss), b, *args)
     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif("FUSED_OPS_LARGE_TESTS" not in os.environ, reason="needs 10 GB; FUSED_OPS_LARGE_TESTS=1 runs it")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+def test_more_than_two_to_the_31_elements(options, layout):
+    rows, classes, copies = 1000, 32003, 70
+    base, target = torch.randn(rows, classes).bfloat16(), torch.randint(0, classes, (rows,))
+    assert rows * classes * copies > 2**31
+    x = base.repeat(copies, 1) if layout == "contiguous" else base.t().contiguous().repeat(1, copies).t()
+    expected = run(fused_ops.cross_entropy, base if layout == "contiguous" else x[:rows], target, None, **options)[1]
+    x.requires_grad_()
+    loss = fused_ops.cross_entropy(x * 1, target.repeat(copies), reduction="sum", inplace_backward=True, **options)
+    grad = torch.autograd.grad(loss, x)[0]
+    for copy in (0, 1, copies // 2, copies - 2, copies - 1):
+        part = grad[copy * rows : (copy + 1) * rows]
+        torch.testing.assert_close(part / rows, expected, rtol=2**-7, atol=1e-8)
