@@ -13,6 +13,7 @@ from fused_ops._cross_entropy_modules import CrossEntropyLoss
 from fused_ops._cross_entropy_options import CrossEntropyOutput
 from fused_ops.batch_norm import batch_norm
 from fused_ops.cross_entropy import cross_entropy
+from fused_ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LinearCrossEntropyLoss",
     "batch_norm",
     "cross_entropy",
     "fold",
+    "linear_cross_entropy",
 ]

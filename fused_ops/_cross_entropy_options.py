@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype, class_dim
 
+RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
 _REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 4096
 _EMPTY = ("nan", "zero", "raise")
@@ -245,7 +246,7 @@ def _counted(call: Call) -> Tensor | None:
     return valid if call.kind == "index" else valid.any(class_dim(call.args.input))
 
 
-def _sum(rows: Tensor) -> Tensor:
+def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
     if torch.compiler.is_compiling():  # where sizes may be symbols
         return rows.sum()
@@ -273,7 +274,27 @@ def _denominator(call: Call, target_weight: Tensor) -> Tensor:
         rows = torch.where(valid, shares, 0.0).sum(dim)
     if call.token_weight is not None:
         rows = rows * call.token_weight.double()
-    return _sum(rows)
+    return fixed_order_sum(rows)
+
+
+def row_scale(call: Call, reduction: str, normalizer: object, empty: str) -> Tensor:
+    """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: float64."""
+    check_reduction(reduction, normalizer, empty)
+    a, dim = call.args, class_dim(call.args.input)
+    if call.kind == "index":
+        assert a.indices is not None
+        valid = a.indices != call.options.ignore_index
+        weights = valid.double()
+        if a.weight is not None:
+            classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
+            weights = torch.where(valid, a.weight.double()[classes], 0.0)
+    else:
+        weights = torch.ones(a.input.select(dim, 0).shape, dtype=torch.float64, device=a.input.device)
+    scale = torch.ones_like(weights) if call.token_weight is None else call.token_weight.double()
+    if reduction == "sum":
+        return scale
+    denominator = _denominator(call, weights) if normalizer is None else _normalizer(normalizer, call)
+    return _mean(scale, denominator, empty) if isinstance(denominator, Tensor) else scale / denominator
 
 
 def _mean(total: Tensor, denominator: Tensor, empty: str) -> Tensor:
@@ -295,20 +316,23 @@ def _normalizer(value: object, call: Call) -> Tensor | float:
     return value.reshape(()).double()
 
 
-def reduced_loss(
-    call: Call, reduction: str, normalizer: object, empty: str, inplace_backward: bool, return_outputs: bool
-) -> Tensor | CrossEntropyOutput:
-    """Runs the rows and reduces them."""
+def check_reduction(reduction: str, normalizer: object, empty: str) -> None:
+    """Raises for a reduction that is none."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if empty not in _EMPTY:
         raise ValueError(f"cross_entropy: empty must be one of {_EMPTY}, got {empty!r}")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"cross_entropy: normalizer is for reduction='mean', got reduction={reduction!r}")
+
+
+def reduced_loss(
+    call: Call, reduction: str, normalizer: object, empty: str, return_outputs: bool, run: RunRows
+) -> Tensor | CrossEntropyOutput:
+    """Runs the rows and reduces them."""
+    check_reduction(reduction, normalizer, empty)
     options = call.options._replace(statistics=return_outputs)
-    nll, lse, _, target_weight, entropy, prediction, log_probability = cross_entropy_rows(
-        call.args, options, inplace_backward
-    )
+    nll, lse, _, target_weight, entropy, prediction, log_probability = run(call.args, options)
     denominator: Tensor | float | None = None
     if normalizer is not None:
         denominator = _normalizer(normalizer, call)
@@ -320,7 +344,7 @@ def reduced_loss(
             rows = rows * call.token_weight.double()
         if reduction == "none":
             return rows
-        total = _sum(rows)
+        total = fixed_order_sum(rows)
         if denominator is None:
             return total
         return _mean(total, denominator, empty) if isinstance(denominator, Tensor) else total / denominator

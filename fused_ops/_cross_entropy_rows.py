@@ -138,7 +138,7 @@ class _CompiledRowsFunction(CrossEntropyRowsFunction):
     jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
 
 
-def cross_entropy_rows(a: RowArgs, o: RowOptions, inplace_backward: bool) -> tuple[Tensor, ...]:
+def cross_entropy_rows(inplace_backward: bool, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
     """The Function's outputs."""
     function = _CompiledRowsFunction if torch.compiler.is_compiling() else CrossEntropyRowsFunction
     return function.apply(*a, *o, inplace_backward)  # type: ignore[no-any-return]

@@ -42,20 +42,24 @@ if missing_reason is not None:
     )
 
 
-def register(schema: str, reference: Callable[..., object], fake: Callable[..., object]) -> Callable[..., object]:
+def register(
+    schema: str, reference: Callable[..., object], fake: Callable[..., object], *, native: bool = True
+) -> Callable[..., object]:
     """Defines one raw op as far as the library has not, and returns it ready to be called.
 
     Args:
         schema: The op's schema, the same text as in ``csrc/<op>.cpp``.
         reference: Plain-PyTorch implementation; serves every device that has no kernel.
         fake: Implementation on shapes, strides and dtypes alone.
+        native: Whether the library defines the op; one that only strings other ops together is Python's.
     """
     name = schema.split("(", 1)[0]
-    if missing_reason is not None:
+    if missing_reason is not None or not native:
         _fragment.define(schema)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", fake, lib=_fragment)
-    _registered.append(name)
+    if native:
+        _registered.append(name)
     packet = getattr(torch.ops.fused_ops, name)
     return packet.default  # type: ignore[no-any-return]
 

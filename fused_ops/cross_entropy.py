@@ -1,145 +1,25 @@
-"""Cross-entropy: the public function, and the fused op of class indices with its Functions and fake kernels."""
+"""Cross-entropy: the public function."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fused_ops._cross_entropy_options import Numbers, autocast_to_float32, prepare, reduced_loss
-from fused_ops._cross_entropy_rows import refuse_inplace_transforms
-from fused_ops._function import FusedFunction, _transforms_active, save
-from fused_ops._library import register
-from fused_ops.reference import cross_entropy as reference
-from fused_ops.reference import empty_output
+from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
+from fused_ops._cross_entropy_rows import cross_entropy_rows
+from fused_ops._function import _transforms_active
 
-_REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = target.shape if reduction == reference.NONE else ()
-    lse = input.new_empty(target.shape, dtype=torch.float64)
-    return input.new_empty(shape), lse, input.new_empty((), dtype=torch.float64)
-
-
-def _fake_backward(
-    grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
-) -> Tensor:
-    return empty_output(input)
-
-
-def _fake_backward_(*_: Any) -> None:
-    return None
-
-
-_forward_op = register(
-    "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
-    "-> (Tensor loss, Tensor lse, Tensor total)",
-    reference.forward,
-    _fake_forward,
-)
-_backward_op = register(
-    "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
-    "int ignore_index, int reduction) -> Tensor",
-    reference.backward,
-    _fake_backward,
-)
-_backward_inplace_op = register(
-    "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor lse, Tensor total, "
-    "int ignore_index, int reduction) -> ()",
-    reference.backward_,
-    _fake_backward_,
-)
-
-
-class CrossEntropyBackwardFunction(FusedFunction):
-    """grad_input as a function of grad_loss and input, so that it can be differentiated again."""
-
-    @staticmethod
-    def forward(
-        grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
-    ) -> Any:
-        return _backward_op(grad_loss, input, target, lse, total, ignore_index, reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_loss, input, target, _, total, ctx.ignore_index, ctx.reduction = inputs
-        save(ctx, grad_loss, input, target, total)
-
-    @staticmethod
-    def backward(ctx: Any, grad_grad_input: Tensor | None) -> Any:
-        if grad_grad_input is None:
-            return (None,) * 7
-        grad_loss, input, target, total = ctx.saved_tensors
-        options = (ctx.ignore_index, ctx.reduction)
-        grads = reference.double_backward(grad_grad_input, grad_loss, input, target, total, *options)
-        return *grads, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, grad_loss_t: Tensor | None, input_t: Tensor | None, *_: Any) -> Any:
-        grad_loss, input, target, total = ctx.saved_tensors
-        grad_loss_t = torch.zeros_like(grad_loss) if grad_loss_t is None else grad_loss_t
-        input_t = torch.zeros_like(input) if input_t is None else input_t
-        return reference.backward_jvp(
-            grad_loss, input, grad_loss_t, input_t, target, total, ctx.ignore_index, ctx.reduction
-        )
-
-
-def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
-    refuse_inplace_transforms()
-    gradient = input.detach()
-    _backward_inplace_op(grad_loss, gradient, *rest)
-    increment_version(input)
-    return gradient
-
-
-class CrossEntropyFunction(FusedFunction):
-    """(loss, lse, total); only the loss is differentiable."""
-
-    @staticmethod
-    def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int, inplace_backward: bool) -> Any:
-        return _forward_op(input, target, ignore_index, reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, ctx.ignore_index, ctx.reduction, ctx.inplace_backward = inputs
-        _, lse, total = output
-        ctx.mark_non_differentiable(lse, total)
-        save(ctx, input, target, lse, total)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        if grad_loss is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
-        if ctx.inplace_backward:
-            return _inplace_gradient(*args), None, None, None, None
-        if torch.is_grad_enabled() or _transforms_active():
-            return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
-        return _backward_op(*args), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, input_t: Tensor | None, *_: Any) -> Any:
-        input, target, _lse, total = ctx.saved_tensors
-        if input_t is None:
-            return None, None, None
-        return reference.jvp(input, input_t, target, total, ctx.ignore_index, ctx.reduction), None, None
-
-
-class _CompiledFunction(CrossEntropyFunction):
-    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
-
-    jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
-
-
 def _check(input: Tensor, target: Tensor, reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
@@ -279,12 +159,13 @@ def cross_entropy(
             _check_inplace(input)
         if input.dim() == 1 and target.dim() == 1:  # type: ignore[union-attr]
             target = target.reshape(())  # type: ignore[union-attr]
-        function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
-        return function.apply(input, target, ignore_index, _REDUCTIONS[reduction], inplace_backward)[0]
+        return index_loss(input, target, ignore_index, reduction, inplace_backward)  # type: ignore[arg-type]
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype)
-    return reduced_loss(call, reduction, normalizer, empty, inplace_backward, return_outputs)
+    return reduced_loss(
+        call, reduction, normalizer, empty, return_outputs, partial(cross_entropy_rows, inplace_backward)
+    )

@@ -67,3 +67,34 @@ def _off_the_mask(kind: str, target: Any) -> Any:
         return torch.where(torch.tensor(_MASKED), target.detach(), 0.0)
     moved = [torch.where(t == 2, 0, t) if not t.is_floating_point() else t for t in target]
     return tuple(moved)
+
+
+def linear_samples() -> list[Sample]:
+    """Calls of ``linear_cross_entropy``, in chunks of two rows."""
+    found: list[Sample] = []
+    g = torch.Generator().manual_seed(5)
+
+    def head(rows: int = 3) -> tuple[Tensor, Tensor]:
+        return _leaf((rows, 2), g), _leaf((4, 2), g)
+
+    chunks = {"chunk_rows": 2}
+    for reduction in ("none", "mean", "sum"):
+        options: dict[str, Any] = {"reduction": reduction, "linear_bias": _leaf((4,), g), **chunks}
+        found.append(Sample(f"index, {reduction}", (*head(), _targets((3, 4), g)["index"]), options))
+    for kind, target in _targets((3, 4), g).items():
+        options = {"z_loss": 0.1, "label_smoothing": 0.1, **chunks}
+        found.append(Sample(f"{kind}, z_loss and smoothing", (*head(), target), options))
+    index = _targets((3, 4), g)["index"]
+    low_rank = (_leaf((1, 2), g), _leaf((4, 1), g), 0.5)
+    more: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("lora", {"lora": low_rank, "linear_bias": _leaf((4,), g)}),
+        ("softcap and scale", {"softcap": 2.0, "logit_scale": 1.5}),
+        ("weights", {"weight": torch.rand(4, generator=g, dtype=torch.float64), "token_weight": _leaf((3,), g, 0.1)}),
+        ("outputs", {"return_outputs": True, "z_loss": 0.1}),
+    )
+    found += [Sample(f"index, {name}", (*head(), index), {**options, **chunks}) for name, options in more]
+    positions = (_leaf((3, 2), g), _leaf((4, 3, 2), g), _targets((3, 4, 3), g)["index"])
+    found.append(Sample("several positions", positions, {"linear_bias": _leaf((4, 3), g), **chunks}))
+    shifted = (_leaf((2, 3, 2), g), _leaf((4, 2), g), torch.randint(0, 4, (2, 3), generator=g))
+    found.append(Sample("shift", shifted, {"shift": True, **chunks}))
+    return found

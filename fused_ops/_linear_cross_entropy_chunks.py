@@ -1,0 +1,229 @@
+"""Linear cross-entropy in chunks of rows: PyTorch's matrix products, and the in-between op on one reused buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops import _cross_entropy_rows as rows_ops
+from fused_ops._library import register
+from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
+from fused_ops.reference.linear_cross_entropy import Head
+
+_TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
+_NUMBERS = "int ignore_index, float label_smoothing, float logit_scale, float softcap, bool statistics"
+
+# which of the head's gradients are wanted, one bit each, in the order of Head
+INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
+
+
+def _fake_chunk_(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return rows_ops._fake_forward(logits, rest[-1])
+
+
+_chunk_op = register(
+    f"linear_cross_entropy_chunk_(Tensor(a!) logits, {_TENSORS}, Tensor? row_scale, float z_loss, {_NUMBERS}) "
+    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
+    "Tensor target_log_probability)",
+    reference.chunk_,
+    _fake_chunk_,
+)
+
+
+class Plan(NamedTuple):
+    """How the rows are cut, and which gradients are wanted."""
+
+    classes: int
+    chunk_rows: int
+    needs: int
+
+
+class _Gradients:
+    """The head's gradients as chunks add to them: weights in float32 at least."""
+
+    def __init__(self, head: Head, plan: Plan, chunks: int) -> None:
+        self.head, self.plan, self.several = head, plan, chunks > 1
+        self.accumulated: dict[int, Tensor] = {}
+        self.input = self._rows(head.input, INPUT)
+        self.low_input = self._rows(head.low_input, LOW_INPUT)
+
+    def _rows(self, like: Tensor | None, bit: int) -> Tensor | None:
+        if like is None or not self.plan.needs & bit:
+            return None
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)  # ignored rows stay zero
+
+    def add(self, part: Tensor | slice, grad_z: Tensor) -> None:
+        """Takes the gradient of one chunk of logits, (rows, classes * positions)."""
+        for grads, weight in ((self.input, self.head.weight), (self.low_input, self.head.low_weight)):
+            if grads is None or weight is None:
+                continue
+            if isinstance(part, slice):
+                torch.mm(grad_z, weight, out=grads[part])
+            else:
+                grads[part] = grad_z @ weight
+        for bit, x in ((WEIGHT, self.head.input), (LOW_WEIGHT, self.head.low_input)):
+            if self.plan.needs & bit and x is not None:
+                self._add(bit, grad_z.t(), x[part])
+        if self.plan.needs & BIAS:
+            sums = grad_z.sum(0, dtype=torch.float32 if grad_z.dtype.itemsize == 2 else None)
+            self.accumulated[BIAS] = self.accumulated[BIAS] + sums if BIAS in self.accumulated else sums
+
+    def _add(self, bit: int, left: Tensor, right: Tensor) -> None:
+        if bit not in self.accumulated:
+            product = left @ right
+            wide = self.several and product.dtype.itemsize == 2
+            self.accumulated[bit] = product.float() if wide else product
+        elif left.dtype.itemsize == 2:
+            self.accumulated[bit] += left @ right
+        else:
+            self.accumulated[bit].addmm_(left, right)
+
+    def of(self, bit: int, like: Tensor | None) -> Tensor:
+        """One gradient, or an empty tensor if it is not wanted."""
+        if like is None or not self.plan.needs & bit:
+            return self.head.input.new_empty(0)
+        if bit in (INPUT, LOW_INPUT):
+            found = self.input if bit == INPUT else self.low_input
+            assert found is not None
+            return found
+        if bit not in self.accumulated:  # no row counted
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        return self.accumulated[bit].to(like.dtype)
+
+    def all(self) -> tuple[Tensor, ...]:
+        """In the order of Head."""
+        return tuple(self.of(1 << i, tensor) for i, tensor in enumerate(self.head))
+
+
+def _parts(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | slice]:
+    """The rows of each chunk. Ignored rows are left out, on the CPU, where finding them costs no synchronisation."""
+    rows, step = head.input.size(0), plan.chunk_rows
+    if a.indices is not None and a.indices.dim() == 1 and not o.statistics and head.input.device.type == "cpu":
+        counted = a.indices != o.ignore_index
+        if not bool(counted.all()):
+            found = counted.nonzero().squeeze(1)
+            return list(found.split(step)) if found.numel() else []
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """Each chunk's rows, its logits, (rows, classes[, positions]), and the same memory as a matrix."""
+    outputs = head.weight.size(0)
+    buffer = None
+    for part in parts:
+        x = head.input[part]
+        if buffer is None:
+            buffer = x.new_empty(x.size(0), outputs)  # the first chunk is the largest
+        flat = buffer[: x.size(0)]
+        if head.bias is None:
+            torch.mm(x, head.weight.t(), out=flat)
+        else:
+            torch.addmm(head.bias, x, head.weight.t(), out=flat)
+        if head.low_input is not None and head.low_weight is not None:
+            flat.addmm_(head.low_input[part], head.low_weight.t())
+        yield part, flat if outputs == plan.classes else flat.view(x.size(0), plan.classes, -1), flat
+
+
+def _cut(value: Tensor | None, part: Tensor | slice) -> Tensor | None:
+    return None if value is None else value[part]
+
+
+def _cut_args(a: RowArgs, logits: Tensor, part: Tensor | slice) -> RowArgs:
+    mask = a.class_mask if a.class_mask is None or a.class_mask.dim() == 1 else a.class_mask[part]
+    return RowArgs(logits, _cut(a.indices, part), _cut(a.probabilities, part), a.weight, mask)
+
+
+def _row_results(head: Head, o: RowOptions, plan: Plan) -> list[Tensor]:
+    """Zeros for the seven results of every row."""
+    positions = head.weight.size(0) // max(plan.classes, 1)
+    shape = (head.input.size(0), positions) if positions != 1 else (head.input.size(0),)
+    wanted: tuple[int, ...] = shape if o.statistics else (0,)
+    found = [head.input.new_zeros(s, dtype=torch.float64) for s in (shape, shape, shape, shape, wanted, wanted)]
+    return [*found[:5], head.input.new_zeros(wanted, dtype=torch.int64), found[5]]
+
+
+def forward(
+    head: Head, a: RowArgs, o: RowOptions, row_scale: Tensor | None, z_loss: float, plan: Plan
+) -> tuple[Tensor, ...]:
+    """The rows' seven results, then the head's five gradients of sum_r row_scale_r (nll_r + z_loss lse_r^2)."""
+    parts = _parts(head, a, o, plan)
+    results, gradients = _row_results(head, o, plan), _Gradients(head, plan, len(parts))
+    for part, logits, flat in _chunks(head, plan, parts):
+        cut = _cut_args(a, logits, part)
+        found = _chunk_op(logits, *cut[1:], _cut(row_scale, part), z_loss, *o)
+        for whole, chunk in zip(results, found, strict=True):  # type: ignore[call-overload]
+            if whole.numel():
+                whole[part] = chunk
+        if row_scale is not None:
+            gradients.add(part, flat)
+    return *results, *gradients.all()
+
+
+def backward(
+    g: RowGrads, head: Head, a: RowArgs, lse: Tensor, mass: Tensor, entropy: Tensor, o: RowOptions, plan: Plan
+) -> tuple[Tensor, ...]:
+    """The head's five gradients, from logits that are computed again."""
+    parts = _parts(head, a, o, plan)
+    gradients = _Gradients(head, plan, len(parts))
+    for part, logits, flat in _chunks(head, plan, parts):
+        cut = _cut_args(a, logits, part)
+        grads = (_cut(grad, part) for grad in g)
+        saved = (lse[part], mass[part], entropy[part] if o.statistics else entropy)
+        rows_ops._backward_inplace_op(*grads, *cut, *saved, *o)
+        gradients.add(part, flat)
+    return gradients.all()
+
+
+# ---- the same as opaque ops, for torch.compile and torch.export
+
+_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
+_PLAN = "int classes, SymInt chunk_rows, int needs"
+_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
+
+
+def _forward_flat(*args: object) -> tuple[Tensor, ...]:
+    head, a = Head(*args[:5]), RowArgs(args[0], *args[5:9])  # type: ignore[arg-type]
+    return forward(head, a, RowOptions(*args[11:16]), args[9], args[10], Plan(*args[16:]))  # type: ignore[arg-type]
+
+
+def _backward_flat(*args: object) -> tuple[Tensor, ...]:
+    head, a = Head(*args[4:9]), RowArgs(args[4], *args[9:13])  # type: ignore[arg-type]
+    o, plan = RowOptions(*args[16:21]), Plan(*args[21:])  # type: ignore[arg-type]
+    lse, mass, entropy = args[13:16]
+    return backward(RowGrads(*args[:4]), head, a, lse, mass, entropy, o, plan)  # type: ignore[arg-type]
+
+
+def _fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
+    return tuple(
+        head.input.new_empty(t.shape if t is not None and needs & (1 << i) else (0,)) for i, t in enumerate(head)
+    )
+
+
+def _fake_forward(*args: object) -> tuple[Tensor, ...]:
+    head, o, plan = Head(*args[:5]), RowOptions(*args[11:16]), Plan(*args[16:])  # type: ignore[arg-type]
+    return *_row_results(head, o, plan), *_fake_gradients(head, plan.needs)
+
+
+def _fake_backward(*args: object) -> tuple[Tensor, ...]:
+    return _fake_gradients(Head(*args[4:9]), Plan(*args[21:]).needs)  # type: ignore[arg-type]
+
+
+forward_op = register(
+    f"linear_cross_entropy_forward({_HEAD}, {_TENSORS}, Tensor? row_scale, float z_loss, {_NUMBERS}, {_PLAN}) "
+    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
+    f"Tensor target_log_probability, {_GRADIENTS})",
+    _forward_flat,
+    _fake_forward,
+    native=False,
+)
+backward_op = register(
+    f"linear_cross_entropy_backward({rows_ops._GRADS}, {_HEAD}, {_TENSORS}, {rows_ops._SAVED}, {_NUMBERS}, {_PLAN}) "
+    f"-> ({_GRADIENTS})",
+    _backward_flat,
+    _fake_backward,
+    native=False,
+)

@@ -1,0 +1,107 @@
+"""Linear cross-entropy in plain PyTorch: the in-between op's reference, and the formulas of every derivative.
+
+With logits z = x W^T + b (+ x' W'^T, a low-rank term) and cross-entropy's rows of them, the gradient of the rows with
+respect to z is cross-entropy's grad_z, and::
+
+    grad_x = grad_z W      grad_W = grad_z^T x      grad_b = sum over rows of grad_z
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops.reference import Sample
+from fused_ops.reference import _cross_entropy_rows as rows
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
+from fused_ops.reference._cross_entropy_samples import linear_samples
+from fused_ops.reference.cross_entropy import acc_dtype
+
+
+class Head(NamedTuple):
+    """What makes the logits: (rows, in_features) inputs and (classes * positions, in_features) weights."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_input: Tensor | None  # (rows, rank)
+    low_weight: Tensor | None  # (classes * positions, rank)
+
+
+def logits(head: Head, classes: int) -> Tensor:
+    """(rows, classes), or (rows, classes, positions) if there are several positions."""
+    z = torch.nn.functional.linear(head.input, head.weight, head.bias)
+    if head.low_input is not None:
+        assert head.low_weight is not None
+        z = z + head.low_input @ head.low_weight.t()
+    return z if z.size(1) == classes else z.view(z.size(0), classes, -1)
+
+
+def chunk_(
+    logits: Tensor,
+    indices: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    row_scale: Tensor | None,
+    z_loss: float,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    """The rows of a chunk of logits; with ``row_scale`` the logits become the gradient of its weighted sum."""
+    results = rows.forward(logits, indices, probabilities, weight, class_mask, *options)
+    if row_scale is not None:
+        grad_lse = None if z_loss == 0 else torch.where(row_scale == 0, 0.0, 2 * z_loss * results[1] * row_scale)
+        a = RowArgs(logits, indices, probabilities, weight, class_mask)
+        g = RowGrads(row_scale, grad_lse, None, None)
+        logits.copy_(rows.grad_input(g, a, RowOptions(*options), torch.float64))  # type: ignore[arg-type]
+    return results
+
+
+def head_gradients(grad_z: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the head's tensors from that of the logits."""
+    flat = grad_z.reshape(grad_z.size(0), -1).to(head.input.dtype)
+    bias = None if head.bias is None else flat.sum(0)
+    low = (None, None)
+    if head.low_input is not None and head.low_weight is not None:
+        low = (flat @ head.low_weight, flat.t() @ head.low_input)  # type: ignore[assignment]
+    return flat @ head.weight, flat.t() @ head.input, bias, *low
+
+
+def gradients(
+    g: RowGrads, head: Head, a: RowArgs, o: RowOptions, classes: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the head's tensors from those of the rows' results; differentiable in every tensor."""
+    z = logits(head, classes)
+    return head_gradients(rows.grad_input(g, a._replace(input=z), o, acc_dtype(z.dtype)), head)
+
+
+def jvp(
+    head: Head,
+    tangents: Head,
+    a: RowArgs,
+    o: RowOptions,
+    classes: int,
+    probabilities_t: Tensor | None,
+    weight_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tangents of nll, lse, entropy and target log-probability."""
+    z = logits(head, classes)
+    z_t = torch.zeros_like(z).flatten(1)
+    for x, x_t, w, w_t in (
+        (head.input, tangents.input, head.weight, tangents.weight),
+        (head.low_input, tangents.low_input, head.low_weight, tangents.low_weight),
+    ):
+        if x_t is not None and w is not None:
+            z_t = z_t + x_t @ w.t()
+        if w_t is not None and x is not None:
+            z_t = z_t + x @ w_t.t()
+    if tangents.bias is not None:
+        z_t = z_t + tangents.bias
+    return rows.jvp(a._replace(input=z), o, z_t.reshape(z.shape), probabilities_t, weight_t)
+
+
+def samples() -> list[Sample]:
+    """Small float64 calls over the options."""
+    return linear_samples()
