@@ -99,7 +99,7 @@ class CrossEntropyRowsFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        g = RowGrads(grads[0], grads[1], grads[4], grads[6])
+        g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if ctx.options.statistics else (None, None)))
         *tensors, lse, mass, entropy = ctx.saved_tensors
         a, o = RowArgs(*tensors), ctx.options
         found: list[Tensor | None] = [None] * 11

@@ -25,6 +25,11 @@ def _split(tensors: Any) -> tuple[Head, RowArgs]:
     return Head(*tensors[:5]), RowArgs(tensors[0], *tensors[5:9])
 
 
+def _cut_off(tensors: Any) -> tuple[Tensor | None, ...]:
+    """Aliases to differentiate with respect to: what one tensor owes to another does not count as theirs twice."""
+    return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+
 class _Leaves(NamedTuple):
     """What the head's gradients depend on: (row gradients, head, class probabilities, class weight)."""
 
@@ -32,7 +37,7 @@ class _Leaves(NamedTuple):
 
     def pack(self) -> tuple[RowGrads, Head, Tensor | None, Tensor | None]:
         t = self.tensors
-        return RowGrads(*t[:4]), Head(*t[4:9]), t[9], t[10]
+        return RowGrads(*t[:4]), Head(*t[4:9]), t[9], t[10]  # type: ignore[arg-type]
 
 
 _SHARED = (5, 6, 8, 10)  # of _Leaves, those that all rows have in common: weight, bias, low_weight, class weight
@@ -54,6 +59,7 @@ def _second(
 ) -> list[Tensor | None]:
     """The gradients of <the head's gradients, outer> with respect to the leaves that are wanted."""
     with torch.enable_grad():
+        leaves = _Leaves(_cut_off(leaves.tensors))
         values = _gradients(leaves, a, o, classes)
     used = [(v, s.to(v.dtype)) for v, s in zip(values, outer, strict=True) if v is not None and s is not None]
     inputs = [t for t, want in zip(leaves.tensors, wanted, strict=True) if want and t is not None]
@@ -147,9 +153,9 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        g = RowGrads(grads[0], grads[1], grads[4], grads[6])
         *tensors, lse, mass, entropy = ctx.saved_tensors
         (head, a), o = _split(tensors), ctx.o
+        g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if o.statistics else (None, None)))
         found: list[Tensor | None] = [None] * 17
         if all(grad is None for grad in g):
             return tuple(found)
@@ -245,7 +251,7 @@ class LinearCrossEntropySumFunction(FusedFunction):
 
 def _differentiable(ctx: Any, grad_loss: Tensor, tensors: Any, row_scale: Tensor) -> list[Tensor | None]:
     """The head's gradients with a graph of their own, through the rows."""
-    plan = ctx.plan
+    plan, tensors = ctx.plan, _cut_off(tensors)
     nll, lse = LinearCrossEntropyRowsFunction.apply(*tensors, *ctx.o, *plan)[:2]
     terms = nll if ctx.z_loss == 0 else nll + ctx.z_loss * torch.where(row_scale == 0, 0.0, lse).square()
     loss = (terms * row_scale).sum()

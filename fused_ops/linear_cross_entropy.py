@@ -253,8 +253,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1.
-        RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given with
-            class probabilities; ``shift`` with another target than class indices.
+        RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
+            with class probabilities; ``shift`` with another target than class indices.
         IndexError: a class index outside [0, classes).
         NotImplementedError: ``input`` is not floating-point.
         TypeError: something that must be a tensor or a number is none.

@@ -357,6 +357,23 @@ def test_vmap_and_third_derivative():
     torch.testing.assert_close(third(ours), third(theirs))
 
 
+def test_second_derivatives_of_tied_weights():
+    ids, target = torch.tensor([0, 3, 1, 4]), torch.tensor([1, 2, -100, 0])
+    w, v = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+    def hvp(function, reduction, create_graph):
+        leaf = w.clone().requires_grad_()
+        loss = function(leaf[ids] * leaf.sum(), leaf, target, reduction=reduction).sin().sum()
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad(grad, leaf, v, create_graph=create_graph)[0].detach()
+
+    for reduction in ("mean", "none"):
+        expected = hvp(eager, reduction, False)
+        for create_graph in (False, True):
+            ours = hvp(lambda *a, **k: fused_ops.linear_cross_entropy(*a, **k, chunk_rows=3), reduction, create_graph)
+            torch.testing.assert_close(ours, expected)
+
+
 def test_the_second_derivative_never_holds_all_logits():
     tensors, target = draw(torch.float32, rows=600, features=4, classes=500, bias=False)
     leaves = [t.requires_grad_() for t in tensors]
