@@ -18,8 +18,8 @@ from .targets import SpeedTarget
 OP = "linear_cross_entropy"
 NATIVE, PRODUCTS = "F.linear_cross_entropy", "three products"
 FORMULA = (
-    "input, linear_weight and the targets are read once per direction, their gradients written once; the logits are not "
-    "counted: they need not exist"
+    "input, linear_weight and the targets are read once per direction, their gradients written once; the logits are "
+    "not counted: they need not exist"
 )
 
 
