@@ -1,0 +1,143 @@
+"""Builds the CUDA kernels for the CPU and calls them on CPU tensors: the real sources where there is no GPU.
+
+``cuda_runtime.h`` beside this file is the emulation. Nothing here is part of the package.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "csrc" / "cuda"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
+TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+CANARIES = 64  # elements on both sides of what a kernel may write
+
+
+def build(directory):
+    """Compiles every kernel source with the host compiler; returns the loaded library, None without a compiler."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        return None
+    sources = [*sorted(KERNELS.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    objects = [Path(directory) / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source, output):
+        command = [*compiler, *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, f"{source.name} does not compile\n{result.stderr[:2000]}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = Path(directory) / "cuda_host.so"
+    subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "cuda_host_launches"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    register_shared(loaded, library)
+    return loaded
+
+
+def register_shared(loaded, library):
+    """Tells the emulation where the ``__shared__`` variables are: static variables inside functions, by their names."""
+    listing = subprocess.run(["nm", "-S", str(library)], check=True, capture_output=True, text=True).stdout
+    symbols = {line.split()[-1]: line.split() for line in listing.splitlines() if len(line.split()) == 4}
+    known = "cuda_host_launches"
+    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value - int(symbols[known][0], 16)
+    found = 0
+    for name, (address, size, kind, _) in symbols.items():
+        if name.startswith("_ZZ") and kind in "bBdDuVv":
+            loaded.cuda_host_shared(ctypes.c_void_p(base + int(address, 16)), ctypes.c_int64(int(size, 16)))
+            found += 1
+    assert found > 0
+
+
+def pointer(t):
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def numbers(values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def poisoned(count, dtype):
+    """Memory that a kernel must write before it reads."""
+    return torch.full((count,), float("nan"), dtype=dtype)
+
+
+class Guarded:
+    """A strided tensor, ``offset`` elements behind an aligned address, with canaries around it."""
+
+    def __init__(self, shape, strides, dtype, offset=0):
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        self.memory = torch.full((2 * CANARIES + offset + extent,), 7.0, dtype=dtype)
+        self.tensor = self.memory.as_strided(shape, strides, CANARIES + offset)
+        self.tensor.fill_(float("nan"))
+        self.outside = torch.ones(self.memory.shape, dtype=torch.bool)
+        self.outside.as_strided(shape, strides, CANARIES + offset).fill_(False)
+
+    def check(self):
+        assert bool((self.memory[self.outside] == 7.0).all()), "a kernel wrote outside its output"
+
+
+def aligned(t, offset):
+    """A copy of t with the same strides whose first element is ``offset`` elements behind a 64-byte boundary."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    memory = torch.full((extent + offset + 2 * CANARIES,), 1e4, dtype=t.dtype)
+    start = -(memory.data_ptr() // t.element_size()) % (64 // t.element_size()) + offset
+    return memory.as_strided(t.shape, t.stride(), start).copy_(t)
+
+
+class CrossEntropy:
+    """The kernels of csrc/cuda/cross_entropy*.cu on CPU tensors."""
+
+    def __init__(self, library, order=0):
+        self.library, self.order, self.error = library, order, 0
+
+    def layout(self, t):
+        """As layout_of in csrc/cross_entropy.cpp."""
+        if t.dim() == 1:
+            return [1, 1, t.size(0), 0, 0, t.stride(0)]
+        spatial = torch.Size(t.shape[2:]).numel()
+        strides = [t.stride(0), t.stride(-1) if t.dim() > 2 else 0, t.stride(1)]
+        if spatial == 1 and strides[0] == 1 and strides[2] != 1:
+            return [1, t.size(0), t.size(1), 0, 1, strides[2]]
+        return [t.size(0), spatial, t.size(1), *strides]
+
+    def head(self, x, target, ignore_index, reduction):
+        return numbers([DTYPES.index(x.dtype), TARGET_DTYPES.index(target.dtype), ignore_index, reduction])
+
+    def finish(self, error):
+        self.launches = self.library.cuda_host_launches()
+        trapped = self.library.cuda_host_trapped()
+        assert error == (710 if trapped else 0)
+        self.error = error
+
+    def forward(self, x, target, ignore_index=-100, reduction=1):
+        self.library.cuda_host_set_order(self.order)
+        layout = numbers(self.layout(x))
+        dtype = DTYPES.index(x.dtype)
+        scratch = poisoned(self.library.ce_forward_scratch(ctypes.c_int64(dtype), layout), torch.float64)
+        shape = target.shape if reduction == 0 else ()
+        loss, lse = poisoned(max(target.numel(), 1), x.dtype), poisoned(target.numel(), torch.float64)
+        total = poisoned(1, torch.float64)
+        head = self.head(x, target, ignore_index, reduction)
+        args = (pointer(x), layout, *map(pointer, (target, lse, loss, total, scratch)))
+        self.finish(self.library.ce_forward(head, *args))
+        return loss[: torch.Size(shape).numel()].reshape(shape), lse.reshape(target.shape), total[0]
+
+    def backward(self, grad_loss, x, target, lse, total, ignore_index=-100, reduction=1, grad=None):
+        self.library.cuda_host_set_order(self.order)
+        layout, grad_layout = numbers(self.layout(x)), numbers(self.layout(grad))
+        dtype = DTYPES.index(x.dtype)
+        scratch = poisoned(self.library.ce_backward_scratch(ctypes.c_int64(dtype), layout), torch.float64)
+        head = self.head(x, target, ignore_index, reduction)
+        args = (pointer(x), layout, *map(pointer, (target, lse, grad_loss.contiguous(), total, grad)), grad_layout)
+        self.finish(self.library.ce_backward(head, *args, pointer(scratch)))
+        return grad
