@@ -38,7 +38,7 @@ def build(directory):
     library = Path(directory) / "cuda_host.so"
     subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("ce_forward_scratch", "ce_backward_scratch", "cuda_host_launches"):
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
         getattr(loaded, name).restype = ctypes.c_int64
     register_shared(loaded, library)
     return loaded
@@ -71,11 +71,15 @@ def poisoned(count, dtype):
     return torch.full((count,), float("nan"), dtype=dtype)
 
 
+def extent_of(shape, strides):
+    return 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 class Guarded:
     """A strided tensor, ``offset`` elements behind an aligned address, with canaries around it."""
 
     def __init__(self, shape, strides, dtype, offset=0):
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        extent = extent_of(shape, strides)
         self.memory = torch.full((2 * CANARIES + offset + extent,), 7.0, dtype=dtype)
         self.tensor = self.memory.as_strided(shape, strides, CANARIES + offset)
         self.tensor.fill_(float("nan"))
@@ -88,7 +92,7 @@ class Guarded:
 
 def aligned(t, offset):
     """A copy of t with the same strides whose first element is ``offset`` elements behind a 64-byte boundary."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    extent = extent_of(t.shape, t.stride())
     memory = torch.full((extent + offset + 2 * CANARIES,), 1e4, dtype=t.dtype)
     start = -(memory.data_ptr() // t.element_size()) % (64 // t.element_size()) + offset
     return memory.as_strided(t.shape, t.stride(), start).copy_(t)
@@ -141,3 +145,44 @@ class CrossEntropy:
         args = (pointer(x), layout, *map(pointer, (target, lse, grad_loss.contiguous(), total, grad)), grad_layout)
         self.finish(self.library.ce_backward(head, *args, pointer(scratch)))
         return grad
+
+
+class BatchNorm:
+    """The kernels of csrc/cuda/batch_norm*.cu on CPU tensors, dense or channels_last."""
+
+    def __init__(self, library, order=0):
+        self.library, self.order = library, order
+
+    def head(self, x, parameters, training, correction, activation):
+        self.library.cuda_host_set_order(self.order)
+        spatial, last = torch.Size(x.shape[2:]).numel(), x.dim() > 2 and not x.is_contiguous()
+        kinds = [DTYPES.index(next((p.dtype for p in parameters if p is not None), x.dtype))]
+        counts = [x.size(0), x.size(1), spatial, last, DTYPES.index(x.dtype), *kinds, activation, training, correction]
+        head = numbers([int(v) for v in counts])
+        return head, poisoned(self.library.bn_scratch(head), torch.float64)
+
+    def forward(self, x, residual, running_mean, running_var, weight, bias, training, momentum, eps, *options):
+        """As reference.act_forward without ``valid`` and ``groups``."""
+        correction, activation, slope, mask_bytes, output = options
+        parameters = (weight, bias, running_mean, running_var)
+        head, scratch = self.head(x, parameters, training, correction, activation)
+        channels, update = x.size(1), training and running_mean is not None
+        mean, invstd = poisoned(channels, torch.float64), poisoned(channels, torch.float64)
+        new = [poisoned(channels, running_mean.dtype) if update else None for _ in range(2)]
+        mask = torch.full((mask_bytes,), 0xAA, dtype=torch.uint8) if mask_bytes else None
+        reals = (ctypes.c_double * 3)(slope, momentum, eps)
+        args = map(pointer, (x, residual, output, mask, mean, invstd, *new, scratch))
+        assert self.library.bn_forward(head, reals, (ctypes.c_void_p * 4)(*map(pointer, parameters)), *args) == 0
+        return output, mean, invstd, *new, mask
+
+    def backward(self, grad, x, residual, weight, bias, mean, invstd, mask, training, *options):
+        """As reference.act_backward without ``valid`` and ``groups``; into grad_input and grad_residual."""
+        correction, activation, slope, grad_input, grad_residual, need_params = options
+        parameters = (weight, bias, None, None)
+        head, scratch = self.head(x, parameters, training, correction, activation)
+        kind = next((p.dtype for p in parameters if p is not None), x.dtype)
+        grads = [poisoned(x.size(1), kind) if need_params else None for _ in range(2)]
+        reals = (ctypes.c_double * 1)(slope)
+        args = map(pointer, (grad, x, residual, mask, mean, invstd, grad_input, grad_residual, *grads, scratch))
+        assert self.library.bn_backward(head, reals, (ctypes.c_void_p * 4)(*map(pointer, parameters)), *args) == 0
+        return grad_input, grad_residual, *grads
