@@ -36,11 +36,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Every CUDA source must compile; on a machine without nvcc there is nothing to compile it with, and that is said.
+# Every CUDA source must compile for sm_80, sm_90 and sm_100, without spilling; needs nvcc but no GPU and no torch. On a
+# machine without nvcc there is nothing to compile with, and that is said. Prints registers and spills of each kernel.
 cuda-compile:
-	@for source in $(filter %.cu,$(CUDA)); do \
-	  if command -v nvcc >/dev/null; then nvcc -std=c++17 -arch=sm_80 -c $$source -o /dev/null || exit 1; \
-	  else echo "cuda-compile: no nvcc here, $$source was not compiled"; fi; done
+	$(PYTHON) .ci/cuda_compile
 
 # The quick suite (a few minutes), written with its plots to benchmarks/results/<machine>.
 bench: $(STAMP)

@@ -47,7 +47,7 @@ __device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
 template <class T, int kGroup>
 __device__ inline State<T> share_online(const T* x, int64_t n, int64_t target, int lane) {
   using A = acc_t<T>;
-  constexpr int kU = kUnroll<kGroup>, kV = kVector<T>;
+  constexpr int kU = kUnroll<T, kGroup>, kV = kVector<T>;
   const unsigned offset = misalignment(x);
   State<T> state = nothing<T>();
   for (int64_t base = int64_t{lane} * kV; base < n; base += int64_t{kGroup} * kU * kV) {

@@ -51,7 +51,7 @@ template <class T, int kGroup, bool kAligned>
 __device__ inline sum_t<T> write_share(const T* x, T* grad, int64_t n, bool exists, const RowTarget& t,
                                        const Split<acc_t<T>>& lse, acc_t<T> factor, int lane) {
   using A = acc_t<T>;
-  constexpr int kU = kUnroll<kGroup>, kV = kVector<T>;
+  constexpr int kU = kUnroll<T, kGroup>, kV = kVector<T>;
   constexpr int64_t kStep = int64_t{kGroup} * kU * kV;
   const unsigned offset = misalignment(x), grad_offset = misalignment(grad);
   sum_t<T> others = 0;

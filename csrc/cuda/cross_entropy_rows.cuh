@@ -65,8 +65,8 @@ inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.c
     __VA_ARGS__;                                   \
   }
 
-template <int kGroup>
-constexpr int kUnroll = kGroup >= 32 ? 4 : 1;  // vectors of one thread in flight
+template <class T, int kGroup>
+constexpr int kUnroll = kGroup < 32 ? 1 : sizeof(T) == 8 ? 2 : 4;  // vectors of one thread in flight
 
 __device__ inline int64_t target_at(const Targets& t, int64_t row) {
   switch (t.type) {
