@@ -44,7 +44,7 @@ def test_launches_that_a_gpu_would_refuse(cuda_host):
 
 
 def test_a_barrier_that_some_threads_miss_ends_the_process(cuda_host, run_python):
-    code = f"import ctypes; ctypes.CDLL({cuda_host._name!r}).self_stuck()"
+    code = f"import ctypes, torch; ctypes.CDLL({cuda_host._name!r}).self_stuck()"
     result = run_python("-c", code, check=False)
     assert result.returncode != 0 and "never come" in result.stderr
 

@@ -13,49 +13,61 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "csrc" / "cuda"
+CSRC = HERE.parent.parent / "csrc"
+KERNELS = CSRC / "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
 TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+FLAGS += ["-DFUSED_OPS_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CANARIES = 64  # elements on both sides of what a kernel may write
 
 
 def build(directory):
-    """Compiles every kernel source with the host compiler; returns the loaded library, None without a compiler."""
+    """Compiles the kernels and their bindings with the host compiler; returns the library, None without a compiler.
+
+    The bindings become the ops ``torch.ops.fused_ops_host.*`` on CPU tensors.
+    """
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         return None
-    sources = [*sorted(KERNELS.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    sources = [*sorted(KERNELS.glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*_cuda.cpp"))]
     objects = [Path(directory) / f"{source.stem}.o" for source in sources]
+    torch_home = Path(torch.__file__).parent
 
     def compile_one(source, output):
-        command = [*compiler, *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(output)]
+        includes = [f"-I{HERE}", "-isystem", str(torch_home / "include")]
+        command = [*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, f"{source.name} does not compile\n{result.stderr[:2000]}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     library = Path(directory) / "cuda_host.so"
-    subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*compiler, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
+    torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
     for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
         getattr(loaded, name).restype = ctypes.c_int64
-    register_shared(loaded, library)
+    register_shared(loaded, library, [o for o, source in zip(objects, sources, strict=True) if source.parent != CSRC])
     return loaded
 
 
-def register_shared(loaded, library):
+def symbols(path):
+    """(address, size, kind) of each sized symbol."""
+    listing = subprocess.run(["nm", "-S", str(path)], check=True, capture_output=True, text=True).stdout
+    return {f[3]: (int(f[0], 16), int(f[1], 16), f[2]) for f in map(str.split, listing.splitlines()) if len(f) == 4}
+
+
+def register_shared(loaded, library, objects):
     """Tells the emulation where the ``__shared__`` variables are: static variables inside functions, by their names."""
-    listing = subprocess.run(["nm", "-S", str(library)], check=True, capture_output=True, text=True).stdout
-    symbols = {line.split()[-1]: line.split() for line in listing.splitlines() if len(line.split()) == 4}
+    names = {n for o in objects for n, (_, _, kind) in symbols(o).items() if n.startswith("_ZZ") and kind in "bBdDuVv"}
+    places = symbols(library)
     known = "cuda_host_launches"
-    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value - int(symbols[known][0], 16)
-    found = 0
-    for name, (address, size, kind, _) in symbols.items():
-        if name.startswith("_ZZ") and kind in "bBdDuVv":
-            loaded.cuda_host_shared(ctypes.c_void_p(base + int(address, 16)), ctypes.c_int64(int(size, 16)))
-            found += 1
-    assert found > 0
+    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value - places[known][0]
+    for name in sorted(names):
+        loaded.cuda_host_shared(ctypes.c_void_p(base + places[name][0]), ctypes.c_int64(places[name][1]))
+    assert len(names) > 1
 
 
 def pointer(t):
