@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check bench sanitize lint types cuda-compile clean
+.PHONY: demo test check bench sanitize lint types cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
@@ -36,11 +36,19 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Every CUDA source must compile; on a machine without nvcc there is nothing to compile it with, and that is said.
+# Every CUDA source must compile for sm_80, sm_90 and sm_100, without spilling; needs nvcc but no GPU and no torch. On a
+# machine without nvcc there is nothing to compile with, and that is said. Prints registers and spills of each kernel.
 cuda-compile:
-	@for source in $(filter %.cu,$(CUDA)); do \
-	  if command -v nvcc >/dev/null; then nvcc -std=c++17 -arch=sm_80 -c $$source -o /dev/null || exit 1; \
-	  else echo "cuda-compile: no nvcc here, $$source was not compiled"; fi; done
+	$(PYTHON) .ci/cuda_compile
+
+# What a machine with a GPU still has to confirm: the tests and the sanitizers on it, then the benchmarks.
+gpu-report: $(STAMP)
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'gpu-report: torch sees no GPU'"
+	$(BIN)/python -m pytest tests/test_cuda.py
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes application-only \
+	    $(BIN)/python -m pytest -x tests/test_cuda.py -k "(test_cross_entropy and mean) or test_batch_norm" || exit 1; done
+	$(BIN)/python -m benchmarks run --device cuda --suite quick
 
 # The quick suite (a few minutes), written with its plots to benchmarks/results/<machine>.
 bench: $(STAMP)

@@ -58,6 +58,10 @@ def register(
         _fragment.define(schema)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", fake, lib=_fragment)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{name}", "CUDA"):
+        # What a CUDA kernel does not serve, it hands to the reference by this name.
+        _fragment.define(schema.replace(name, f"{name}_reference", 1))
+        _fragment.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     if native:
         _registered.append(name)
     packet = getattr(torch.ops.fused_ops, name)

@@ -1,0 +1,61 @@
+// The contract of the batch-norm kernels on a GPU: device pointers, a stream, nothing of torch. Nothing here waits for
+// the device or allocates; the caller brings the scratch memory. The result is a cudaError_t as a number.
+#pragma once
+#include "../batch_norm.h"
+
+namespace fused_ops {
+namespace cuda {
+
+// (batch, channels, spatial) dense, or with the channels last: (batch, spatial, channels).
+struct BatchNormShape {
+  int64_t batch, channels, spatial;
+  bool channels_last;
+  int64_t values() const { return batch * spatial; }  // of one channel
+};
+
+// Parameters and running statistics: (channels,) of one dtype, or null.
+struct Parameters {
+  DType dtype;
+  const void *weight, *bias, *running_mean, *running_var;
+};
+
+struct BatchNormForwardCall {
+  DType dtype;
+  BatchNormShape shape;
+  Parameters parameters;
+  Activation activation;
+  double slope;
+  bool training;
+  double momentum, eps;
+  int64_t correction;
+  const void *input, *residual;  // as shape; residual may be null
+  void* output;                  // as shape
+  uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm.h
+  double *mean, *invstd;         // (channels,)
+  void *new_mean, *new_var;      // (channels,) of the parameters' dtype, or null
+  double* scratch;               // batch_norm_scratch(...) doubles
+};
+
+struct BatchNormBackwardCall {
+  DType dtype;
+  BatchNormShape shape;
+  Parameters parameters;
+  Activation activation;
+  double slope;
+  bool training;
+  int64_t correction;
+  const void *grad_output, *input, *residual;  // as shape; residual may be null
+  const uint8_t* mask;                         // the forward's, or null
+  const double *mean, *invstd;                 // (channels,)
+  void *grad_input, *grad_residual;            // as shape, or null
+  DType grad_dtype;                            // of the two below
+  void *grad_weight, *grad_bias;               // (channels,), or both null
+  double* scratch;                             // batch_norm_scratch(...) doubles
+};
+
+int64_t batch_norm_scratch(const BatchNormShape& shape);
+int32_t batch_norm_forward(const BatchNormForwardCall& call, void* stream);
+int32_t batch_norm_backward(const BatchNormBackwardCall& call, void* stream);
+
+}  // namespace cuda
+}  // namespace fused_ops

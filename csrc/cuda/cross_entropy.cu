@@ -1,0 +1,246 @@
+// Cross-entropy over class indices on a GPU, forward.
+//
+//   lse = log sum_j exp(x_j),   loss = lse - x_target
+//
+// Memory: reads every logit once, writes 8 bytes a row (lse), and the losses of the rows unless they are reduced. The
+// maximum and the sum are found together (online softmax). Rows of adjacent classes: a part of a warp, a warp or a
+// block takes a row, 16 bytes a thread at a time, of any alignment; a row beyond kSegmentBytes is cut into segments for
+// as many blocks. Rows adjacent themselves, as in (batch, classes, height, width): a thread a row, or kShares threads.
+//
+// Stability: the sum is taken over the classes other than the target, relative to their maximum, so that a confident
+// right row keeps its loss; the logarithm and lse are double. How a row is cut depends on its length alone, and all
+// merges are in a fixed order: no bit depends on the rest of the batch. See docs/cross_entropy.md.
+#include "cross_entropy_rows.cuh"
+
+namespace fused_ops {
+namespace cuda {
+namespace {
+
+template <class T>
+using State = Online<acc_t<T>, sum_t<T>>;
+
+template <class T>
+__device__ inline State<T> nothing() {
+  return {-kInfinity<acc_t<T>>, 0};
+}
+template <class T>
+__device__ inline State<T> both(const State<T>& a, const State<T>& b) {
+  return merged(a, b);
+}
+
+// Adds kCount values to a running maximum and sum.
+template <class T, int kCount>
+__device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
+  using A = acc_t<T>;
+  A max = to.max;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) max = larger(max, v[k]);
+  if (max > to.max) to.sum *= rescale(to.max, max), to.max = max;
+  const A shift = max == -kInfinity<A> ? A(0) : max;
+  A sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum += exp_of<T>(v[k] - shift);
+  to.sum += sum;
+}
+
+// One thread's share of n adjacent classes without the target (which may lie outside [0, n)).
+template <class T, int kGroup>
+__device__ inline State<T> share_online(const T* x, int64_t n, int64_t target, int lane) {
+  using A = acc_t<T>;
+  constexpr int kU = kUnroll<T, kGroup>, kV = kVector<T>;
+  const unsigned offset = misalignment(x);
+  State<T> state = nothing<T>();
+  for (int64_t base = int64_t{lane} * kV; base < n; base += int64_t{kGroup} * kU * kV) {
+    A v[kU * kV];
+#pragma unroll
+    for (int u = 0; u < kU; ++u) {
+      const int64_t first = base + int64_t{u} * kGroup * kV;
+      load_vector(x + first, n - first, offset, -kInfinity<A>, v + u * kV);
+    }
+#pragma unroll
+    for (int u = 0; u < kU; ++u) {
+      const int64_t at = target - (base + int64_t{u} * kGroup * kV);
+      if (at >= 0 && at < kV) {
+#pragma unroll
+        for (int k = 0; k < kV; ++k) v[u * kV + k] = k == at ? -kInfinity<A> : v[u * kV + k];
+      }
+    }
+    add_values<T, kU * kV>(state, v);
+  }
+  return state;
+}
+
+// lse and the loss of a row from its other classes and the target's logit.
+struct RowResult {
+  double lse, loss;
+};
+__device__ inline RowResult finish(double others_max, double others_sum, double x_target) {
+  const double max = larger(others_max, x_target), below = x_target - max;
+  const double others = others_sum * rescale(others_max, max);
+  const double rest = below == 0 ? others : (others - 1.0) + exp(below);  // the sum without its largest term
+  const double log_sum = log1p(rest);
+  return {max + log_sum, log_sum - below};
+}
+
+template <class T>
+__device__ inline void finish_row(const ForwardCall& c, int64_t row, const RowTarget& t, const T* x, double others_max,
+                                  double others_sum, LossSum& sum) {
+  using A = acc_t<T>;
+  RowResult r{0, 0};  // of an ignored row: lse is never read
+  if (t.counts) r = finish(others_max, others_sum, static_cast<double>(to_acc(x[t.target * c.layout.class_stride])));
+  if (t.bad) r.lse = r.loss = kNaN<double>;
+  c.lse[row] = r.lse;
+  if (c.reduction == Reduction::none) set(static_cast<T*>(c.loss)[row], static_cast<A>(r.loss));
+  sum.sum += r.loss, sum.count += t.counts ? 1.0 : 0.0;
+  if (t.bad) refuse_target();
+}
+
+__device__ inline void keep_sum(const ForwardCall& c, const LossSum& mine) {
+  const LossSum sum = sum_group<kBlock>(mine);
+  if (threadIdx.x == 0) c.scratch[2 * blockIdx.x] = sum.sum, c.scratch[2 * blockIdx.x + 1] = sum.count;
+}
+
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kBlock) forward_rows(ForwardCall c) {
+  constexpr int kRows = kBlock / kGroup;
+  const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
+  const int64_t rows = c.layout.batch * c.layout.spatial;
+  LossSum sum{0, 0};
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + group;
+    RowTarget t{0, false, false};
+    const T* x = static_cast<const T*>(c.logits);
+    State<T> state = nothing<T>();
+    if (row < rows) t = row_target(c.targets, row, c.layout.classes), x += row_offset(c.layout, row);
+    if (t.counts) state = share_online<T, kGroup>(x, c.layout.classes, t.target, lane);
+    state = reduce_group<kGroup>(state, both<T>);
+    if (lane == 0 && row < rows)
+      finish_row(c, row, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
+  }
+  keep_sum(c, sum);
+}
+
+// A block a segment of a long row: its maximum and sum, to scratch behind the blocks' sums.
+template <class T>
+__global__ void __launch_bounds__(kBlock) forward_segments(ForwardCall c, int64_t segments) {
+  constexpr int64_t kSegment = kSegmentBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t items = c.layout.batch * c.layout.spatial * segments;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t row = item / segments, begin = (item - row * segments) * kSegment;
+    const int64_t left = c.layout.classes - begin;
+    const RowTarget t = row_target(c.targets, row, c.layout.classes);
+    State<T> state = nothing<T>();
+    if (t.counts)
+      state =
+          share_online<T, kBlock>(static_cast<const T*>(c.logits) + row_offset(c.layout, row) + begin,
+                                  left < kSegment ? left : kSegment, t.target - begin, static_cast<int>(threadIdx.x));
+    state = reduce_group<kBlock>(state, both<T>);
+    double* out = c.scratch + 2 * (kMaxBlocks + item);
+    if (threadIdx.x == 0) out[0] = static_cast<double>(state.max), out[1] = static_cast<double>(state.sum);
+  }
+}
+
+// A thread a row: merges its segments in order.
+template <class T>
+__global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t segments) {
+  const int64_t rows = c.layout.batch * c.layout.spatial;
+  LossSum sum{0, 0};
+  for (int64_t row = int64_t{blockIdx.x} * kBlock + threadIdx.x; row < rows; row += int64_t{gridDim.x} * kBlock) {
+    const RowTarget t = row_target(c.targets, row, c.layout.classes);
+    const double* parts = c.scratch + 2 * (kMaxBlocks + row * segments);
+    State<double> state = nothing<double>();
+    for (int64_t s = 0; s < segments; ++s) state = merged(state, {parts[2 * s], parts[2 * s + 1]});
+    finish_row(c, row, t, static_cast<const T*>(c.logits) + row_offset(c.layout, row), state.max, state.sum, sum);
+  }
+  keep_sum(c, sum);
+}
+
+// Any strides: kBlock / kParts rows side by side, each of kParts threads that take every kParts-th class.
+template <class T, int kParts>
+__global__ void __launch_bounds__(kBlock) forward_lanes(ForwardCall c) {
+  using A = acc_t<T>;
+  constexpr int kRows = kBlock / kParts, kAhead = 8;
+  const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
+  const int64_t rows = c.layout.batch * c.layout.spatial, classes = c.layout.classes, stride = c.layout.class_stride;
+  __shared__ State<T> shares[kBlock];
+  LossSum sum{0, 0};
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + lane;
+    RowTarget t{0, false, false};
+    const T* x = static_cast<const T*>(c.logits);
+    State<T> state = nothing<T>();
+    if (row < rows) t = row_target(c.targets, row, classes), x += row_offset(c.layout, row);
+    for (int64_t first = part; t.counts && first < classes; first += kAhead * kParts) {
+      A v[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t j = first + k * kParts;
+        v[k] = j < classes && j != t.target ? to_acc(x[j * stride]) : -kInfinity<A>;
+      }
+      add_values<T, kAhead>(state, v);
+    }
+    if constexpr (kParts > 1) {
+      __syncthreads();
+      shares[threadIdx.x] = state;
+      __syncthreads();
+#pragma unroll
+      for (int k = 1; k < kParts; ++k)
+        if (part == 0) state = merged(state, shares[k * kRows + lane]);
+    }
+    if (part == 0 && row < rows)
+      finish_row(c, row, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
+  }
+  keep_sum(c, sum);
+}
+
+// One block: the sums of `blocks` blocks, in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kBlock) forward_total(ForwardCall c, int64_t blocks) {
+  LossSum mine{0, 0};
+  for (int64_t b = threadIdx.x; b < blocks; b += kBlock) mine = mine + LossSum{c.scratch[2 * b], c.scratch[2 * b + 1]};
+  const LossSum sum = sum_group<kBlock>(mine);
+  if (threadIdx.x != 0) return;
+  *c.total = sum.count;
+  if (c.reduction == Reduction::none) return;
+  const double loss = c.reduction == Reduction::mean ? sum.sum / sum.count : sum.sum;
+  set(*static_cast<T*>(c.loss), static_cast<acc_t<T>>(loss));
+}
+
+template <class T>
+int32_t forward(const ForwardCall& c, void* stream) {
+  Launcher launch(stream);
+  const int64_t rows = c.layout.rows(), segments = segments_of(c.dtype, c.layout);
+  const auto blocks_of = [](int64_t items) { return std::min(items, kMaxBlocks); };
+  int64_t blocks = 0;
+  if (!c.layout.adjacent_classes()) {
+    const bool share = c.layout.classes >= kManyClasses;
+    blocks = blocks_of(ceil_div(rows, share ? kBlock / kShares : kBlock));
+    launch(share ? forward_lanes<T, kShares> : forward_lanes<T, 1>, blocks, kBlock, c);
+  } else if (segments > 1) {
+    launch(forward_segments<T>, blocks_of(rows * segments), kBlock, c, segments);
+    blocks = blocks_of(ceil_div(rows, kBlock));
+    launch(forward_finish<T>, blocks, kBlock, c, segments);
+  } else {
+    FUSED_OPS_WITH_GROUP(vectors_of(c.dtype, c.layout), kGroup, {
+      blocks = blocks_of(ceil_div(rows, kBlock / kGroup));
+      launch(forward_rows<T, kGroup>, blocks, kBlock, c);
+    })
+  }
+  launch(forward_total<T>, 1, kBlock, c, blocks);
+  return launch.error();
+}
+
+}  // namespace
+
+int64_t forward_scratch(DType dtype, const RowLayout& layout) {
+  const int64_t segments = segments_of(dtype, layout);
+  return 2 * (kMaxBlocks + (segments > 1 ? layout.rows() * segments : 0));
+}
+
+int32_t cross_entropy_forward(const ForwardCall& call, void* stream) {
+  FUSED_OPS_WITH_DTYPE(call.dtype, T, return forward<T>(call, stream))
+  return static_cast<int32_t>(cudaErrorInvalidValue);
+}
+
+}  // namespace cuda
+}  // namespace fused_ops

@@ -1,0 +1,42 @@
+// The contract of the cross-entropy kernels on a GPU: device pointers, a stream, nothing of torch. Nothing here waits
+// for the device or allocates; the caller brings the scratch memory. The result is a cudaError_t as a number, 0 if all
+// launches went well.
+#pragma once
+#include "../cross_entropy.h"
+
+namespace fused_ops {
+namespace cuda {
+
+struct ForwardCall {
+  DType dtype;
+  const void* logits;
+  RowLayout layout;
+  Targets targets;
+  Reduction reduction;
+  double* lse;      // (rows,)
+  void* loss;       // of dtype: (rows,), or one value if the loss is reduced
+  double* total;    // one value: rows that are not ignored
+  double* scratch;  // forward_scratch(...) doubles
+};
+
+struct BackwardCall {
+  DType dtype;
+  const void* logits;
+  RowLayout layout;
+  Targets targets;
+  Reduction reduction;
+  const double* lse;      // (rows,)
+  const void* grad_loss;  // of dtype: (rows,), or one value if the loss was reduced
+  const double* total;    // one value
+  void* grad_logits;      // the logits themselves, in place, or memory that does not overlap them
+  RowLayout grad_layout;
+  double* scratch;  // backward_scratch(...) doubles
+};
+
+int64_t forward_scratch(DType dtype, const RowLayout& layout);
+int64_t backward_scratch(DType dtype, const RowLayout& layout);
+int32_t cross_entropy_forward(const ForwardCall& call, void* stream);
+int32_t cross_entropy_backward(const BackwardCall& call, void* stream);
+
+}  // namespace cuda
+}  // namespace fused_ops

@@ -1,0 +1,127 @@
+// What both directions of cross-entropy share: targets, where a row lies, which threads walk it.
+#pragma once
+#undef NDEBUG
+#include <cassert>
+
+#include "cross_entropy.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace fused_ops {
+namespace cuda {
+
+constexpr int64_t kMaxBlocks = 4096;      // of one launch: fixed, so that sums are the same on every GPU
+constexpr int64_t kSegmentBytes = 65536;  // of a long row: what one block takes
+constexpr int64_t kWarpVectors = 32 * 8;  // a row of up to so many 16-byte vectors is one warp's
+constexpr int64_t kManyClasses = 64;      // from here on a row of strided classes is shared by kShares threads
+constexpr int kShares = 8;
+constexpr double kFar = 268435456.0;  // a log-sum-exp beyond is too coarse in float64 for low
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t element_bytes(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
+
+// Blocks that one row is cut into, by its length alone: the order of a row's sums does not depend on the batch.
+inline int64_t segments_of(DType dtype, const RowLayout& l) {
+  return l.adjacent_classes() ? ceil_div(l.classes * element_bytes(dtype), kSegmentBytes) : 1;
+}
+inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.classes * element_bytes(dtype), 16); }
+
+// Runs the code with T, the type of `dtype`, or kGroup, the threads that take a row of so many 16-byte vectors.
+#define FUSED_OPS_WITH_DTYPE(dtype, T, ...) \
+  switch (dtype) {                          \
+    case DType::float32: {                  \
+      using T = float;                      \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::float64: {                  \
+      using T = double;                     \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::bfloat16: {                 \
+      using T = bfloat16_t;                 \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::float16: {                  \
+      using T = float16_t;                  \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+  }
+#define FUSED_OPS_WITH_GROUP(vectors, kGroup, ...) \
+  if ((vectors) <= 2) {                            \
+    constexpr int kGroup = 2;                      \
+    __VA_ARGS__;                                   \
+  } else if ((vectors) <= 8) {                     \
+    constexpr int kGroup = 8;                      \
+    __VA_ARGS__;                                   \
+  } else if ((vectors) <= kWarpVectors) {          \
+    constexpr int kGroup = 32;                     \
+    __VA_ARGS__;                                   \
+  } else {                                         \
+    constexpr int kGroup = kBlock;                 \
+    __VA_ARGS__;                                   \
+  }
+
+template <class T, int kGroup>
+constexpr int kUnroll = kGroup < 32 ? 1 : sizeof(T) == 8 ? 2 : 4;  // vectors of one thread in flight
+
+__device__ inline int64_t target_at(const Targets& t, int64_t row) {
+  switch (t.type) {
+    case TargetType::int64: return static_cast<const int64_t*>(t.data)[row];
+    case TargetType::int32: return static_cast<const int32_t*>(t.data)[row];
+    case TargetType::int16: return static_cast<const int16_t*>(t.data)[row];
+    case TargetType::int8: return static_cast<const int8_t*>(t.data)[row];
+    case TargetType::uint8: return static_cast<const uint8_t*>(t.data)[row];
+  }
+  return -1;
+}
+
+// A row's target: a class, or why it does not count.
+struct RowTarget {
+  int64_t target;
+  bool counts, bad;
+};
+__device__ inline RowTarget row_target(const Targets& t, int64_t row, int64_t classes) {
+  const int64_t target = target_at(t, row);
+  const bool ignored = target == t.ignore_index, bad = !ignored && (target < 0 || target >= classes);
+  return {target, !ignored && !bad, bad};
+}
+
+// The error of a device-side assertion, as PyTorch's. Behind the row's NaN, which only an emulation gets to see.
+__device__ inline void refuse_target() {
+#if defined(__CUDACC__)
+  assert(!"cross_entropy: a target is outside [0, classes) and not ignore_index");
+#else
+  __trap();
+#endif
+}
+
+__device__ inline int64_t row_offset(const RowLayout& l, int64_t row) {
+  if (l.spatial == 1) return row * l.batch_stride;
+  const int64_t b = row / l.spatial;
+  return b * l.batch_stride + (row - b * l.spatial) * l.spatial_stride;
+}
+
+// sum of exp(x - shift) of a thread's share of n adjacent classes.
+template <class T, int kGroup>
+__device__ inline sum_t<T> share_sum_exp(const T* x, int64_t n, acc_t<T> shift, int lane) {
+  using A = acc_t<T>;
+  const unsigned offset = misalignment(x);
+  sum_t<T> sum = 0;
+  for (int64_t first = int64_t{lane} * kVector<T>; first < n; first += int64_t{kGroup} * kVector<T>) {
+    A v[kVector<T>];
+    load_vector(x + first, n - first, offset, -kInfinity<A>, v);
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) sum += exact_exp(v[k] - shift);
+  }
+  return sum;
+}
+
+// The target's gradient over the upstream one: p - 1, or minus the others' p where that would cancel.
+__device__ inline double target_residual(double p, double others) { return p < 0.5 ? p - 1.0 : -others; }
+
+}  // namespace cuda
+}  // namespace fused_ops

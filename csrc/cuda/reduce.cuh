@@ -1,0 +1,90 @@
+// Reductions over a group of threads in a fixed order: the lanes of a part of a warp, or a block.
+//
+// A group of up to 32 threads exchanges registers pairwise; addition and the merges here are commutative, so that every
+// lane holds the same bits. A block does so by warps and merges the warps in order. All threads of the block take part.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "element.cuh"
+
+namespace fused_ops {
+namespace cuda {
+
+constexpr int kBlock = 256;
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class V>
+__device__ inline V shuffled(V v, int lanes) {
+  return __shfl_xor_sync(kAll, v, lanes);
+}
+
+// merge(a, b) over a group; every thread of it gets the result. V needs `V shuffled(V, int)`. Waits for the group, so
+// that memory that its threads read before may be written after.
+template <int kGroup, class V, class Merge>
+__device__ inline V reduce_group(V v, const Merge& merge) {
+  constexpr int kLanes = kGroup < 32 ? kGroup : 32;
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2) v = merge(v, shuffled(v, d));
+  if constexpr (kGroup > 32) {
+    __shared__ V warps[kGroup / 32];
+    __syncthreads();  // the reduction before this one has been read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = warps[0];
+#pragma unroll
+    for (int w = 1; w < kGroup / 32; ++w) v = merge(v, warps[w]);
+  }
+  return v;
+}
+
+template <int kGroup, class A>
+__device__ inline A sum_group(A v) {
+  return reduce_group<kGroup>(v, [](A a, A b) { return a + b; });
+}
+
+template <int kGroup>
+__device__ inline void sync_group() {
+  if constexpr (kGroup > 32)
+    __syncthreads();
+  else
+    __syncwarp();
+}
+
+struct LossSum {
+  double sum, count;
+};
+__device__ inline LossSum shuffled(LossSum v, int lanes) { return {shuffled(v.sum, lanes), shuffled(v.count, lanes)}; }
+__device__ inline LossSum operator+(const LossSum& a, const LossSum& b) { return {a.sum + b.sum, a.count + b.count}; }
+
+// What sums of many terms are kept in: float would lose digits that float32 results have.
+template <class T>
+using sum_t = std::conditional_t<std::is_same_v<T, float>, double, acc_t<T>>;
+
+// The maximum and the sum of exp(x - maximum) of some values. Of none: -inf and 0. A NaN is in the sum alone.
+template <class A, class S>
+struct Online {
+  A max;
+  S sum;
+};
+template <class A, class S>
+__device__ inline Online<A, S> shuffled(Online<A, S> v, int lanes) {
+  return {shuffled(v.max, lanes), shuffled(v.sum, lanes)};
+}
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+__device__ inline float exact_exp(float x) { return expf(x); }
+__device__ inline double exact_exp(double x) { return exp(x); }
+
+// exp(from - to) with equal infinities 0 apart.
+template <class A>
+__device__ inline A rescale(A from, A to) {
+  return from == to ? A(1) : exact_exp(from - to);
+}
+template <class A, class S>
+__device__ inline Online<A, S> merged(const Online<A, S>& a, const Online<A, S>& b) {
+  const A max = larger(a.max, b.max);
+  return {max, a.sum * S(rescale(a.max, max)) + b.sum * S(rescale(b.max, max))};
+}
+
+}  // namespace cuda
+}  // namespace fused_ops

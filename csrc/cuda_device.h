@@ -1,0 +1,89 @@
+// What the bindings of the CUDA kernels share: the device and stream of a call, and its errors.
+//
+// FUSED_OPS_CUDA_HOST builds the same bindings around the kernels' emulation on the CPU (tests/cuda_host).
+#pragma once
+#include "checks.h"
+
+#if defined(FUSED_OPS_CUDA_HOST)
+#define FUSED_OPS_CUDA_LIBRARY fused_ops_host
+#define FUSED_OPS_CUDA_KEY CPU
+#else
+#include <torch/csrc/stable/accelerator.h>
+#define FUSED_OPS_CUDA_LIBRARY fused_ops
+#define FUSED_OPS_CUDA_KEY CUDA
+#endif
+#define FUSED_OPS_STRINGIFY(x) #x
+#define FUSED_OPS_STRING(x) FUSED_OPS_STRINGIFY(x)
+#define FUSED_OPS_LIBRARY_IMPL(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+// An op of the library that runs the plain-PyTorch reference (fused_ops/_library.py).
+#define FUSED_OPS_REFERENCE_OP(name) FUSED_OPS_STRING(FUSED_OPS_CUDA_LIBRARY) "::" name "_reference"
+
+namespace fused_ops {
+namespace cuda {
+
+inline int32_t device_index(const Tensor& t) {
+  int32_t index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  return index;
+}
+
+inline void check_on_gpu(const char* op, const char* name, const Tensor& t) {
+#if defined(FUSED_OPS_CUDA_HOST)
+  if (!t.is_cpu()) raise(op, ": ", name, " must be on the CPU");
+#else
+  if (!t.is_cuda()) raise(op, ": ", name, " must be a CUDA tensor");
+#endif
+}
+
+// On the same GPU as input.
+inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  check_on_gpu(op, name, t);
+  if (device_index(t) != device_index(input))
+    raise(op, ": ", name, " must be on the device of input, ", device_index(input), ", got ", device_index(t));
+}
+
+// Makes the tensor's device the current one, and knows its current stream.
+class OnDevice {
+ public:
+#if defined(FUSED_OPS_CUDA_HOST)
+  explicit OnDevice(const Tensor&) {}
+#else
+  explicit OnDevice(const Tensor& t) : guard_(device_index(t)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index(t), &stream_));
+  }
+#endif
+  void* stream() const { return stream_; }
+
+ private:
+#if !defined(FUSED_OPS_CUDA_HOST)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+// Raises for what a launch returned.
+inline void check_launch(const char* op, int32_t error) {
+  if (error == 0) return;
+#if defined(FUSED_OPS_CUDA_HOST)
+  raise(op, ": CUDA error ", error);
+#else
+  char* message = nullptr;
+  torch_c10_cuda_check_msg(error, __FILE__, __func__, __LINE__, true, &message);
+  const std::string text = message ? message : "unknown";
+  if (message) torch_c10_cuda_free_error_msg(message);
+  raise(op, ": CUDA error ", error, ": ", text);
+#endif
+}
+
+inline double* doubles_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+
+inline Tensor scratch(const Tensor& like, int64_t count) { return empty(like, {&count, 1}, ScalarType::Double); }
+
+// A tensor of another's shape, channels_last where that is, else contiguous.
+inline Tensor empty_output(const Tensor& input) {
+  if (is_channels_last(input)) return empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
+  return empty(input, input.sizes(), input.scalar_type());
+}
+
+}  // namespace cuda
+}  // namespace fused_ops

@@ -1,0 +1,200 @@
+"""Builds the CUDA kernels for the CPU and calls them on CPU tensors: the real sources where there is no GPU.
+
+``cuda_runtime.h`` beside this file is the emulation. Nothing here is part of the package.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+KERNELS = CSRC / "cuda"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
+TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+FLAGS += ["-DFUSED_OPS_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CANARIES = 64  # elements on both sides of what a kernel may write
+
+
+def build(directory):
+    """Compiles the kernels and their bindings with the host compiler; returns the library, None without a compiler.
+
+    The bindings become the ops ``torch.ops.fused_ops_host.*`` on CPU tensors.
+    """
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        return None
+    sources = [*sorted(KERNELS.glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*_cuda.cpp"))]
+    objects = [Path(directory) / f"{source.stem}.o" for source in sources]
+    torch_home = Path(torch.__file__).parent
+
+    def compile_one(source, output):
+        includes = [f"-I{HERE}", "-isystem", str(torch_home / "include")]
+        command = [*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, f"{source.name} does not compile\n{result.stderr[:2000]}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = Path(directory) / "cuda_host.so"
+    libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*compiler, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
+    torch.ops.load_library(str(library))
+    loaded = ctypes.CDLL(str(library))
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    register_shared(loaded, library, [o for o, source in zip(objects, sources, strict=True) if source.parent != CSRC])
+    return loaded
+
+
+def symbols(path):
+    """(address, size, kind) of each sized symbol."""
+    listing = subprocess.run(["nm", "-S", str(path)], check=True, capture_output=True, text=True).stdout
+    return {f[3]: (int(f[0], 16), int(f[1], 16), f[2]) for f in map(str.split, listing.splitlines()) if len(f) == 4}
+
+
+def register_shared(loaded, library, objects):
+    """Tells the emulation where the ``__shared__`` variables are: static variables inside functions, by their names."""
+    names = {n for o in objects for n, (_, _, kind) in symbols(o).items() if n.startswith("_ZZ") and kind in "bBdDuVv"}
+    places = symbols(library)
+    known = "cuda_host_launches"
+    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value - places[known][0]
+    for name in sorted(names):
+        loaded.cuda_host_shared(ctypes.c_void_p(base + places[name][0]), ctypes.c_int64(places[name][1]))
+    assert len(names) > 1
+
+
+def pointer(t):
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def numbers(values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def poisoned(count, dtype):
+    """Memory that a kernel must write before it reads."""
+    return torch.full((count,), float("nan"), dtype=dtype)
+
+
+def extent_of(shape, strides):
+    return 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+class Guarded:
+    """A strided tensor, ``offset`` elements behind an aligned address, with canaries around it."""
+
+    def __init__(self, shape, strides, dtype, offset=0):
+        extent = extent_of(shape, strides)
+        self.memory = torch.full((2 * CANARIES + offset + extent,), 7.0, dtype=dtype)
+        self.tensor = self.memory.as_strided(shape, strides, CANARIES + offset)
+        self.tensor.fill_(float("nan"))
+        self.outside = torch.ones(self.memory.shape, dtype=torch.bool)
+        self.outside.as_strided(shape, strides, CANARIES + offset).fill_(False)
+
+    def check(self):
+        assert bool((self.memory[self.outside] == 7.0).all()), "a kernel wrote outside its output"
+
+
+def aligned(t, offset):
+    """A copy of t with the same strides whose first element is ``offset`` elements behind a 64-byte boundary."""
+    extent = extent_of(t.shape, t.stride())
+    memory = torch.full((extent + offset + 2 * CANARIES,), 1e4, dtype=t.dtype)
+    start = -(memory.data_ptr() // t.element_size()) % (64 // t.element_size()) + offset
+    return memory.as_strided(t.shape, t.stride(), start).copy_(t)
+
+
+class CrossEntropy:
+    """The kernels of csrc/cuda/cross_entropy*.cu on CPU tensors."""
+
+    def __init__(self, library, order=0):
+        self.library, self.order, self.error = library, order, 0
+
+    def layout(self, t):
+        """As layout_of in csrc/cross_entropy.cpp."""
+        if t.dim() == 1:
+            return [1, 1, t.size(0), 0, 0, t.stride(0)]
+        spatial = torch.Size(t.shape[2:]).numel()
+        strides = [t.stride(0), t.stride(-1) if t.dim() > 2 else 0, t.stride(1)]
+        if spatial == 1 and strides[0] == 1 and strides[2] != 1:
+            return [1, t.size(0), t.size(1), 0, 1, strides[2]]
+        return [t.size(0), spatial, t.size(1), *strides]
+
+    def head(self, x, target, ignore_index, reduction):
+        return numbers([DTYPES.index(x.dtype), TARGET_DTYPES.index(target.dtype), ignore_index, reduction])
+
+    def finish(self, error):
+        self.launches = self.library.cuda_host_launches()
+        trapped = self.library.cuda_host_trapped()
+        assert error == (710 if trapped else 0)
+        self.error = error
+
+    def forward(self, x, target, ignore_index=-100, reduction=1):
+        self.library.cuda_host_set_order(self.order)
+        layout = numbers(self.layout(x))
+        dtype = DTYPES.index(x.dtype)
+        scratch = poisoned(self.library.ce_forward_scratch(ctypes.c_int64(dtype), layout), torch.float64)
+        shape = target.shape if reduction == 0 else ()
+        loss, lse = poisoned(max(target.numel(), 1), x.dtype), poisoned(target.numel(), torch.float64)
+        total = poisoned(1, torch.float64)
+        head = self.head(x, target, ignore_index, reduction)
+        args = (pointer(x), layout, *map(pointer, (target, lse, loss, total, scratch)))
+        self.finish(self.library.ce_forward(head, *args))
+        return loss[: torch.Size(shape).numel()].reshape(shape), lse.reshape(target.shape), total[0]
+
+    def backward(self, grad_loss, x, target, lse, total, ignore_index=-100, reduction=1, grad=None):
+        self.library.cuda_host_set_order(self.order)
+        layout, grad_layout = numbers(self.layout(x)), numbers(self.layout(grad))
+        dtype = DTYPES.index(x.dtype)
+        scratch = poisoned(self.library.ce_backward_scratch(ctypes.c_int64(dtype), layout), torch.float64)
+        head = self.head(x, target, ignore_index, reduction)
+        args = (pointer(x), layout, *map(pointer, (target, lse, grad_loss.contiguous(), total, grad)), grad_layout)
+        self.finish(self.library.ce_backward(head, *args, pointer(scratch)))
+        return grad
+
+
+class BatchNorm:
+    """The kernels of csrc/cuda/batch_norm*.cu on CPU tensors, dense or channels_last."""
+
+    def __init__(self, library, order=0):
+        self.library, self.order = library, order
+
+    def head(self, x, parameters, training, correction, activation):
+        self.library.cuda_host_set_order(self.order)
+        spatial, last = torch.Size(x.shape[2:]).numel(), x.dim() > 2 and not x.is_contiguous()
+        kinds = [DTYPES.index(next((p.dtype for p in parameters if p is not None), x.dtype))]
+        counts = [x.size(0), x.size(1), spatial, last, DTYPES.index(x.dtype), *kinds, activation, training, correction]
+        head = numbers([int(v) for v in counts])
+        return head, poisoned(self.library.bn_scratch(head), torch.float64)
+
+    def forward(self, x, residual, running_mean, running_var, weight, bias, training, momentum, eps, *options):
+        """As reference.act_forward without ``valid`` and ``groups``."""
+        correction, activation, slope, mask_bytes, output = options
+        parameters = (weight, bias, running_mean, running_var)
+        head, scratch = self.head(x, parameters, training, correction, activation)
+        channels, update = x.size(1), training and running_mean is not None
+        mean, invstd = poisoned(channels, torch.float64), poisoned(channels, torch.float64)
+        new = [poisoned(channels, running_mean.dtype) if update else None for _ in range(2)]
+        mask = torch.full((mask_bytes,), 0xAA, dtype=torch.uint8) if mask_bytes else None
+        reals = (ctypes.c_double * 3)(slope, momentum, eps)
+        args = map(pointer, (x, residual, output, mask, mean, invstd, *new, scratch))
+        assert self.library.bn_forward(head, reals, (ctypes.c_void_p * 4)(*map(pointer, parameters)), *args) == 0
+        return output, mean, invstd, *new, mask
+
+    def backward(self, grad, x, residual, weight, bias, mean, invstd, mask, training, *options):
+        """As reference.act_backward without ``valid`` and ``groups``; into grad_input and grad_residual."""
+        correction, activation, slope, grad_input, grad_residual, need_params = options
+        parameters = (weight, bias, None, None)
+        head, scratch = self.head(x, parameters, training, correction, activation)
+        kind = next((p.dtype for p in parameters if p is not None), x.dtype)
+        grads = [poisoned(x.size(1), kind) if need_params else None for _ in range(2)]
+        reals = (ctypes.c_double * 1)(slope)
+        args = map(pointer, (grad, x, residual, mask, mean, invstd, grad_input, grad_residual, *grads, scratch))
+        assert self.library.bn_backward(head, reals, (ctypes.c_void_p * 4)(*map(pointer, parameters)), *args) == 0
+        return grad_input, grad_residual, *grads

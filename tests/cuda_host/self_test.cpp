@@ -1,0 +1,74 @@
+// Kernels with a known fault each: the emulation has to notice them.
+#include "cuda_runtime.h"
+
+namespace {
+
+// Right with a barrier between the writes and the reads, dependent on the order of the threads without.
+template <bool kBarrier>
+__global__ void shift(int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (kBarrier) __syncthreads();
+  out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
+}
+
+template <class T>
+__global__ void warp_functions(T* out) {
+  const T mine = static_cast<T>(threadIdx.x);
+  out[4 * threadIdx.x] = __shfl_xor_sync(0xffffffffu, mine, 8);
+  out[4 * threadIdx.x + 1] = __shfl_down_sync(0xffffffffu, mine, 1, 16);
+  out[4 * threadIdx.x + 2] = __shfl_sync(0xffffffffu, mine, 3, 8);
+  out[4 * threadIdx.x + 3] = static_cast<T>(__ballot_sync(0xffffffffu, threadIdx.x % 32 == 5) >> 5);
+}
+
+// Half of the threads never reach the barrier.
+template <class T>
+__global__ void stuck(T*) {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+cudaLaunchConfig_t one_block(unsigned threads) {
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(threads);
+  return config;
+}
+
+}  // namespace
+
+extern "C" {
+int self_shift(int barrier, int* out) {
+  const cudaLaunchConfig_t config = one_block(64);
+  return cudaLaunchKernelEx(&config, barrier ? shift<true> : shift<false>, out);
+}
+int self_warp_functions(double* out) {
+  const cudaLaunchConfig_t config = one_block(64);
+  return cudaLaunchKernelEx(&config, warp_functions<double>, out);
+}
+int self_stuck() {
+  const cudaLaunchConfig_t config = one_block(64);
+  return cudaLaunchKernelEx(&config, stuck<int>, static_cast<int*>(nullptr));
+}
+int self_bad_launch() {
+  const cudaLaunchConfig_t config = one_block(48);
+  return cudaLaunchKernelEx(&config, stuck<int>, static_cast<int*>(nullptr));
+}
+}
+
+#include "../../csrc/cuda/element.cuh"
+
+using namespace fused_ops;
+
+extern "C" {
+void self_widen(int64_t dtype, const uint16_t* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = dtype == 2 ? cuda::to_acc(bfloat16_t{from[i]}) : cuda::to_acc(float16_t{from[i]});
+}
+void self_narrow(int64_t dtype, const float* from, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (dtype == 2)
+      cuda::set(reinterpret_cast<bfloat16_t*>(to)[i], from[i]);
+    else
+      cuda::set(reinterpret_cast<float16_t*>(to)[i], from[i]);
+  }
+}
+}

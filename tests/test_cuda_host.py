@@ -1,0 +1,74 @@
+"""The CUDA emulation itself: that it runs kernels as a GPU would and notices the faults that it is there to notice."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_host import DTYPES, build, numbers, pointer
+
+
+def run_shift(library, barrier, order):
+    out = torch.full((64,), -1, dtype=torch.int32)
+    library.cuda_host_set_order(order)
+    assert library.self_shift(barrier, pointer(out)) == 0
+    return out
+
+
+def test_a_missing_barrier_shows_in_another_order_of_threads(cuda_host):
+    expected = (torch.arange(64, dtype=torch.int32) + 1) % 64
+    right = [run_shift(cuda_host, 1, order) for order in range(4)]
+    wrong = [run_shift(cuda_host, 0, order) for order in range(4)]
+    assert all(torch.equal(r, expected) for r in right)
+    assert not any(torch.equal(w, expected) for w in wrong)
+
+
+def test_shared_memory_is_poisoned_before_each_block(cuda_host):
+    run_shift(cuda_host, 1, 0)
+    assert run_shift(cuda_host, 0, 0)[0] == -1  # thread 0 reads what thread 1 has not written yet
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_warp_functions(cuda_host, order):
+    out = torch.zeros(64, 4, dtype=torch.float64)
+    cuda_host.cuda_host_set_order(order)
+    assert cuda_host.self_warp_functions(pointer(out)) == 0
+    i = torch.arange(64)
+    assert out[:, 0].long().tolist() == (i ^ 8).tolist()
+    assert out[:, 1].long().tolist() == [int(k) + (int(k) % 16 != 15) for k in i]
+    assert out[:, 2].long().tolist() == (i // 8 * 8 + 3).tolist()
+    assert out[:, 3].tolist() == [1.0] * 64
+
+
+def test_launches_that_a_gpu_would_refuse(cuda_host):
+    assert cuda_host.self_bad_launch() == 1
+
+
+def test_a_barrier_that_some_threads_miss_ends_the_process(cuda_host, run_python):
+    code = f"import ctypes, torch; ctypes.CDLL({cuda_host._name!r}).self_stuck()"
+    result = run_python("-c", code, check=False)
+    assert result.returncode != 0 and "never come" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_of_16_bit_types_are_torchs(cuda_host, dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)
+    wide = torch.empty(values.shape)
+    kind = ctypes.c_int64(DTYPES.index(dtype))
+    cuda_host.self_widen(kind, pointer(bits), pointer(wide), ctypes.c_int64(bits.numel()))
+    assert torch.equal(wide.view(torch.int32)[~values.isnan()], values.float().view(torch.int32)[~values.isnan()])
+    assert wide[values.isnan()].isnan().all()
+    ulp = (values.float().nextafter(torch.tensor(float("inf"))) - values.float()).nan_to_num()
+    tried = torch.cat([values.float() * (1 + k / 512) + j * ulp for k in range(-3, 4) for j in (-1, 0, 1)])
+    narrow = torch.empty(tried.shape, dtype=torch.int16)
+    cuda_host.self_narrow(kind, pointer(tried), pointer(narrow), ctypes.c_int64(tried.numel()))
+    expected = tried.to(dtype)
+    keep = ~expected.isnan()
+    assert torch.equal(narrow[keep], expected.view(torch.int16)[keep])
+    assert narrow.view(dtype)[~keep].isnan().all()
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build(tmp_path) is None
+    assert list(numbers([1, 2])) == [1, 2]
