@@ -9,7 +9,9 @@ from fused_ops._batch_norm_modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fused_ops._convert_patch import patch
 from fused_ops.batch_norm import batch_norm
+from fused_ops.convert import convert, revert
 from fused_ops.cross_entropy import cross_entropy
 
 __version__ = "0.1.0"
@@ -21,6 +23,9 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "batch_norm",
+    "convert",
     "cross_entropy",
     "fold",
+    "patch",
+    "revert",
 ]
