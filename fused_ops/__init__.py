@@ -9,9 +9,11 @@ from fused_ops._batch_norm_modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fused_ops._convert_patch import patch
 from fused_ops._cross_entropy_modules import CrossEntropyLoss
 from fused_ops._cross_entropy_options import CrossEntropyOutput
 from fused_ops.batch_norm import batch_norm
+from fused_ops.convert import convert, revert
 from fused_ops.cross_entropy import cross_entropy
 from fused_ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
@@ -27,7 +29,10 @@ __all__ = [
     "LazyBatchNorm3d",
     "LinearCrossEntropyLoss",
     "batch_norm",
+    "convert",
     "cross_entropy",
     "fold",
     "linear_cross_entropy",
+    "patch",
+    "revert",
 ]

@@ -9,6 +9,16 @@ from torch import Tensor, nn
 
 from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing
 
+# The options that the modules have beyond PyTorch's.
+DEFAULTS: dict[str, Any] = {
+    "correction": 0,
+    "activation": None,
+    "negative_slope": 0.01,
+    "alpha": 1.0,
+    "groups": 1,
+    "frozen": False,
+}
+
 
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the modules add to PyTorch's: the options of ``batch_norm``, and statistics that count once."""
@@ -39,16 +49,23 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.negative_slope, self.alpha = negative_slope, alpha
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        added = {"correction": 0, "activation": None, "negative_slope": 0.01, "alpha": 1.0, "groups": 1}
-        super().__setstate__({**added, "frozen": False, **state})  # what a module of PyTorch pickled lacks
+        super().__setstate__({**DEFAULTS, **state})  # what a module of PyTorch pickled lacks
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        valid: Tensor | None = None,
+        *,
+        activation: tuple[str, float] | None = None,
+    ) -> Tensor:
         """The normalised input; see ``fused_ops.batch_norm``.
 
         Args:
             input: (batch, channels) or (batch, channels, ...), as the module's name says.
             residual: Added before the activation.
             valid: The positions that count.
+            activation: In this call, instead of the module's: its name, and its negative_slope or alpha (else 0).
         """
         self._check_input_dim(input)
         training = self.training and not self.frozen
@@ -58,7 +75,16 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         running = (self.running_mean, self.running_var) if not training or tracked else (None, None)
         batch_statistics = training or self.running_mean is None
-        options = (self.correction, self.activation, residual, self.negative_slope, self.alpha, valid, self.groups)
+        name, *slopes = (
+            (self.activation, self.negative_slope, self.alpha)
+            if activation is None
+            else (
+                activation[0],
+                activation[1],
+                activation[1],
+            )
+        )
+        options = (self.correction, name, residual, *slopes, valid, self.groups)
         if self.momentum is None and counted:
             return self._cumulative(input, options)
         momentum = 0.0 if self.momentum is None else self.momentum

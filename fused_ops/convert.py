@@ -1,0 +1,176 @@
+"""Models over to this package's ops and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_ops import _batch_norm_modules as ours
+from fused_ops import _library
+from fused_ops._convert_fuse import NotTraceable, Rewritten, rewrite
+from fused_ops._convert_report import Entry, Report, predict_bytes
+from fused_ops._convert_sample import Sample, run_sample
+
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: ours.BatchNorm1d,
+    nn.BatchNorm2d: ours.BatchNorm2d,
+    nn.BatchNorm3d: ours.BatchNorm3d,
+    nn.LazyBatchNorm1d: ours.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: ours.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: ours.LazyBatchNorm3d,
+}
+_SWAPS = _NORMS
+_BACK = {new: old for old, new in _SWAPS.items()}
+_MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
+_OPTIONS = (
+    "correction",
+    "activation",
+    "negative_slope",
+    "alpha",
+    "groups",
+    "frozen",
+)  # what ours have beyond PyTorch's
+
+
+def convert(
+    model: nn.Module,
+    *,
+    fuse_activations: bool = True,
+    sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+) -> Report:
+    """Turns a model over to fused ops, in place; ``revert`` turns it back.
+
+    Every ``nn.BatchNorm1d/2d/3d`` (lazy ones too) and ``nn.CrossEntropyLoss`` in it becomes this package's: the same
+    objects with the same parameters, buffers, hooks, mode, device and dtype, so that optimizers and other references to
+    them stay right. state_dict does not change.
+
+    Args:
+        model: Any module; it may be one of these itself.
+        fuse_activations: Do the activation that follows a batch norm, and the residual that is added between them, in
+            the same op. In an ``nn.Sequential`` the modules tell; any other module's own forward is traced with
+            torch.fx and, where that works, replaced by one that does the same in fewer steps.
+        sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments) on which output and
+            gradients are compared before and after, on copies of the model, with the float64 truth; it also tells how
+            many bytes are saved.
+
+    Returns:
+        What was replaced, fused and left alone, and why; ``str()`` and ``rich.print()`` show it as a table.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Note:
+        Left alone: ``nn.SyncBatchNorm``, subclasses (also those that parametrizations and FSDP make: convert before
+        them), and modules with a forward of their own set on the instance. What is fused gives way to the separate
+        steps by itself where that is not the same: when the batch norm or the activation gets hooks or is replaced,
+        when the residual has another shape or dtype, when forward is called with other arguments than tensors, and
+        when an attribute that forward reads is set. Not noticed are changes inside such an attribute
+        (``self.config.x = 1``) and of globals: revert and convert again.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    before = None if sample is None else run_sample(model, Sample.of(sample))
+    report = Report()
+    for path, module in model.named_modules():
+        _swap(path, module, report)
+    if fuse_activations:
+        for path, module in model.named_modules():
+            _fuse(path, module, report)
+    _note_backend(model, report)
+    if before is not None:
+        after = run_sample(model, before.sample)
+        report.checks = before.compare(after)
+        predict_bytes(report, before.sizes)
+    return report
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Turns what ``convert`` turned over back into PyTorch's modules and their own forwards, in place.
+
+    Args:
+        model: What was converted, or a part or a copy of it.
+
+    Returns:
+        The names of the modules that were turned back.
+
+    Raises:
+        RuntimeError: something has made classes of its own of converted modules since (fully_shard does).
+    """
+    restored = []
+    for path, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, Rewritten):
+            if Rewritten not in kind.__bases__:
+                raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
+            module.__class__ = kind._fused_ops_original
+            restored.append(path)
+        if _MARK in module.__dict__:
+            if kind not in _BACK:
+                raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
+            module.__class__ = _BACK[kind]
+            for name in (_MARK, *_OPTIONS):
+                module.__dict__.pop(name, None)
+            restored.append(path)
+    return restored
+
+
+def _swap(path: str, module: nn.Module, report: Report) -> None:
+    kind = type(module)
+    if kind in _SWAPS and "forward" not in module.__dict__:
+        new = _SWAPS[kind]
+        if kind in _NORMS:
+            for name in _OPTIONS:
+                module.__dict__[name] = ours.DEFAULTS[name]
+        module.__dict__[_MARK] = True
+        module.__class__ = new
+        report.replaced.append(Entry(path, kind.__name__))
+    elif reason := _why_not(module):
+        report.left.append(Entry(path, kind.__name__, reason))
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module that looks like one of those is left alone; empty for any other."""
+    if isinstance(module, (*_BACK, Rewritten)):
+        return "" if _MARK not in module.__dict__ else "already converted"
+    if type(module) in _SWAPS:
+        return "its forward is set on the instance"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "synchronises its statistics over processes, which the fused op does not"
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.CrossEntropyLoss)) and not isinstance(
+        module, nn.modules.instancenorm._InstanceNorm
+    ):
+        return "a subclass, whose meaning is its own"
+    return ""
+
+
+def _fuse(path: str, module: nn.Module, report: Report) -> None:
+    children = [child for child in module.children() if isinstance(child, ours._FusedBatchNorm)]
+    inside = [c for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict)) for c in m.children()]
+    if isinstance(module, Rewritten) or not any(_MARK in c.__dict__ for c in (*children, *inside)):
+        return
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return
+    try:
+        fusions = rewrite(module)
+    except NotTraceable as error:
+        report.notes.append(f"{path or type(module).__name__}: nothing fused with its batch norms: {error}")
+        return
+    for fusion in fusions:
+        name = f"{path}.{fusion.bn}" if path else fusion.bn
+        report.fused.append(Entry(name, fusion.then, residual=fusion.residual, activation=fusion.activation))
+
+
+def _note_backend(model: nn.Module, report: Report) -> None:
+    if not report.replaced:
+        return
+    devices = {p.device.type for p in model.parameters()} or {"cpu"}
+    for device in sorted(devices & {"cpu", "cuda"}):
+        served = {what for _, kind, what, _ in _library.backends() if kind == device}
+        if "plain PyTorch" in served:
+            why = _library.missing_reason or f"this build has no {device} kernels"
+            report.notes.append(f"on {device} the ops run as plain PyTorch, slower than fused: {why}")
+
+
+__all__ = ["Report", "convert", "revert"]
