@@ -259,3 +259,9 @@ def test_more_rows_than_blocks(kernels):
     x, target = data(4096 * 128 + 300, 2, torch.float32)
     loss, grad = compare(kernels, x, target)
     assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_more_rows_than_blocks_with_a_block_a_row(cuda_host, order):
+    x, target = data(4096 + 40, 520, torch.float64)
+    compare(CrossEntropy(cuda_host, order), x, target)

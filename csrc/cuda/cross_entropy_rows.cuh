@@ -66,7 +66,9 @@ inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.c
   }
 
 template <class T, int kGroup>
-constexpr int kUnroll = kGroup < 32 ? 1 : sizeof(T) == 8 ? 2 : 4;  // vectors of one thread in flight
+constexpr int kUnroll = kGroup < 32      ? 1
+                        : sizeof(T) == 8 ? 2
+                                         : 4;  // vectors of one thread in flight
 
 __device__ inline int64_t target_at(const Targets& t, int64_t row) {
   switch (t.type) {

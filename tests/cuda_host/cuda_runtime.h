@@ -2,7 +2,8 @@
 // unchanged and run them where there is no GPU.
 //
 // Blocks run one after the other. The threads of a block are fibers of one OS thread that switch at barriers, shuffles
-// and votes only, in an order that set_order chooses: a kernel whose result depends on that order has a race. A barrier
+// and votes only, in an order that set_order chooses, each warp as far ahead of the others as barriers let it: a kernel
+// whose result depends on that order has a race. A barrier
 // that not all threads reach ends the launch with an error. Shared memory is filled with ones before every block.
 #pragma once
 #include <setjmp.h>
@@ -141,9 +142,16 @@ inline bool run_block(const std::vector<int>& order) {
   }
   for (;;) {
     bool ran = false;
-    for (const int i : order)
-      if (machine.fibers[i].state == State::ready) enter(machine.fibers[i]), ran = true;
-    for (int w = 0; w < machine.threads; w += kWarp) ran |= release(w, w + kWarp, State::at_warp_barrier);
+    for (const int first : order) {  // one warp after the other, each as far as it gets
+      if (first % kWarp != 0) continue;
+      for (bool moved = true; moved; ran |= moved) {
+        moved = false;
+        for (const int i : order)
+          if (i / kWarp == first / kWarp && machine.fibers[i].state == State::ready)
+            enter(machine.fibers[i]), moved = true;
+        moved |= release(first, first + kWarp, State::at_warp_barrier);
+      }
+    }
     ran |= release(0, machine.threads, State::at_block_barrier);
     if (ran) continue;
     for (int i = 0; i < machine.threads; ++i)
