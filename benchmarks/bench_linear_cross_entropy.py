@@ -106,7 +106,7 @@ def case(rows: int, features: int, classes: int, dtype: torch.dtype, name: str =
     return Case(
         op=OP,
         name=name or f"{rows}x{features} x {classes} {str(dtype).removeprefix('torch.')}",
-        shape=(rows, features, classes),
+        shape=(rows, features),
         dtype=dtype,
         inputs=partial(draw, rows, features, classes, dtype),
         providers=providers(rows < 100),
