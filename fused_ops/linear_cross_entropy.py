@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_ops._cross_entropy_options import (
+    _INDEX_DTYPES,
+    _INPUT_DTYPES,
     Call,
     CrossEntropyOutput,
     Numbers,
@@ -19,7 +21,7 @@ from fused_ops._cross_entropy_options import (
     reduced_loss,
     row_scale,
 )
-from fused_ops._cross_entropy_plain import index_loss
+from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._function import _transforms_active
 from fused_ops._linear_cross_entropy_chunks import Plan
@@ -28,7 +30,8 @@ from fused_ops.reference import linear_cross_entropy as reference
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.linear_cross_entropy import Head
 
-_CHUNK_ROWS = 256  # where the matrix products are about as fast as in one piece
+_CHUNK_BYTES_A_CLASS = 1024  # 256 rows of float32: the matrix products are about as fast as in one piece
+_NUMBERS = (float, int)
 _SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 
 
@@ -169,7 +172,7 @@ def _plan_rows(shape: _Shape, itemsize: int, chunk_rows: int | None, max_memory_
         return chunk_rows
     if max_memory_bytes is not None:
         return max(1, max_memory_bytes // row_bytes)
-    return 0 if math.prod(shape.lead) * row_bytes <= _SMALL_BYTES else _CHUNK_ROWS
+    return 0 if math.prod(shape.lead) * row_bytes <= _SMALL_BYTES else _CHUNK_BYTES_A_CLASS // itemsize
 
 
 def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
@@ -187,6 +190,26 @@ def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_o
     if forward_ad._current_level >= 0 or any(isinstance(t, Tensor) and t.requires_grad for t in others):
         return 0
     return sum(1 << i for i, t in enumerate(head) if t is not None and t.requires_grad)
+
+
+def _is_small_matrix(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> bool:
+    """Whether this is a call, right in every respect, of (rows, classes) logits that are not worth cutting."""
+    if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)):
+        return False
+    if input.dim() != 2 or linear_weight.dim() != 2 or target.dim() != 1 or target.dtype not in _INDEX_DTYPES:
+        return False
+    (rows, features), classes, dtype = input.shape, linear_weight.size(0), input.dtype
+    if rows * classes * dtype.itemsize > _SMALL_BYTES or dtype not in _INPUT_DTYPES or target.size(0) != rows:
+        return False
+    if (
+        linear_weight.dtype != dtype
+        or linear_weight.size(1) != features
+        or torch.is_autocast_enabled(input.device.type)
+    ):
+        return False
+    return linear_bias is None or (
+        isinstance(linear_bias, Tensor) and linear_bias.shape == (classes,) and linear_bias.dtype == dtype
+    )
 
 
 def linear_cross_entropy(
@@ -244,7 +267,8 @@ def linear_cross_entropy(
             outputs it is there with a loss of 0.
         lora: (A, B, scale) of shapes (rank, in_features) and (classes, rank): adds ``scale * input @ A.T @ B.T`` to the
             logits.
-        chunk_rows: Rows whose logits exist at once. Default: 256, or all if the logits are at most 1 MiB.
+        chunk_rows: Rows whose logits exist at once. Default: 256 in float32, 512 in 16 bit, 128 in float64, or all if
+            the logits are at most 1 MiB.
         max_memory_bytes: Sets chunk_rows by the size of the buffer.
         return_outputs: Returns a ``CrossEntropyOutput``.
 
@@ -268,6 +292,29 @@ def linear_cross_entropy(
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
     """
+    if (
+        weight is None
+        and lora is None
+        and not shift
+        and not label_smoothing
+        and not return_outputs
+        and token_weight is None
+        and class_mask is None
+        and softcap is None
+        and normalizer is None
+        and loss_dtype is None
+        and chunk_rows is None
+        and max_memory_bytes is None
+        and type(z_loss) in _NUMBERS
+        and not z_loss
+        and type(logit_scale) in _NUMBERS
+        and logit_scale == 1
+        and empty == "nan"
+        and reduction in REDUCTIONS
+        and _is_small_matrix(input, linear_weight, linear_bias, target)
+    ):
+        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+        return index_loss(logits, target, -100 if ignore_index is None else ignore_index, reduction, False)
     if shift:
         target, ignore_index = _shifted(input, target, ignore_index)
     check_reduction(reduction, normalizer, empty)
