@@ -8,6 +8,7 @@ import inspect
 import itertools
 import operator
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -322,8 +323,14 @@ for _operation in _IN_PLACE:
 class _Tracer(fx.Tracer):
     """Follows one forward and goes into no module that it calls."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, forward: types.FunctionType) -> None:
+        own = {
+            n: f for n in forward.__code__.co_names if isinstance(f := forward.__globals__.get(n), types.FunctionType)
+        }
+        super().__init__(autowrap_functions=tuple(own.values()))
+        file = sys.modules.get(forward.__module__)
+        if file is not None and file.__dict__ is forward.__globals__:
+            self._autowrap_search.append(file)  # the functions beside the class are called, not followed
         self._mode = self._modes()
 
     @staticmethod
@@ -378,7 +385,7 @@ def _trace(module: nn.Module, arity: int, training: bool) -> tuple[fx.Graph, set
     module.training = training
     _become(module, type(original.__name__, (original,), namespace))
     try:
-        graph = _Tracer().trace(module)
+        graph = _Tracer(original.forward).trace(module)  # type: ignore[arg-type]
     except NotTraceable:
         raise
     except Exception as error:  # whatever the user's code does with a proxy
@@ -475,13 +482,20 @@ def _may_move(graph: fx.Graph, bn: fx.Node, addition: fx.Node | None, end: fx.No
             continue
         if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
             return False
-        if node.op == "call_function" and _writes(node):
+        if node.op == "call_function" and (_writes(node) or (_foreign(node) and read & set(node.all_input_nodes))):
             return False
         if node.op == "call_module" and read & set(node.all_input_nodes):
             called = module.get_submodule(str(node.target))
             if any(getattr(m, "inplace", False) for m in called.modules()):
                 return False
     return True
+
+
+def _foreign(node: fx.Node) -> bool:
+    """Whether it is a function of the user's, of which nobody knows what it writes to."""
+    return not (getattr(node.target, "__module__", None) or "torch").startswith(
+        ("torch", "_operator", "math", "builtins")
+    )
 
 
 def _writes(node: fx.Node) -> bool:

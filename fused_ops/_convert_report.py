@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:  # rich is loaded where a report is shown, not by import fused_ops
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 @dataclass
@@ -60,14 +61,21 @@ class Report:
         return all(check.ok for check in self.checks)
 
     def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
         return Group(*self._tables())
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
 
     def _tables(self) -> list[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
         fused = {entry.path: entry for entry in self.fused}
         table = Table("module", "was", "now", "bytes saved a step", title="convert", header_style="bold")
         for entry in self.replaced:
@@ -81,12 +89,25 @@ class Report:
         shown.append(Text(f"{len(self.replaced)} replaced, {len(fused)} of them fused, {len(self.left)} left alone"))
         if self.saved_bytes is not None:
             shown.append(Text(f"predicted: {self.saved_bytes / 1e6:.1f} MB a training step not read or written"))
-        shown += [Text(note, style="yellow") for note in self.notes]
+        shown += [Text(note, style="yellow") for note in self._grouped_notes()]
         if self.checks:
             shown.append(self._check_table())
         return shown
 
+    def _grouped_notes(self) -> list[str]:
+        """One line a reason, with the first module that has it."""
+        groups: dict[str, list[str]] = {}
+        for note in self.notes:
+            path, _, reason = note.partition(": ")
+            groups.setdefault(reason, []).append(path)
+        return [
+            f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
+            for reason, paths in groups.items()
+        ]
+
     def _check_table(self) -> Table:
+        from rich.table import Table
+
         table = Table("on the sample", "error before", "error after", "", title="against float64", header_style="bold")
         worst = sorted(self.checks, key=lambda check: check.after / (check.allowed or 1.0), reverse=True)
         for check in [c for c in worst if not c.ok] or worst[:5]:

@@ -51,8 +51,11 @@ class Run:
         gradients = [float(t.norm()) for name, t in self.truth.items() if name.startswith("gradient")]
         for name, truth in self.truth.items():
             eps = torch.finfo(self.found[name].dtype).eps
-            # A gradient that is zero but for rounding (a bias before batch norm) is measured against the others.
-            least = max(gradients) * eps**0.5 if name.startswith("gradient") else 0.0
+            least = 0.0
+            if name.startswith("gradient"):  # one that is zero but for rounding (a bias before batch norm) is measured
+                least = max(gradients) * eps**0.5  # against the others
+            elif name.endswith("running_mean"):  # a mean near zero against the deviations that it is subtracted from
+                least = float(self.truth[name.removesuffix("mean") + "var"].clamp(min=0).sqrt().norm())
             error_before, error_after = (_relative(run.found[name], truth, least) for run in (self, after))
             checks.append(Check(name, error_before, error_after, LOOSE * max(error_before, eps)))
         return checks

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_ops import _batch_norm_modules as ours
+from fused_ops import _cross_entropy_modules as losses
 from fused_ops import _library
 from fused_ops._convert_fuse import NotTraceable, Rewritten, rewrite
 from fused_ops._convert_report import Entry, Report, predict_bytes
@@ -21,7 +22,8 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm2d: ours.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: ours.LazyBatchNorm3d,
 }
-_SWAPS = _NORMS
+_LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: losses.CrossEntropyLoss}
+_SWAPS = _NORMS | _LOSSES
 _BACK = {new: old for old, new in _SWAPS.items()}
 _MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
 _OPTIONS = (
@@ -110,8 +112,10 @@ def revert(model: nn.Module) -> list[str]:
             if kind not in _BACK:
                 raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
             module.__class__ = _BACK[kind]
-            for name in (_MARK, *_OPTIONS):
+            for name in (_MARK, *_added(_BACK[kind])):
                 module.__dict__.pop(name, None)
+            if _BACK[kind] in _LOSSES:
+                del module.class_mask
             restored.append(path)
     return restored
 
@@ -119,15 +123,18 @@ def revert(model: nn.Module) -> list[str]:
 def _swap(path: str, module: nn.Module, report: Report) -> None:
     kind = type(module)
     if kind in _SWAPS and "forward" not in module.__dict__:
-        new = _SWAPS[kind]
-        if kind in _NORMS:
-            for name in _OPTIONS:
-                module.__dict__[name] = ours.DEFAULTS[name]
-        module.__dict__[_MARK] = True
-        module.__class__ = new
+        module.__class__ = _SWAPS[kind]
+        module.__dict__.update({_MARK: True, **_added(kind)})
+        if kind in _LOSSES:
+            module.register_buffer("class_mask", None, persistent=False)
         report.replaced.append(Entry(path, kind.__name__))
     elif reason := _why_not(module):
         report.left.append(Entry(path, kind.__name__, reason))
+
+
+def _added(kind: type[nn.Module]) -> dict[str, Any]:
+    """The options that ours has beyond PyTorch's module, at their defaults."""
+    return losses._ADDED if kind in _LOSSES else ours.DEFAULTS
 
 
 def _why_not(module: nn.Module) -> str:

@@ -186,6 +186,36 @@ def test_meta_device():
     assert model(torch.randn(2, 3, 8, 8, device="meta")).shape == (2, 4)
 
 
+class Trainer(nn.Module):
+    """A model with its loss."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.loss, self.head = nn.CrossEntropyLoss(**options), nn.Linear(3, 4)
+
+    def forward(self, x, y):
+        return self.loss(self.head(x), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": torch.rand(4)}, {"label_smoothing": 0.1, "reduction": "sum"}])
+def test_cross_entropy_is_replaced_in_place(options):
+    theirs, ours, report = pair(lambda: Trainer(options))
+    module, before = ours.loss, {**theirs.loss.__dict__}
+    assert [e.path for e in report.replaced] == ["loss"] and type(module) is fused_ops.CrossEntropyLoss
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x, y = torch.randn(5, 3), torch.tensor([0, 3, 1, -100, 2])
+    assert "cross_entropy" in called(lambda: ours(x, y))[0] and called(lambda: theirs(x, y)) == []
+    torch.testing.assert_close(ours(x, y), theirs(x, y))
+    twin = pickle.loads(pickle.dumps(ours))
+    fused_ops.revert(twin)
+    for model in (ours, twin):
+        fused_ops.revert(model)
+        assert type(model.loss) is nn.CrossEntropyLoss and model.loss.__dict__.keys() == before.keys()
+        assert list(model.loss._buffers) == list(before["_buffers"])
+        assert model.loss._non_persistent_buffers_set == set()
+        torch.testing.assert_close(model(x, y), theirs(x, y))
+
+
 def test_lazy():
     model = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
     fused_ops.convert(model)
@@ -363,6 +393,16 @@ def mutates_by_operator(self, x):
     return F.relu(y) + x
 
 
+def mutator(x):
+    return x.mul_(2)
+
+
+def mutates_by_function(self, x):
+    x = x + 0
+    y = self.bn(x)
+    return F.relu(y + mutator(x))
+
+
 def adds_into_what_is_used_again(self, x):
     skip = x.cos()
     h = skip
@@ -371,7 +411,16 @@ def adds_into_what_is_used_again(self, x):
 
 
 @pytest.mark.parametrize(
-    "function", [grad_mode, counts, decorated, mutates_between, mutates_by_operator, adds_into_what_is_used_again]
+    "function",
+    [
+        grad_mode,
+        counts,
+        decorated,
+        mutates_between,
+        mutates_by_operator,
+        adds_into_what_is_used_again,
+        mutates_by_function,
+    ],
 )
 def test_forwards_that_tracing_would_change(function):
     theirs, ours, report = pair(lambda: wrap(function))
@@ -381,6 +430,21 @@ def test_forwards_that_tracing_would_change(function):
     torch.testing.assert_close(results[1], results[0])
     assert results[0].requires_grad == results[1].requires_grad
     assert getattr(ours, "calls", None) == getattr(theirs, "calls", None)
+
+
+def helper(x):
+    return x * int(x.shape[0])  # which torch.fx cannot follow
+
+
+def uses_a_function(self, x):
+    return helper(F.relu(self.bn(helper(x))))
+
+
+def test_functions_of_the_file_are_called_not_traced():
+    theirs, ours, report = pair(lambda: wrap(uses_a_function))
+    assert [e.path for e in report.fused] == ["bn"], report.notes
+    assert_alike(theirs, ours, torch.randn(5, 3))
+    assert_alike(theirs, ours, torch.randn(7, 3))
 
 
 def by_mode(self, x):

@@ -1,0 +1,94 @@
+"""Converted models on two processes (gloo): DDP and FSDP2 against one process with the same model unconverted."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
+)
+
+COMMON = """
+import copy, os, sys
+import torch, torch.distributed as dist
+import torch.nn.functional as F
+import fused_ops
+from test_convert import network
+
+def train(model, x, y, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+def worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(7)
+    x, y = torch.randn(8, 3, 10, 10), torch.randint(0, 4, (8,))
+    mine = slice(4 * rank, 4 * rank + 4)
+    results = [run(converted, x[mine], y[mine]) for converted in (False, True)]
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    parts = [torch.empty_like(results[1]["7.weight"]) for _ in range(2)]
+    dist.all_gather(parts, results[1]["7.weight"].contiguous())
+    assert torch.equal(*parts)
+    with open(f"agrees{rank}", "w") as file:
+        file.write(str(len(results[0])))
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+
+if __name__ == "__main__":
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+"""
+DDP = """
+def run(converted, x, y):
+    model = network()
+    if converted:
+        assert len(fused_ops.convert(model).fused) == 5
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    train(parallel, x, y)
+    return {name: t.detach() for name, t in model.state_dict().items()}
+"""
+FSDP = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+def run(converted, x, y):
+    model = network()
+    if converted:
+        assert len(fused_ops.convert(model).fused) == 5
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (model[3], model[4]):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, x, y)
+    if converted:
+        try:
+            fused_ops.revert(model)
+        except RuntimeError as error:
+            assert "after the conversion" in str(error)
+        else:
+            raise AssertionError("revert of a sharded model must say that it cannot")
+    full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in model.state_dict().items()}
+    return {name: t.detach() for name, t in full.items()}
+"""
+
+
+@pytest.mark.parametrize("way", [DDP, FSDP], ids=["DDP", "FSDP2"])
+def test_two_processes(way, tmp_path, run_python):
+    script = tmp_path / "script.py"
+    script.write_text(way + COMMON)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run_python(str(script), cwd=tmp_path, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    assert [int((tmp_path / f"agrees{rank}").read_text()) for rank in (0, 1)] == [40, 40]  # parameters and buffers

@@ -1,0 +1,41 @@
+"""The examples run, learn, and learn the same with both backends."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT
+
+
+def outcome(run_python, tmp_path, module, backend, *arguments):
+    result = run_python("-m", f"examples.{module}", "--backend", backend, "--out", str(tmp_path), *arguments, cwd=ROOT)
+    assert (tmp_path / f"{module}_{backend}.png").stat().st_size > 5000
+    found = re.search(rf"{backend}: loss ([\d.]+)", result.stdout)
+    return float(found[1]), result.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+def test_resnet_digits(run_python, tmp_path):
+    losses = []
+    for backend in ("torch", "fused"):
+        loss, text = outcome(run_python, tmp_path, "resnet_digits", backend, "--epochs", "3")
+        losses.append(loss)
+        assert float(re.search(r"test accuracy ([\d.]+)", text)[1]) > 0.9
+    assert losses[1] == pytest.approx(losses[0], rel=0.3)
+    assert "fused with add, ReLU" in text and "DIFFERS" not in text
+
+
+def test_names_gpt(run_python, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["anna", "bob", "carla", "dora", "emma", "otto", "nina", "leo", "lena", "nora"] * 4))
+    losses = [
+        outcome(run_python, tmp_path, "names_gpt", backend, "--names", str(names), "--steps", "80")[0]
+        for backend in ("torch", "fused")
+    ]
+    assert losses[0] < 2.0  # untrained: ln 13 = 2.6
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_names_gpt_says_what_is_wrong(run_python, tmp_path):
+    result = run_python("-m", "examples.names_gpt", "--names", str(tmp_path / "none.txt"), cwd=ROOT, check=False)
+    assert result.returncode == 1 and "no such file" in result.stderr and "Traceback" not in result.stderr
