@@ -187,9 +187,13 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path):
     (tmp_path / "names").write_text("anna\nemma\nolivia\nava\n" * 20)
     command = [sys.executable, "-m", "fused_ops", "demo", "--names", "names", "--steps", "100000000"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    )
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignored"
+    try:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
+    finally:
+        signal.signal(signal.SIGINT, heard)
     deadline, said = time.monotonic() + 120, ""
     while "by hand" not in said.rpartition("Step 4")[2] and time.monotonic() < deadline:
         said += process.stdout.read(1)
