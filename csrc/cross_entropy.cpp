@@ -11,22 +11,11 @@
 namespace fused_ops {
 namespace {
 
-void check_input_and_target(const Tensor& input, const Tensor& target, int64_t reduction) {
-  if (input.dim() == 0) raise(kOp, ": input must have at least one dimension (classes), got a scalar");
-  if (reduction < 0 || reduction > 2) raise(kOp, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  check_cpu(kOp, "input", input);
-  check_cpu(kOp, "target", target);
-  const RowLayout l = layout_of(input);
-  bool fits = target.dim() == std::max<int64_t>(input.dim() - 1, 0);
-  for (int64_t d = 0; fits && d < target.dim(); ++d) fits = target.size(d) == input.size(d == 0 ? 0 : d + 1);
-  if (!fits || target.numel() != l.rows())
-    raise(kOp, ": target must have the shape of input without its class dimension; input ", shape_of(input),
-          ", target ", shape_of(target));
-}
+void on_cpu(const char* name, const Tensor& t) { check_cpu(kOp, name, t); }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
                                                          int64_t ignore_index, int64_t reduction) {
-  check_input_and_target(input_, target_, reduction);
+  check_input_and_target(input_, target_, reduction, on_cpu);
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
   const Tensor target = dense(target_);
   const DType dtype = float_dtype(kOp, "input", input);
@@ -68,21 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
                 const Tensor& total, int64_t ignore_index, int64_t reduction, bool in_place) {
-  check_input_and_target(input_, target_, reduction);
-  check_cpu(kOp, "grad_loss", grad_loss_);
-  check_cpu(kOp, "lse", lse_);
-  check_cpu(kOp, "total", total);
-  check_same_dtype(kOp, "grad_loss", grad_loss_, "input", input_);
-  check_dtype(kOp, "lse", lse_, ScalarType::Double, "float64");
-  check_dtype(kOp, "total", total, ScalarType::Double, "float64");
-  check_same_shape(kOp, "lse", lse_, "target", target_);
-  check_numel(kOp, "total", total, 1);
+  check_input_and_target(input_, target_, reduction, on_cpu);
+  check_backward(grad_loss_, input_, target_, lse_, total, reduction, on_cpu);
   const auto mode = static_cast<Reduction>(reduction);
-  if (mode == Reduction::none)
-    check_same_shape(kOp, "grad_loss", grad_loss_, "target", target_);
-  else
-    check_numel(kOp, "grad_loss", grad_loss_, 1);
-
   if (in_place) check_in_place(input_);
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
   const Tensor target = dense(target_), lse = dense(lse_), grad_loss = dense(grad_loss_);

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype, class_dim
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
-_REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 4096
 _EMPTY = ("nan", "zero", "raise")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -81,7 +81,15 @@ def _number(name: str, value: object, low: float, strict: bool = False) -> float
     return float(value)
 
 
-def _indices(name: str, target: Tensor, input: Tensor) -> Tensor:
+def check_logits(input: Tensor) -> None:
+    """Raises for a tensor that cannot be logits."""
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: input must have at least one dimension (classes), got a scalar")
+    if input.dtype not in _INPUT_DTYPES:
+        raise NotImplementedError(f"cross_entropy: input must be a floating-point tensor, got {input.dtype}")
+
+
+def class_indices(name: str, target: Tensor, input: Tensor) -> Tensor:
     """The class indices of each row, checked; a 1-element target of a single example becomes a scalar."""
     if target.dtype not in _INDEX_DTYPES:
         raise RuntimeError(f"cross_entropy: expected class indices of an integer dtype for {name}, got {target.dtype}")
@@ -98,7 +106,7 @@ def _indices(name: str, target: Tensor, input: Tensor) -> Tensor:
 def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     """(target_a, target_b, lam) as indices and probabilities, two a row."""
     first, second = (
-        _indices(f"target_{n}", _tensor(f"target_{n}", t), input) for n, t in zip("ab", target, strict=False)
+        class_indices(f"target_{n}", _tensor(f"target_{n}", t), input) for n, t in zip("ab", target, strict=False)
     )
     dim, lam = class_dim(input), target[2]
     if not isinstance(lam, Tensor):
@@ -149,7 +157,7 @@ def _target(target: object, input: Tensor, ignore_index: int) -> tuple[str, Tens
         return ("mixup" if len(target) == 3 else "sparse"), *made
     target = _tensor("target", target)
     if target.shape != input.shape:
-        return "index", _indices("target", target, input), None
+        return "index", class_indices("target", target, input), None
     if not target.is_floating_point():
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     if ignore_index >= 0:
@@ -205,11 +213,7 @@ def prepare(
     loss_dtype: torch.dtype | None,
 ) -> Call:
     """Checks every argument but the reduction's, and settles kind and dtypes."""
-    _tensor("input", input)
-    if input.dim() == 0:
-        raise RuntimeError("cross_entropy: input must have at least one dimension (classes), got a scalar")
-    if input.dtype not in _INPUT_DTYPES:
-        raise NotImplementedError(f"cross_entropy: input must be a floating-point tensor, got {input.dtype}")
+    check_logits(_tensor("input", input))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
@@ -318,7 +322,7 @@ def _normalizer(value: object, call: Call) -> Tensor | float:
 
 def check_reduction(reduction: str, normalizer: object, empty: str) -> None:
     """Raises for a reduction that is none."""
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if empty not in _EMPTY:
         raise ValueError(f"cross_entropy: empty must be one of {_EMPTY}, got {empty!r}")

@@ -8,36 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._cross_entropy_options import Numbers, autocast_to_float32, prepare, reduced_loss
+from fused_ops._cross_entropy_options import (
+    Numbers,
+    autocast_to_float32,
+    check_logits,
+    class_indices,
+    prepare,
+    reduced_loss,
+)
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._function import _transforms_active
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
-_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check(input: Tensor, target: Tensor, reduction: str) -> None:
+def _check(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """The class indices, one per row."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
-    if input.dim() == 0:
-        raise RuntimeError("cross_entropy: input must have at least one dimension (classes), got a scalar")
-    if input.dtype not in _INPUT_DTYPES:
-        raise NotImplementedError(f"cross_entropy: input must be a floating-point tensor, got {input.dtype}")
-    if target.dtype not in _TARGET_DTYPES:
-        raise RuntimeError(f"cross_entropy: expected class indices of an integer dtype for target, got {target.dtype}")
-    if input.dim() == 1 and target.shape == (1,):
-        return
-    want = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size([])
-    if target.shape == want:
-        return
-    if input.dim() > 1 and target.dim() >= 1 and input.size(0) != target.size(0):
-        raise ValueError(f"Expected input batch_size ({input.size(0)}) to match target batch_size ({target.size(0)}).")
-    raise RuntimeError(f"cross_entropy: expected target of shape {list(want)}, got {list(target.shape)}")
+    check_logits(input)
+    return class_indices("target", target, input)
 
 
 def _check_inplace(input: Tensor) -> None:
@@ -154,12 +148,10 @@ def cross_entropy(
         and empty == "nan"
         and _is_plain(input, target)
     ):
-        _check(input, target, reduction)  # type: ignore[arg-type]
+        indices = _check(input, target, reduction)  # type: ignore[arg-type]
         if inplace_backward:
             _check_inplace(input)
-        if input.dim() == 1 and target.dim() == 1:  # type: ignore[union-attr]
-            target = target.reshape(())  # type: ignore[union-attr]
-        return index_loss(input, target, ignore_index, reduction, inplace_backward)  # type: ignore[arg-type]
+        return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):

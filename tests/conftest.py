@@ -7,9 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ROOT = Path(__file__).parent.parent
 NAMES = ROOT.parent / "shared" / "data" / "names.txt"
+
+
+def check_derivatives(function, sample):
+    """gradcheck and gradgradcheck, forward and reverse, of a sample's tensors that require grad."""
+    leaves, spec = tree_flatten((sample.args, sample.kwargs))
+    checked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+    def f(*tensors):
+        values = list(leaves)
+        for i, tensor in zip(checked, tensors, strict=True):
+            values[i] = tensor
+        args, kwargs = tree_unflatten(values, spec)
+        outputs = tree_flatten(function(*args, **kwargs))[0]
+        return tuple(o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point())
+
+    inputs = tuple(leaves[i] for i in checked)
+    assert gradcheck(f, inputs, check_forward_ad=True)
+    assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 @pytest.fixture(autouse=True)

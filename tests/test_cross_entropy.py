@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from conftest import check_derivatives
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
@@ -41,20 +41,7 @@ def test_cross_entropy_no_worse_than_eager(dtype, classes, reduction):
 
 @pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
 def test_derivatives(sample):
-    leaves, spec = tree_flatten((sample.args, sample.kwargs))
-    checked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-
-    def f(*tensors):
-        values = list(leaves)
-        for i, tensor in zip(checked, tensors, strict=True):
-            values[i] = tensor
-        args, kwargs = tree_unflatten(values, spec)
-        outputs = tree_flatten(fused_ops.cross_entropy(*args, **kwargs))[0]
-        return tuple(o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point())
-
-    inputs = tuple(leaves[i] for i in checked)
-    assert gradcheck(f, inputs, check_forward_ad=True)
-    assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    check_derivatives(fused_ops.cross_entropy, sample)
 
 
 @pytest.mark.parametrize("value", [-1, 3, 2**62, -(2**63)])

@@ -8,9 +8,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from conftest import check_derivatives
+from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
@@ -42,20 +43,7 @@ def run(function, tensors, target, upstream=None, **options):
 
 @pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
 def test_derivatives(sample):
-    leaves, spec = tree_flatten((sample.args, sample.kwargs))
-    checked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-
-    def f(*tensors):
-        values = list(leaves)
-        for i, tensor in zip(checked, tensors, strict=True):
-            values[i] = tensor
-        args, kwargs = tree_unflatten(values, spec)
-        outputs = tree_flatten(fused_ops.linear_cross_entropy(*args, **kwargs))[0]
-        return tuple(o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point())
-
-    inputs = tuple(leaves[i] for i in checked)
-    assert gradcheck(f, inputs, check_forward_ad=True)
-    assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    check_derivatives(fused_ops.linear_cross_entropy, sample)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

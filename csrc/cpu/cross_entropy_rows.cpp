@@ -29,6 +29,12 @@ constexpr int64_t kTile = kGroup * kGroupClasses;
 static_assert(kTile >= kChunk);
 constexpr double kFar = 268435456.0;  // |lse| beyond which a float's p needs more than lse in double
 
+double weight_of(const CrossEntropyRows& a, int64_t c) {
+  if (!a.class_weight) return 1;
+  return a.dtype == DType::float64 ? static_cast<const double*>(a.class_weight)[c]
+                                   : static_cast<double>(static_cast<const float*>(a.class_weight)[c]);
+}
+
 // ---- tiles: n classes of `rows` rows, (rows, n) in the buffer
 
 template <class T, class A>
@@ -338,10 +344,6 @@ struct Forward {
 
   explicit Forward(const CrossEntropyRowsForward& forward) : args(forward) {}
 
-  double weight_of(int64_t c) const {
-    return a.class_weight ? static_cast<double>(static_cast<const A*>(a.class_weight)[c]) : 1.0;
-  }
-
   void finish(int64_t row, const RowTarget& target, const RowState<A>& s) const {
     const bool one = target.one();
     const double u_target = one ? static_cast<double>(tile.at(row, target.index(0))) : 0;
@@ -354,7 +356,7 @@ struct Forward {
     for (int64_t k = 0; k < target.per_row(); ++k) {
       if (target.ignored(k)) continue;
       const int64_t c = target.index(k);
-      const double share = target.probability(k) * weight_of(c);
+      const double share = target.probability(k) * weight_of(a, c);
       const double away = one ? -below : static_cast<double>(s.max) - static_cast<double>(tile.at(row, c));
       nll += soft * share * (log_sum + away);
       mass += one ? 0 : soft * share, target_weight += share;
@@ -428,10 +430,6 @@ struct Backward {
 
   explicit Backward(const CrossEntropyRowsBackward& backward) : args(backward) {}
 
-  double weight_of(int64_t c) const {
-    return a.class_weight ? static_cast<double>(static_cast<const A*>(a.class_weight)[c]) : 1.0;
-  }
-
   // lse as high + low; low is found again where a double cannot hold it beside high.
   void split(int64_t row, int64_t r) {
     const double lse = args.lse[row];
@@ -451,7 +449,7 @@ struct Backward {
     if (!counts && !a.statistics) return {};
     const double g = counts ? read(args.grad_nll) : 0, h = read(args.grad_entropy);
     const double t = counts && target.one() ? read(args.grad_target_log_probability) : 0;
-    const double on = target.one() ? (1.0 - a.label_smoothing) * weight_of(target.index(0)) : 0;
+    const double on = target.one() ? (1.0 - a.label_smoothing) * weight_of(a, target.index(0)) : 0;
     double rest = read(args.grad_lse);
     if (h != 0) rest += h * (args.lse[row] - args.entropy[row]);
     return {g, args.mass[row], rest, -h, g * on - t};
@@ -496,7 +494,7 @@ struct Backward {
       const int64_t t = target.ignored(j) ? -1 : target.index(j) - c;
       if (t >= 0 && t < n)
         out[t] -=
-            static_cast<A>(k.nll * (1.0 - a.label_smoothing) * target.probability(j) * weight_of(target.index(j)));
+            static_cast<A>(k.nll * (1.0 - a.label_smoothing) * target.probability(j) * weight_of(a, target.index(j)));
     }
     tile.chain(u, out, tile.allowed(r));
   }
@@ -561,9 +559,7 @@ bool is_index_alone(const CrossEntropyRows& a) {
 double weight_of_row(const CrossEntropyRows& a, int64_t row) {
   const int64_t t = target_at(a.indices, row);
   if (t == a.indices.ignore_index) return 0;
-  if (!a.class_weight) return 1;
-  return a.dtype == DType::float64 ? static_cast<const double*>(a.class_weight)[t]
-                                   : static_cast<double>(static_cast<const float*>(a.class_weight)[t]);
+  return weight_of(a, t);
 }
 
 int64_t index_alone_forward(const CrossEntropyRowsForward& args, int64_t begin, int64_t end) {

@@ -204,29 +204,6 @@ __host__ __device__ inline double* partials_of(double* scratch, int64_t channels
   return scratch + kCoefficients * channels;
 }
 
-#define FUSED_OPS_WITH_DTYPE(dtype, T, ...) \
-  switch (dtype) {                          \
-    case DType::float32: {                  \
-      using T = float;                      \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::float64: {                  \
-      using T = double;                     \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::bfloat16: {                 \
-      using T = bfloat16_t;                 \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::float16: {                  \
-      using T = float16_t;                  \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-  }
 #define FUSED_OPS_WITH_WALK(walk, kWalk, ...) \
   switch (walk) {                             \
     case Walk::plane: {                       \

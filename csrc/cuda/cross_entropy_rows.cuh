@@ -26,30 +26,7 @@ inline int64_t segments_of(DType dtype, const RowLayout& l) {
 }
 inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.classes * element_bytes(dtype), 16); }
 
-// Runs the code with T, the type of `dtype`, or kGroup, the threads that take a row of so many 16-byte vectors.
-#define FUSED_OPS_WITH_DTYPE(dtype, T, ...) \
-  switch (dtype) {                          \
-    case DType::float32: {                  \
-      using T = float;                      \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::float64: {                  \
-      using T = double;                     \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::bfloat16: {                 \
-      using T = bfloat16_t;                 \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-    case DType::float16: {                  \
-      using T = float16_t;                  \
-      __VA_ARGS__;                          \
-      break;                                \
-    }                                       \
-  }
+// Runs the code with kGroup, the threads that take a row of so many 16-byte vectors.
 #define FUSED_OPS_WITH_GROUP(vectors, kGroup, ...) \
   if ((vectors) <= 2) {                            \
     constexpr int kGroup = 2;                      \

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "../dtype.h"
+
 namespace fused_ops {
 namespace cuda {
 
@@ -28,6 +30,31 @@ class Launcher {
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
 };
+
+// Runs the code with T, the type of `dtype`.
+#define FUSED_OPS_WITH_DTYPE(dtype, T, ...) \
+  switch (dtype) {                          \
+    case DType::float32: {                  \
+      using T = float;                      \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::float64: {                  \
+      using T = double;                     \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::bfloat16: {                 \
+      using T = bfloat16_t;                 \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+    case DType::float16: {                  \
+      using T = float16_t;                  \
+      __VA_ARGS__;                          \
+      break;                                \
+    }                                       \
+  }
 
 }  // namespace cuda
 }  // namespace fused_ops
