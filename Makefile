@@ -1,17 +1,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS ?= dev
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check bench sanitize lint types cuda-compile gpu-report clean
+.PHONY: demo test models check bench sanitize lint types cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 # The walk-through: every gradient by hand, checked, fused and used to train. DEMO="--names FILE --steps N ..." for more.
@@ -20,6 +21,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# What the tests of other people's models and of the examples need besides; without it they are skipped, with the reason.
+models:
+	$(MAKE) EXTRAS=dev,models,examples $(STAMP)
+	$(BIN)/python -c "import sklearn, transformers" 2>/dev/null || \
+	  $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[models,examples]'
 
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check
