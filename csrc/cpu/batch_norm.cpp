@@ -53,10 +53,9 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
   int64_t pending = 0, fold_at = 0;
   const auto fold = [&] {
     if (pending == 0) return;
-    double sum, squares;
-    lanes.take(&sum, &squares);
-    const double n = static_cast<double>(pending);
-    total.merge(static_cast<double>(center) + sum / n, squares - sum * sum / n, pending);
+    double mean, m2;
+    lanes.take(center, pending, &mean, &m2);
+    total.merge(mean, m2, pending);
     pending = 0;
   };
   for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
@@ -66,7 +65,7 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
       center = center_of<T>(total.n ? total.mean : static_cast<double>(pilot_mean(v, n)));
       fold_at = std::min(kFoldAt, 8 * std::max(total.n, n));
     }
-    lanes.add_deviations(v, n, center);
+    lanes.add(v, n, center);
     pending += n;
     if (pending >= fold_at) fold();
   });
@@ -80,18 +79,23 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
   return {total.mean, total.m2, total.n};
 }
 
-// sum += d, square += d * d for d = row - center, over up to four rows at a time.
+// sum += row (row - center for double), square += (row - center)^2, over up to four rows at a time. The sums are
+// double: see Lanes.
 template <class A, int kRows>
-void add_rows(const A* const* rows, int64_t n, const A* __restrict center, A* __restrict sum, A* __restrict square) {
+void add_rows(const A* const* rows, int64_t n, const A* __restrict center, double* __restrict sum,
+              A* __restrict square) {
+  constexpr bool kWide = sizeof(A) == sizeof(double);
   const A *r0 = rows[0], *r1 = rows[kRows > 1 ? 1 : 0], *r2 = rows[kRows > 1 ? 2 : 0], *r3 = rows[kRows > 1 ? 3 : 0];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A d0 = r0[i] - center[i];
     if constexpr (kRows == 1) {
-      sum[i] += d0, square[i] += d0 * d0;
+      sum[i] += static_cast<double>(kWide ? d0 : r0[i]), square[i] += d0 * d0;
     } else {
       const A d1 = r1[i] - center[i], d2 = r2[i] - center[i], d3 = r3[i] - center[i];
-      sum[i] += (d0 + d1) + (d2 + d3), square[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+      const double v0 = static_cast<double>(kWide ? d0 : r0[i]), v1 = static_cast<double>(kWide ? d1 : r1[i]);
+      const double v2 = static_cast<double>(kWide ? d2 : r2[i]), v3 = static_cast<double>(kWide ? d3 : r3[i]);
+      sum[i] += (v0 + v1) + (v2 + v3), square[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
     }
   }
 }
@@ -120,14 +124,15 @@ void pilot_center(const BatchNormForward& a, const Tile& t, int64_t begin, int64
   t.repeat_in_place(center);
 }
 
-// Sums of the deviations from `center`, and of their squares, over rows [begin, end); returns how many count.
+// The mean, and the sum of squared deviations from `center`, over rows [begin, end); returns how many count.
 template <class T>
 int64_t tile_deviations(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, const acc_t<T>* center,
-                        double* sums, double* squares) {
+                        double* means, double* squares) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  alignas(64) A buffers[4][sizeof(T) == sizeof(A) ? 1 : kTile], sum[kTile] = {}, square[kTile] = {};
+  alignas(64) A buffers[4][sizeof(T) == sizeof(A) ? 1 : kTile], square[kTile] = {};
+  alignas(64) double sum[kTile] = {};
   const A* rows[4];
   int64_t waiting = 0, counted = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
@@ -143,10 +148,12 @@ int64_t tile_deviations(const BatchNormForward& a, const Tile& t, int64_t begin,
     if (++waiting == 4) add_rows<A, 4>(rows, n, center, sum, square), waiting = 0;
   });
   for (int64_t k = 0; k < waiting; ++k) add_rows<A, 1>(rows + k, t.width, center, sum, square);
-  for (int64_t i = 0; i < t.n; ++i) sums[i] = static_cast<double>(sum[i]), squares[i] = static_cast<double>(square[i]);
-  for (int64_t i = t.n; i < t.width; i += t.n)
-    for (int64_t j = 0; j < t.n; ++j)
-      sums[j] += static_cast<double>(sum[i + j]), squares[j] += static_cast<double>(square[i + j]);
+  t.fold(sum), t.fold(square);
+  const double inverse = 1 / static_cast<double>(counted);
+  for (int64_t i = 0; counted && i < t.n; ++i) {
+    means[i] = sum[i] * inverse + (sizeof(A) == sizeof(double) ? static_cast<double>(center[i]) : 0.0);
+    squares[i] = static_cast<double>(square[i]);
+  }
   return counted;
 }
 
@@ -157,7 +164,7 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
   const Tile t(l, item);
   const T* x = static_cast<const T*>(a.input) + t.column;
   alignas(64) A center[kTile];
-  double mean[kTile], m2[kTile] = {}, sums[kTile], squares[kTile];
+  double mean[kTile], m2[kTile] = {}, means[kTile], squares[kTile];
   int64_t done = 0;
   for (int64_t begin = t.row_begin; begin < t.row_end; begin += kRowsPerFold) {
     const int64_t end = std::min(begin + kRowsPerFold, t.row_end);
@@ -167,15 +174,15 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
       for (int64_t i = 0; i < t.n; ++i) center[i] = center_of<T>(mean[i]);
       t.repeat_in_place(center);
     }
-    const int64_t count = tile_deviations<T>(a, t, begin, end, center, sums, squares);
+    const int64_t count = tile_deviations<T>(a, t, begin, end, center, means, squares);
     if (count == 0) continue;
     const double n = static_cast<double>(count), total = static_cast<double>(done + count);
-    const double share = n / total, cross = static_cast<double>(done) * n / total, inverse = 1 / n;
+    const double share = n / total, cross = static_cast<double>(done) * n / total;
     const bool first = done == 0;
 #pragma omp simd
     for (int64_t i = 0; i < t.n; ++i) {
-      const double c = static_cast<double>(center[i]), m = c + sums[i] * inverse;
-      const double fresh = squares[i] - sums[i] * sums[i] * inverse, delta = first ? 0 : m - mean[i];
+      const double m = means[i], off = m - static_cast<double>(center[i]);
+      const double fresh = squares[i] - off * off * n, delta = first ? 0 : m - mean[i];
       mean[i] = first ? m : mean[i] + delta * share;
       m2[i] += fresh + delta * delta * cross;
     }

@@ -27,55 +27,75 @@ struct Moments {
   }
 };
 
-// Two sums over values of one channel, in 64 lanes (16 in what is left of 64): one order of summation for all ISAs.
-// 64-byte vectors are the compiler's, which splits them where the machine's are narrower.
+// The sum of one channel's values and of their squared deviations from a center, in up to 64 lanes: one order of
+// summation for all ISAs. 64-byte vectors are the compiler's, which splits them where the machine's are narrower. The
+// values themselves are added in double (doubles as deviations): where they cancel, what is left of the mean must be
+// within one rounding. Squares cannot cancel: they are added in the accumulator.
 template <class A>
 struct Lanes {
   static constexpr int64_t kWidth = 64 / sizeof(A), kVectors = 4;
   typedef A Vector __attribute__((vector_size(64)));
+  typedef double Wide __attribute__((vector_size(64)));
+  typedef float Half __attribute__((vector_size(32)));
 
-  Vector first[kVectors] = {}, second[kVectors] = {};
-  A first_tail = 0, second_tail = 0;
+  Wide values[kVectors] = {};
+  Vector squares[kVectors] = {};
+  double value_tail = 0;
+  A square_tail = 0;
 
   struct Unaligned {
     Vector v;
   } __attribute__((packed, may_alias));
-#define FUSED_OPS_LOAD(p) (reinterpret_cast<const Unaligned*>(p)->v)
+  struct UnalignedHalf {
+    Half v;
+  } __attribute__((packed, may_alias));
 
-  // first += d, second += d * d for d = x - center.
-  void add_deviations(const A* x, int64_t n, A center) {
-    int64_t i = 0;
-    Vector s0 = first[0], s1 = first[1], s2 = first[2], s3 = first[3];
-    Vector q0 = second[0], q1 = second[1], q2 = second[2], q3 = second[3];
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      const Vector d0 = FUSED_OPS_LOAD(x + i) - center, d1 = FUSED_OPS_LOAD(x + i + kWidth) - center;
-      const Vector d2 = FUSED_OPS_LOAD(x + i + 2 * kWidth) - center, d3 = FUSED_OPS_LOAD(x + i + 3 * kWidth) - center;
-      s0 += d0, s1 += d1, s2 += d2, s3 += d3;
-      q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
-    }
-    for (; i + kWidth <= n; i += kWidth) {
-      const Vector d = FUSED_OPS_LOAD(x + i) - center;
-      s0 += d, q0 += d * d;
-    }
-    first[0] = s0, first[1] = s1, first[2] = s2, first[3] = s3;
-    second[0] = q0, second[1] = q1, second[2] = q2, second[3] = q3;
-    for (; i < n; ++i) {
-      const A d = x[i] - center;
-      first_tail += d, second_tail += d * d;
+  static inline __attribute__((always_inline)) void step(const A* x, A center, Wide& s, Vector& q) {
+    const Vector d = reinterpret_cast<const Unaligned*>(x)->v - center;
+    q += d * d;
+    if constexpr (sizeof(A) == sizeof(double)) {
+      s += d;
+    } else {
+#if defined(__AVX512F__)  // the compiler would convert quarters and join them
+      s += _mm512_cvtps_pd(_mm256_loadu_ps(x)) + _mm512_cvtps_pd(_mm256_loadu_ps(x + 8));
+#else
+      s += __builtin_convertvector(reinterpret_cast<const UnalignedHalf*>(x)->v, Wide) +
+           __builtin_convertvector(reinterpret_cast<const UnalignedHalf*>(x + 8)->v, Wide);
+#endif
     }
   }
 
-  static double fold(const Vector* v, A tail) {
-    double sum = tail;
-    const Vector pairs = (v[0] + v[1]) + (v[2] + v[3]);
-    for (int64_t l = 0; l < kWidth; ++l) sum += static_cast<double>(pairs[l]);
+  void add(const A* x, int64_t n, A center) {
+    int64_t i = 0;
+    Wide s0 = values[0], s1 = values[1], s2 = values[2], s3 = values[3];
+    Vector q0 = squares[0], q1 = squares[1], q2 = squares[2], q3 = squares[3];
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+      step(x + i, center, s0, q0), step(x + i + kWidth, center, s1, q1);
+      step(x + i + 2 * kWidth, center, s2, q2), step(x + i + 3 * kWidth, center, s3, q3);
+    }
+    for (; i + kWidth <= n; i += kWidth) step(x + i, center, s0, q0);
+    values[0] = s0, values[1] = s1, values[2] = s2, values[3] = s3;
+    squares[0] = q0, squares[1] = q1, squares[2] = q2, squares[3] = q3;
+    for (; i < n; ++i) {
+      const A d = x[i] - center;
+      value_tail += static_cast<double>(sizeof(A) == sizeof(double) ? d : x[i]), square_tail += d * d;
+    }
+  }
+
+  template <int64_t kLength, class V>
+  static double fold(const V& v, double sum) {
+    for (int64_t l = 0; l < kLength; ++l) sum += static_cast<double>(v[l]);
     return sum;
   }
 
-  // Returns both sums and starts again from zero.
-  void take(double* first_sum, double* second_sum) {
-    *first_sum = fold(first, first_tail);
-    *second_sum = fold(second, second_tail);
+  // The mean and M2 of the n values added so far around `center`; starts again from zero.
+  void take(A center, int64_t n, double* mean, double* m2) {
+    const double count = static_cast<double>(n), c = static_cast<double>(center);
+    const Wide sums = (values[0] + values[1]) + (values[2] + values[3]);
+    const Vector deviations = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    const double share = fold<8>(sums, value_tail) / count, off = sizeof(A) == sizeof(double) ? share : share - c;
+    *mean = sizeof(A) == sizeof(double) ? c + share : share;
+    *m2 = fold<kWidth>(deviations, static_cast<double>(square_tail)) - off * off * count;
     *this = Lanes();
   }
 };
@@ -138,16 +158,14 @@ class ProductLanes {
   double sum_tail_ = 0, dot_tail_ = 0;
 };
 
-#undef FUSED_OPS_LOAD
-
 // The mean of n values in one pass, rounded: what deviations are taken from, not the result.
 template <class A>
 inline A pilot_mean(const A* x, int64_t n) {
   Lanes<A> lanes;
-  double sum, squares;
-  lanes.add_deviations(x, n, x[0]);
-  lanes.take(&sum, &squares);
-  return static_cast<A>(static_cast<double>(x[0]) + sum / static_cast<double>(n));
+  double mean, m2;
+  lanes.add(x, n, x[0]);
+  lanes.take(x[0], n, &mean, &m2);
+  return static_cast<A>(mean);
 }
 
 }  // namespace FUSED_OPS_ISA
