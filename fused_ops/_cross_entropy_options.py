@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fused_ops._cross_entropy_plain import REDUCTIONS
+from fused_ops._function import autocast_enabled
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype, class_dim
 
@@ -62,7 +63,7 @@ class Call(NamedTuple):
 
 def autocast_to_float32(input: Tensor) -> bool:
     """Whether autocast runs the loss of this input in float32, as it does PyTorch's."""
-    return torch.is_autocast_enabled(input.device.type)
+    return autocast_enabled(input)
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -84,23 +85,38 @@ def _number(name: str, value: object, low: float, strict: bool = False) -> float
 def check_logits(input: Tensor) -> None:
     """Raises for a tensor that cannot be logits."""
     if input.dim() == 0:
-        raise RuntimeError("cross_entropy: input must have at least one dimension (classes), got a scalar")
+        raise IndexError("cross_entropy: input must have at least one dimension (classes), got a scalar")
     if input.dtype not in _INPUT_DTYPES:
         raise NotImplementedError(f"cross_entropy: input must be a floating-point tensor, got {input.dtype}")
 
 
 def class_indices(name: str, target: Tensor, input: Tensor) -> Tensor:
     """The class indices of each row, checked; a 1-element target of a single example becomes a scalar."""
+    want = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size([])
+    if target.shape != want:
+        if input.dim() == 1 and target.shape == (1,):
+            target = target.reshape(())
+        else:
+            _refuse_shape(name, target, input, want)
     if target.dtype not in _INDEX_DTYPES:
         raise RuntimeError(f"cross_entropy: expected class indices of an integer dtype for {name}, got {target.dtype}")
-    if input.dim() == 1 and target.shape == (1,):
-        return target.reshape(())
-    want = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size([])
-    if target.shape == want:
-        return target
-    if input.dim() > 1 and target.dim() >= 1 and input.size(0) != target.size(0):
-        raise ValueError(f"Expected input batch_size ({input.size(0)}) to match target batch_size ({target.size(0)}).")
+    return target
+
+
+def _refuse_shape(name: str, target: Tensor, input: Tensor, want: torch.Size) -> NoReturn:
+    """Raises for class indices of a wrong shape."""
+    if input.dim() == 1 and target.dim() == 1:
+        raise ValueError(f"For 1D input, 1D {name} must have size 1, but got {name} size: {target.size(0)}")
+    entries = target.size(0) if target.dim() else 0
+    if input.dim() > 1 and input.size(0) != entries:
+        raise ValueError(f"Expected input batch_size ({input.size(0)}) to match target batch_size ({entries}).")
     raise RuntimeError(f"cross_entropy: expected {name} of shape {list(want)}, got {list(target.shape)}")
+
+
+def check_ignore_index(value: object) -> None:
+    """Raises for what is no integer."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(value).__name__}")
 
 
 def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,6 +230,7 @@ def prepare(
 ) -> Call:
     """Checks every argument but the reduction's, and settles kind and dtypes."""
     check_logits(_tensor("input", input))
+    check_ignore_index(given.ignore_index)
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch

@@ -6,9 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function, forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
+
+
+def autocast_enabled(input: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; meta tensors have none."""
+    device = input.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether values of a tensor of the CPU can be read at once: it is no fake one, and no batch of gradients."""
+    return t.device.type == "cpu" and not is_fake(t) and not torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

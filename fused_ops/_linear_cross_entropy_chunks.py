@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops import _cross_entropy_rows as rows_ops
+from fused_ops._function import has_values
 from fused_ops._library import register
 from fused_ops.reference import linear_cross_entropy as reference
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
@@ -102,7 +103,7 @@ class _Gradients:
 def _parts(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | slice]:
     """The rows of each chunk. Ignored rows are left out, on the CPU, where finding them costs no synchronisation."""
     rows, step = head.input.size(0), plan.chunk_rows
-    if a.indices is not None and a.indices.dim() == 1 and not o.statistics and head.input.device.type == "cpu":
+    if a.indices is not None and a.indices.dim() == 1 and not o.statistics and has_values(a.indices):
         counted = a.indices != o.ignore_index
         if not bool(counted.all()):
             found = counted.nonzero().squeeze(1)

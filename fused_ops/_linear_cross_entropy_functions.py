@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fused_ops import _linear_cross_entropy_chunks as chunks
 from fused_ops._cross_entropy_options import fixed_order_sum
-from fused_ops._function import FusedFunction, _transforms_active, save
+from fused_ops._function import FusedFunction, _transforms_active, has_values, save
 from fused_ops._linear_cross_entropy_chunks import Plan
 from fused_ops.reference import _cross_entropy_rows as rows
 from fused_ops.reference import linear_cross_entropy as reference
@@ -23,6 +23,11 @@ _TENSORS = 9
 
 def _split(tensors: Any) -> tuple[Head, RowArgs]:
     return Head(*tensors[:5]), RowArgs(tensors[0], *tensors[5:9])
+
+
+def _is_batched(*grads: Tensor | None) -> bool:
+    """Whether any comes from ``torch.autograd.grad(is_grads_batched=True)``, which few in-place operations stand."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
 def _cut_off(tensors: Any) -> tuple[Tensor | None, ...]:
@@ -122,8 +127,8 @@ class LinearCrossEntropyGradFunction(FusedFunction):
         if all(v is None for v in outer) or not any(wanted):
             return (None,) * 24
         leaves = _Leaves(tuple(saved[i] for i in places))
-        if torch.is_grad_enabled():  # a third derivative: with all the logits
-            new = _second(outer, leaves, wanted, a, ctx.o, ctx.plan.classes, create_graph=True)
+        if torch.is_grad_enabled() or _is_batched(*outer):  # a third derivative, or several: with all the logits
+            new = _second(outer, leaves, wanted, a, ctx.o, ctx.plan.classes, create_graph=torch.is_grad_enabled())
         else:
             new = _chunked_second(outer, leaves, wanted, a, ctx.o, ctx.plan)
         found: list[Tensor | None] = [None] * 24
@@ -167,7 +172,7 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
         if not needs:
             return tuple(found)
         plan, saved = ctx.plan._replace(needs=needs), (lse, mass, entropy)
-        if _transforms_active() or forward_ad._current_level >= 0:
+        if _transforms_active() or forward_ad._current_level >= 0 or _is_batched(*g):
             values = reference.gradients(g, head, a, o, plan.classes)
         elif torch.compiler.is_compiling():
             values = chunks.backward_op(*g, *tensors, *saved, *o, *plan)  # type: ignore[assignment]
@@ -238,7 +243,7 @@ class LinearCrossEntropySumFunction(FusedFunction):
             if gradients is None:  # a second backward through a graph that was retained
                 head, a = _split(saved[:9])
                 gradients = chunks.forward(head, a, ctx.o, saved[9], ctx.z_loss, ctx.plan)[7:]
-            if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+            if has_values(grad_loss) and float(grad_loss) == 1.0:
                 ctx.gradients = None
                 return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *found[
                     5:

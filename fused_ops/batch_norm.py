@@ -375,9 +375,37 @@ class _CompiledActFunction(BatchNormActFunction):
     jvp = torch.autograd.Function.jvp
 
 
-def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
+def _check_kinds(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Raises for an argument that is no tensor, number or bool, as PyTorch's argument parser does."""
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
+    tensors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, value in tensors:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        if value.dim() != 1 and name.startswith("running"):
+            raise RuntimeError(f"batch_norm: expected {name} to have one dimension, got shape {list(value.shape)}")
+    if isinstance(training, str) or training is None:
+        raise TypeError(f"batch_norm(): argument 'training' (position 6) must be bool, not {type(training).__name__}")
+    for name, number in (("momentum", momentum), ("eps", eps)):
+        if not hasattr(number, "__float__"):
+            raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(number).__name__}")
+    if eps < 0 and not training:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
     if input.dim() < 2:
         raise IndexError(f"batch_norm: input must be (batch, channels, ...), got shape {list(input.shape)}")
     if input.dtype not in _INPUT_DTYPES:
@@ -507,7 +535,8 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
-    if isinstance(input, Tensor) and input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
+    _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
         return input.clone()  # one dimension of no values: PyTorch lets it through
     output, _, _, new_mean, new_var = _with_statistics(
         *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
@@ -539,8 +568,6 @@ def _with_statistics(
 ) -> Any:
     """``batch_norm`` that changes nothing: (output, mean, invstd, new_running_mean, new_running_var)."""
     _check(input, running_mean, running_var, training, eps)
-    if momentum is None:
-        raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")
     if activation is None and residual is None and valid is None and groups == 1:
         function = _CompiledFunction if torch.compiler.is_compiling() else BatchNormFunction
         return function.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)

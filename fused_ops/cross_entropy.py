@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_ops._cross_entropy_options import (
     Numbers,
     autocast_to_float32,
+    check_ignore_index,
     check_logits,
     class_indices,
     prepare,
@@ -23,7 +24,7 @@ from fused_ops._function import _transforms_active
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
 
-def _check(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """The class indices, one per row."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
@@ -31,6 +32,7 @@ def _check(input: Tensor, target: Tensor, reduction: str) -> Tensor:
         if not isinstance(value, Tensor):
             raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
     check_logits(input)
+    check_ignore_index(ignore_index)
     return class_indices("target", target, input)
 
 
@@ -118,7 +120,7 @@ def cross_entropy(
             requires grad with class indices; ``ignore_index`` of a class with class probabilities;
             ``inplace_backward`` with a leaf, with elements that share memory, with ``create_graph``, or under
             torch.compile and torch.func.
-        IndexError: a class index outside [0, classes) that is not ``ignore_index``.
+        IndexError: a class index outside [0, classes) that is not ``ignore_index``; ``input`` is a scalar.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
         TypeError: something that must be a tensor or a number is none.
 
@@ -132,7 +134,7 @@ def cross_entropy(
     """
     if (
         weight is None
-        and not label_smoothing
+        and label_smoothing == 0
         and token_weight is None
         and class_mask is None
         and softcap is None
@@ -148,7 +150,7 @@ def cross_entropy(
         and empty == "nan"
         and _is_plain(input, target)
     ):
-        indices = _check(input, target, reduction)  # type: ignore[arg-type]
+        indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
         if inplace_backward:
             _check_inplace(input)
         return index_loss(input, indices, ignore_index, reduction, inplace_backward)

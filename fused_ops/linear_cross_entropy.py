@@ -23,7 +23,7 @@ from fused_ops._cross_entropy_options import (
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
-from fused_ops._function import _transforms_active
+from fused_ops._function import _transforms_active, autocast_enabled
 from fused_ops._linear_cross_entropy_chunks import Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
 from fused_ops.reference import linear_cross_entropy as reference
@@ -78,7 +78,7 @@ def _shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
             f"(N, {input.size(-1)}), got unbatched input with shape {tuple(input.shape)}"
         )
     for name, matrix in {"linear_weight": linear_weight, "linear_bias": linear_bias}.items():
-        if matrix is not None and matrix.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if matrix is not None and matrix.dtype != input.dtype and not autocast_enabled(input):
             raise RuntimeError(f"linear_cross_entropy: expected {name} of dtype {input.dtype}, got {matrix.dtype}")
     return shape
 
@@ -109,7 +109,7 @@ def _head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora
         a, b, scale = _low_rank(lora, shape, in_features)
         tensors += [a, b]
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if autocast_enabled(input) and input.dtype != torch.float64:
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     bias = tensors.pop(2) if linear_bias is not None else None
     if lora is None:
@@ -126,8 +126,9 @@ def _flat(name: str, value: Any, shape: _Shape, k: int | None) -> Any:
         return value.reshape(shape.rows(True) if k is None else shape.with_classes(k, True))
     if not shape.lead and k is None and value.shape == (1,):
         return value
-    if len(shape.lead) == 1 and value.dim() and value.size(0) != shape.lead[0]:
-        raise ValueError(f"Expected input batch_size ({shape.lead[0]}) to match target batch_size ({value.size(0)}).")
+    entries = value.size(0) if value.dim() else 0
+    if len(shape.lead) == 1 and entries != shape.lead[0]:
+        raise ValueError(f"Expected input batch_size ({shape.lead[0]}) to match target batch_size ({entries}).")
     raise RuntimeError(f"linear_cross_entropy: expected {name} of shape {list(wanted)}, got {list(value.shape)}")
 
 
@@ -201,11 +202,7 @@ def _is_small_matrix(input: Any, linear_weight: Any, linear_bias: Any, target: A
     (rows, features), classes, dtype = input.shape, linear_weight.size(0), input.dtype
     if rows * classes * dtype.itemsize > _SMALL_BYTES or dtype not in _INPUT_DTYPES or target.size(0) != rows:
         return False
-    if (
-        linear_weight.dtype != dtype
-        or linear_weight.size(1) != features
-        or torch.is_autocast_enabled(input.device.type)
-    ):
+    if linear_weight.dtype != dtype or linear_weight.size(1) != features or autocast_enabled(input):
         return False
     return linear_bias is None or (
         isinstance(linear_bias, Tensor) and linear_bias.shape == (classes,) and linear_bias.dtype == dtype
@@ -296,7 +293,7 @@ def linear_cross_entropy(
         weight is None
         and lora is None
         and not shift
-        and not label_smoothing
+        and label_smoothing == 0
         and not return_outputs
         and token_weight is None
         and class_mask is None
@@ -311,6 +308,7 @@ def linear_cross_entropy(
         and logit_scale == 1
         and empty == "nan"
         and reduction in REDUCTIONS
+        and (ignore_index is None or isinstance(ignore_index, int))
         and _is_small_matrix(input, linear_weight, linear_bias, target)
     ):
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias)

@@ -264,7 +264,7 @@ def backward_jvp(
         grad_input_t = state.scaled(state.linear(h_t) + state.quadratic(h, x_t))
         grad_input_t = grad_input_t + state.linear(h) * state.spread(weight_t)
         grad_weight_t = state.sum(h_t * state.xhat + h * state.linear(x_t))
-        return grad_input_t, h_t, grad_weight_t.flatten(), state.sum(h_t).flatten()
+        return grad_input_t, h_t, grad_weight_t.reshape(-1), state.sum(h_t).reshape(-1)
 
     found = _by_group(rule, saved, options, grad, grad_t, input_t, residual_t)
     return _rounded(found, saved)
@@ -297,7 +297,7 @@ def double_backward(
         grad_input = state.scaled(state.quadratic(h, v) + state.linear(bend))
         grad_input = grad_input + state.linear(h * state.spread(weight_t))
         grad_weight = state.sum(h * state.linear(v) + bend * state.xhat)
-        return state.before(tangent), grad_input, bend, grad_weight.flatten(), state.sum(bend).flatten()
+        return state.before(tangent), grad_input, bend, grad_weight.reshape(-1), state.sum(bend).reshape(-1)
 
     return _rounded(_by_group(rule, saved, options, grad, input_t, residual_t), saved)
 
