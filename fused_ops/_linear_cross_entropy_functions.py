@@ -27,6 +27,8 @@ def _split(tensors: Any) -> tuple[Head, RowArgs]:
 
 def _is_batched(*grads: Tensor | None) -> bool:
     """Whether any comes from ``torch.autograd.grad(is_grads_batched=True)``, which few in-place operations stand."""
+    if torch.compiler.is_compiling():
+        return False
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
