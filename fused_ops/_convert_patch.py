@@ -7,12 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fused_ops.batch_norm import batch_norm
 from fused_ops.cross_entropy import cross_entropy
+from fused_ops.linear_cross_entropy import linear_cross_entropy
 
-_OURS: dict[str, Callable[..., Any]] = {"batch_norm": batch_norm, "cross_entropy": cross_entropy}
+_OURS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (batch_norm, cross_entropy, linear_cross_entropy)
+    if hasattr(F, function.__name__)  # torch 2.10 has no linear_cross_entropy
+}
 
 
 class patch(TorchFunctionMode):
@@ -23,11 +28,12 @@ class patch(TorchFunctionMode):
     block, by an exception too, ends it. Blocks nest: the innermost one that names a function serves it.
 
     Args:
-        *names: Of ``"batch_norm"`` and ``"cross_entropy"``; all by default.
+        *names: Of ``"batch_norm"``, ``"cross_entropy"`` and, where torch has it, ``"linear_cross_entropy"``; all by
+            default.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: one object entered again while it is active; make a new one.
+        RuntimeError: one object entered again while it is active (make a new one), or left before a block inside it.
 
     Note:
         A call with an argument that this package's function does not have goes to PyTorch. Every torch function that is
@@ -50,6 +56,8 @@ class patch(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        if _get_current_function_mode() is not self:  # what would be taken off is not this one
+            raise RuntimeError("patch: blocks inside this one must end before it")
         self._active = False
         super().__exit__(*error)
 

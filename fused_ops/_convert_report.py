@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+SMALL_BYTES = 1 << 20  # logits that are no burden; as in linear_cross_entropy
+HEAD = "cross-entropy"  # what a linear head is fused with
+
 if TYPE_CHECKING:  # rich is loaded where a report is shown, not by import fused_ops
     from rich.console import RenderableType
     from rich.table import Table
@@ -125,10 +128,16 @@ def predict_bytes(report: Report, sizes: Mapping[str, int]) -> None:
     Alone, the activation reads and writes its tensor in the forward, reads two and writes one in the backward: five.
     The addition alone reads two and writes one where the fused op reads one: two more; its gradient, which costs
     nothing alone, is then written for the residual: one less where there is an activation.
+
+    A head's logits are written once, read once and written once by log_softmax, whose backward is given a gradient
+    that was written, reads that and its output and writes one, which two products read: nine. In chunks: written,
+    turned into their gradient (read and written) and read by two products: five.
     """
     for entry in report.fused:
         size = sizes.get(entry.path)
-        if size is not None:
+        if size is not None and entry.what == HEAD:
+            entry.saved_bytes = 4 * size if size > SMALL_BYTES else 0
+        elif size is not None:
             entry.saved_bytes = size * (
                 5 * entry.activation + 2 * entry.residual - (entry.activation and entry.residual)
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,38 @@ class Sample:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    loss: Callable[..., Any] | None = None
+    target: Tensor | None = None
 
     @classmethod
-    def of(cls, sample: Any) -> Sample:
+    def of(cls, sample: Any, loss: Callable[..., Any] | None = None, target: Tensor | None = None) -> Sample:
+        if target is None and not isinstance(loss, nn.Module):
+            loss = None  # a model's own, or a function of which nobody knows what it takes
         if isinstance(sample, tuple):
-            return cls(sample, {})
-        return cls((), dict(sample)) if isinstance(sample, Mapping) else cls((sample,), {})
+            return cls(sample, {}, loss, target)
+        if isinstance(sample, Mapping):
+            return cls((), dict(sample), loss, target)
+        return cls((sample,), {}, loss, target)
 
     def to_double(self) -> Sample:
         def widen(leaf: Any) -> Any:
             return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-        return Sample(*tree_map(widen, (self.args, self.kwargs)))
+        loss = copy.deepcopy(self.loss).double() if isinstance(self.loss, nn.Module) else self.loss
+        args, kwargs = tree_map(widen, (self.args, self.kwargs))
+        return Sample(args, kwargs, loss, widen(self.target))
+
+    def loss_of(self, output: Any) -> Tensor | None:
+        """The loss of the model's output; None where it is not to be looked at."""
+        if self.loss is None:
+            return None
+        target = self.target
+        if target is None:
+            shape = (*output.shape[:1], *output.shape[2:]) if output.dim() > 1 else ()
+            drawn = torch.Generator().manual_seed(2)  # the same ones in every dtype
+            target = torch.randint(output.size(min(1, output.dim() - 1)), shape, generator=drawn).to(output.device)
+        found: Tensor = self.loss(output, target)
+        return found
 
 
 @dataclass
@@ -77,15 +97,20 @@ def run_sample(model: nn.Module, sample: Sample) -> Run:
 def _run(model: nn.Module, sample: Sample, sizes: dict[str, int]) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            module.register_forward_pre_hook(_weigher(path, sizes))
+            module.register_forward_pre_hook(lambda m, args, path=path: _weigh(sizes, path, args[0]))
+        elif type(module) is nn.Linear:
+            module.register_forward_hook(lambda m, args, output, path=path: _weigh(sizes, path, output))
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (sample.args, sample.kwargs)
     )
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        outputs = [t for t in tree_leaves(_plain(model(*args, **kwargs))) if isinstance(t, Tensor)]
-        outputs = [t for t in outputs if t.is_floating_point()]
+        output = model(*args, **kwargs)
+        loss = sample.loss_of(output)
+        outputs = [t for t in tree_leaves(_plain(output)) if isinstance(t, Tensor) and t.is_floating_point()]
         found = {f"output {i}" if len(outputs) > 1 else "output": t.detach() for i, t in enumerate(outputs)}
+        if loss is not None:
+            found, outputs = {"loss": loss.detach(), **found}, [loss]
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         torch.manual_seed(1)
         upstream = [torch.randn(t.shape, dtype=torch.float64).to(t) for t in outputs]
@@ -102,8 +127,6 @@ def _plain(output: Any) -> Any:
     return dict(output) if isinstance(output, Mapping) else output
 
 
-def _weigher(path: str, sizes: dict[str, int]) -> Any:
-    def weigh(module: nn.Module, args: tuple[Any, ...]) -> None:
-        sizes[path] = sizes.get(path, 0) + args[0].numel() * args[0].element_size()
-
-    return weigh
+def _weigh(sizes: dict[str, int], path: str, tensor: Any) -> None:
+    if isinstance(tensor, Tensor):
+        sizes[path] = sizes.get(path, 0) + tensor.numel() * tensor.element_size()

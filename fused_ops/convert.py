@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from fused_ops import _batch_norm_modules as ours
 from fused_ops import _cross_entropy_modules as losses
 from fused_ops import _library
 from fused_ops._convert_fuse import NotTraceable, Rewritten, rewrite
-from fused_ops._convert_report import Entry, Report, predict_bytes
+from fused_ops._convert_head import HeadLinear, find_head, token_head
+from fused_ops._convert_report import HEAD, Entry, Report, predict_bytes
 from fused_ops._convert_sample import Sample, run_sample
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -24,23 +25,17 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: losses.CrossEntropyLoss}
 _SWAPS = _NORMS | _LOSSES
-_BACK = {new: old for old, new in _SWAPS.items()}
+_BACK = {**{new: old for old, new in _SWAPS.items()}, HeadLinear: nn.Linear}
 _MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
-_OPTIONS = (
-    "correction",
-    "activation",
-    "negative_slope",
-    "alpha",
-    "groups",
-    "frozen",
-)  # what ours have beyond PyTorch's
 
 
 def convert(
     model: nn.Module,
     *,
+    loss: Callable[..., Any] | None = None,
     fuse_activations: bool = True,
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    target: Tensor | None = None,
 ) -> Report:
     """Turns a model over to fused ops, in place; ``revert`` turns it back.
 
@@ -50,18 +45,25 @@ def convert(
 
     Args:
         model: Any module; it may be one of these itself.
+        loss: What the training loop applies to the model's output, if that is cross-entropy: an
+            ``nn.CrossEntropyLoss``, ``F.cross_entropy``, a function that calls it, or the model's own
+            (``model.loss_function`` of transformers). The linear head of the model and the loss then become
+            ``linear_cross_entropy``; the training loop stays as it is. A loss that is a module is converted too.
         fuse_activations: Do the activation that follows a batch norm, and the residual that is added between them, in
             the same op. In an ``nn.Sequential`` the modules tell; any other module's own forward is traced with
             torch.fx and, where that works, replaced by one that does the same in fewer steps.
         sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments) on which output and
             gradients are compared before and after, on copies of the model, with the float64 truth; it also tells how
             many bytes are saved.
+        target: What ``loss`` takes besides the output for the sample; the loss and its gradients are compared then.
+            Default for a loss that is a module: classes drawn at random.
 
     Returns:
         What was replaced, fused and left alone, and why; ``str()`` and ``rich.print()`` show it as a table.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``loss`` cannot be called.
+        ValueError: ``target`` without ``loss`` and ``sample``.
 
     Note:
         Left alone: ``nn.SyncBatchNorm``, subclasses (also those that parametrizations and FSDP make: convert before
@@ -70,29 +72,68 @@ def convert(
         when the residual has another shape or dtype, when forward is called with other arguments than tensors, and
         when an attribute that forward reads is set. Not noticed are changes inside such an attribute
         (``self.config.x = 1``) and of globals: revert and convert again.
+
+        With ``loss``, the head's result (where it is to be differentiated and is above 1 MiB) is a tensor whose values
+        are computed when they are needed. Cross-entropy does not need them; ``output.argmax(-1)`` computes them, with
+        the head's weights of then: after an optimizer's step it raises. Under torch.compile, in evaluation without
+        gradients, and where the head has hooks, the head is an ordinary linear layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    before = None if sample is None else run_sample(model, Sample.of(sample))
+    _check_arguments(model, loss, sample, target)
+    before = None if sample is None else run_sample(model, Sample.of(sample, loss, target))
     report = Report()
     for path, module in model.named_modules():
         _swap(path, module, report)
+    _join_head(model, loss, report)
     if fuse_activations:
         for path, module in model.named_modules():
             _fuse(path, module, report)
     _note_backend(model, report)
     if before is not None:
-        after = run_sample(model, before.sample)
+        after = run_sample(model, before.sample)  # with the loss as it is now
         report.checks = before.compare(after)
         predict_bytes(report, before.sizes)
     return report
+
+
+def _check_arguments(model: object, loss: object, sample: object, target: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"convert: expected loss to be a module or a function, got {type(loss).__name__}")
+    if target is not None and (loss is None or sample is None):
+        raise ValueError("convert: target goes with a loss and a sample")
+
+
+def _join_head(model: nn.Module, loss: Callable[..., Any] | None, report: Report) -> None:
+    """The model's linear head and the loss."""
+    if isinstance(loss, nn.Module):
+        for path, module in loss.named_modules():
+            _swap(f"loss.{path}" if path else "loss", module, report)
+    if loss is None:
+        if callable(getattr(model, "loss_function", None)) and type(token_head(model)) is nn.Linear:
+            report.notes.append("its own loss: to do without the logits, convert(model, loss=model.loss_function)")
+        return
+    head, how = find_head(model)
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    if type(head) is HeadLinear:
+        report.left.append(Entry(path, "Linear", "already converted"))
+    elif type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.__class__ = HeadLinear
+        head.__dict__[_MARK] = True
+        report.replaced.append(Entry(path, "Linear"))
+        report.fused.append(Entry(path, HEAD))
+        if how:
+            report.notes.append(f"{path}: {how}")
+    else:
+        reason = how or f"what computes last is a {type(head).__name__}, not an nn.Linear"
+        report.notes.append(f"head and loss: not fused: {reason}")
 
 
 def revert(model: nn.Module) -> list[str]:
     """Turns what ``convert`` turned over back into PyTorch's modules and their own forwards, in place.
 
     Args:
-        model: What was converted, or a part or a copy of it.
+        model: What was converted, or a part or a copy of it; a loss that was given to ``convert`` as well.
 
     Returns:
         The names of the modules that were turned back.
@@ -134,6 +175,8 @@ def _swap(path: str, module: nn.Module, report: Report) -> None:
 
 def _added(kind: type[nn.Module]) -> dict[str, Any]:
     """The options that ours has beyond PyTorch's module, at their defaults."""
+    if kind is nn.Linear:
+        return {}
     return losses._ADDED if kind in _LOSSES else ours.DEFAULTS
 
 

@@ -19,6 +19,7 @@ from fused_ops._cross_entropy_options import (
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
+from fused_ops._deferred_logits import DeferredLogits
 from fused_ops._function import _transforms_active
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
@@ -132,6 +133,12 @@ def cross_entropy(
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """
+    if isinstance(input, DeferredLogits):
+        given = dict(locals())
+        result = given.pop("input").cross_entropy(**given)
+        if result is not NotImplemented:
+            return result
+        input = input.settle()
     if (
         weight is None
         and label_smoothing == 0

@@ -85,7 +85,32 @@ def run(converted, x, y):
 """
 
 
-@pytest.mark.parametrize("way", [DDP, FSDP], ids=["DDP", "FSDP2"])
+HEAD = """
+from fused_ops import _convert_report as limits
+limits.SMALL_BYTES = 0
+
+def run(converted, x, y):
+    model = network()
+    if converted:
+        assert len(fused_ops.convert(model, loss=F.cross_entropy).fused) == 6
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=UNUSED)
+    train(parallel, x, y)
+    assert not converted or model.eval()(x)._state.real is None
+    return {name: t.detach() for name, t in model.state_dict().items()}
+"""
+WAYS = {
+    "DDP": DDP,
+    "FSDP2": FSDP,
+    "DDP with the head": HEAD.replace("UNUSED", "False"),
+    "DDP with the head, unused parameters": HEAD.replace("UNUSED", "True"),
+    "FSDP2 with the head": FSDP.replace("convert(model)", "convert(model, loss=F.cross_entropy)").replace(
+        "== 5", "== 6"
+    )
+    + "from fused_ops import _convert_report as limits\nlimits.SMALL_BYTES = 0\n",
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_two_processes(way, tmp_path, run_python):
     script = tmp_path / "script.py"
     script.write_text(way + COMMON)

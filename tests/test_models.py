@@ -9,6 +9,7 @@ from test_patch import called
 from torch import nn
 
 import fused_ops
+from fused_ops import _convert_report as limits
 
 transformers = pytest.importorskip("transformers", reason="needs the models extra: pip install 'fused_ops[models]'")
 
@@ -54,10 +55,10 @@ def mobile_segmentation():
     return transformers.MobileNetV2ForSemanticSegmentation(config), batch
 
 
-def llama():
+def llama(tied=False):
     config = transformers.LlamaConfig(
         vocab_size=101, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config), tokens()
 
@@ -70,16 +71,21 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config), tokens()
 
 
-# name: (the model and a batch, batch norms replaced, of them fused)
+# name: (the model and a batch, modules replaced, of them fused)
 MODELS = {
     "ResNet, basic": (lambda: residual_network("basic"), 9, 4),
     "ResNet, bottleneck": (lambda: residual_network("bottleneck"), 12, 7),
     "RegNet": (reg_network, 9, 5),
     "SegFormer": (segmentation, 1, 0),
     "MobileNetV2 with DeepLab": (mobile_segmentation, 55, 3),
-    "Llama": (llama, 0, 0),
-    "GPT-2": (gpt2, 0, 0),
+    "Llama": (llama, 1, 1),
+    "GPT-2": (gpt2, 1, 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _heads_of_any_size(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
 
 
 def build(name):
@@ -89,6 +95,12 @@ def build(name):
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     return model.train(), batch
+
+
+def convert(model, **options):
+    """With its own loss, where its head is one of tokens."""
+    own = model.loss_function if hasattr(model, "lm_head") else None
+    return fused_ops.convert(model, loss=own, **options)
 
 
 def widened(batch):
@@ -107,7 +119,7 @@ def test_gradients(name):
     model, batch = build(name)
     keys, truth = list(model.state_dict()), gradient(copy.deepcopy(model).double(), widened(batch))
     eager = gradient(copy.deepcopy(model), batch)
-    report = fused_ops.convert(model, sample=batch)
+    report = convert(model, sample=batch)
     assert report.ok, str(report)
     assert list(model.state_dict()) == keys
     assert (len(report.replaced), len(report.fused)) == MODELS[name][1:]
@@ -123,7 +135,7 @@ def test_training_steps_track(name):
     theirs, batch = build(name)
     theirs, batch = theirs.double(), widened(batch)
     ours = copy.deepcopy(theirs)
-    fused_ops.convert(ours)
+    convert(ours)
     losses = []
     for model, context in ((theirs, contextlib.nullcontext()), (ours, fused_ops.patch())):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -140,8 +152,35 @@ def test_training_steps_track(name):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-9)
 
 
+TOKENS = {"Llama": llama, "Llama, tied": lambda: llama(tied=True), "GPT-2": gpt2}
+
+
+@pytest.mark.parametrize("build", TOKENS.values(), ids=TOKENS)
+def test_language_models(build):
+    """The loss is found without the logits, which are there when asked for; then all is as it was."""
+    model, batch = build()
+    model.eval()  # no dropout
+    expected = model(**batch)
+    grads = torch.autograd.grad(expected.loss, list(model.parameters()))
+    kinds = [type(m) for m in model.modules()]
+    assert "loss=model.loss_function" in str(fused_ops.convert(model))
+    report = fused_ops.convert(model, loss=model.loss_function)
+    assert [(e.path, e.what) for e in report.fused] == [("lm_head", "cross-entropy")]
+    found = model(**batch)
+    assert found.logits._state.real is None and found.loss.dtype == expected.loss.dtype
+    torch.testing.assert_close(torch.autograd.grad(found.loss, list(model.parameters())), grads, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits.detach(), expected.logits.detach())
+    weighted = dict(batch, num_items_in_batch=7)  # what transformers' Trainer gives
+    torch.testing.assert_close(model(**weighted).loss * 7, found.loss * (batch["labels"][:, 1:] != -100).sum())
+    tokens = model.generate(batch["input_ids"][:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    fused_ops.revert(model)
+    assert [type(m) for m in model.modules()] == kinds
+    again = model.generate(batch["input_ids"][:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens, again)
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT-2"])
-def test_language_models_use_our_loss(name):
+def test_patch_serves_their_loss(name):
     model, batch = build(name)
 
     def loss():

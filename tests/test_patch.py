@@ -109,6 +109,58 @@ def test_nesting():
         assert called(loss)
 
 
+def test_left_in_the_wrong_order():
+    outer, inner = fused_ops.patch("cross_entropy"), fused_ops.patch("batch_norm")
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="must end before"):
+        outer.__exit__(None, None, None)
+    assert called(loss) and called(norm)
+    inner.__exit__(None, None, None)
+    outer.__exit__(None, None, None)
+    assert not called(loss) and not called(norm)
+
+
+def test_one_object_in_two_threads():
+    shared, refused = fused_ops.patch(), []
+
+    def other():
+        try:
+            with shared:
+                pass
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    with shared:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert called(loss)
+    assert len(refused) == 1 and not called(loss)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no F.linear_cross_entropy")
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum", "label_smoothing": 0.1}, {"linear_bias": torch.ones(7)}])
+def test_linear_cross_entropy(options):
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    y = torch.randint(0, 7, (5,))
+
+    def gradients():
+        value = F.linear_cross_entropy(x, weight, y, **options)
+        return value, torch.autograd.grad(value, (x, weight))
+
+    expected = gradients()
+    with fused_ops.patch():
+        assert called(gradients)
+        found = gradients()
+        module = nn.LinearCrossEntropyLoss(4, 7)
+        assert called(lambda: module(x, y))
+    with fused_ops.patch("cross_entropy", "batch_norm"):
+        assert not called(gradients)
+    torch.testing.assert_close(found, expected)
+    assert not called(gradients)
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="expected names of"):
         fused_ops.patch("softmax")
