@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import autocast_enabled
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.cross_entropy import acc_dtype, class_dim
+from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
 _BLOCK = 4096
@@ -263,7 +263,7 @@ def _counted(call: Call) -> Tensor | None:
     if call.kind == "dense":
         return None
     assert call.args.indices is not None
-    valid = call.args.indices != call.options.ignore_index
+    valid = counts(call.args.indices, call.options.ignore_index)
     return valid if call.kind == "index" else valid.any(class_dim(call.args.input))
 
 
@@ -288,7 +288,7 @@ def _denominator(call: Call, target_weight: Tensor) -> Tensor:
     elif call.kind == "mixup":  # lam is differentiable, target_weight is not
         indices, probabilities, dim = call.args.indices, call.args.probabilities, class_dim(call.args.input)
         assert indices is not None and probabilities is not None
-        valid = indices != call.options.ignore_index
+        valid = counts(indices, call.options.ignore_index)
         shares = probabilities.double()
         if call.args.weight is not None:
             shares = shares * call.args.weight.double()[torch.where(valid, indices, 0).long()]
@@ -304,7 +304,7 @@ def row_scale(call: Call, reduction: str, normalizer: object, empty: str) -> Ten
     a, dim = call.args, class_dim(call.args.input)
     if call.kind == "index":
         assert a.indices is not None
-        valid = a.indices != call.options.ignore_index
+        valid = counts(a.indices, call.options.ignore_index)
         weights = valid.double()
         if a.weight is not None:
             classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))

@@ -13,6 +13,7 @@ from fused_ops._function import has_values
 from fused_ops._library import register
 from fused_ops.reference import linear_cross_entropy as reference
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
+from fused_ops.reference.cross_entropy import counts
 from fused_ops.reference.linear_cross_entropy import Head
 
 _TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
@@ -104,7 +105,7 @@ def _parts(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | s
     """The rows of each chunk. Ignored rows are left out, on the CPU, where finding them costs no synchronisation."""
     rows, step = head.input.size(0), plan.chunk_rows
     if a.indices is not None and a.indices.dim() == 1 and not o.statistics and has_values(a.indices):
-        counted = a.indices != o.ignore_index
+        counted = counts(a.indices, o.ignore_index)
         if not bool(counted.all()):
             found = counted.nonzero().squeeze(1)
             return list(found.split(step)) if found.numel() else []

@@ -677,3 +677,33 @@ def test_kernels_match_their_reference(dtype):
         tolerance = {8: 1e-10, 4: 1e-5, 2: 2e-2}[dtype.itemsize]
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance, equal_nan=True)
         assert mine.stride() == other.stride(), layout
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_ignore_index_beyond_the_range_of_the_indices(dtype):
+    """-100 as uint8 is 156, and 300 as int8 is 44: no class of that number may be dropped."""
+    klass, ignored = (156, -100) if dtype == torch.uint8 else (44, 300)
+    x, target = torch.randn(3, 200, requires_grad=True), torch.tensor([klass, 3, 7])
+    hidden, head = torch.randn(3, 5), torch.randn(200, 5)
+    for options in ({}, {"z_loss": 0.1}, {"label_smoothing": 0.1}):
+        ours, expected = (
+            fused_ops.cross_entropy(x, t, ignore_index=ignored, **options) for t in (target.to(dtype), target)
+        )
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(expected, x)[0])
+        heads = [
+            fused_ops.linear_cross_entropy(hidden, head, t, ignore_index=ignored, chunk_rows=2, **options)
+            for t in (target.to(dtype), target)
+        ]
+        torch.testing.assert_close(*heads)
+    tangent = torch.randn_like(x)
+    ours, expected = (
+        torch.func.jvp(lambda x, t=t: fused_ops.cross_entropy(x, t, ignore_index=ignored), (x,), (tangent,))[1]
+        for t in (target.to(dtype), target)
+    )
+    torch.testing.assert_close(ours, expected)
+    sparse = (target.to(dtype).unsqueeze(1), torch.ones(3, 1))
+    torch.testing.assert_close(
+        fused_ops.cross_entropy(x, sparse, ignore_index=ignored),
+        fused_ops.cross_entropy(x, target, ignore_index=ignored),
+    )

@@ -1,4 +1,7 @@
-"""Raw ops called directly with garbage: every call gives a result or a Python exception, and no argument changes.
+"""Raw ops called directly with garbage: every call gives the reference's result or a Python exception.
+
+No argument changes. What the reference makes of the same arguments is compared where it is well defined: for forwards,
+and for backwards whose saved tensors still belong to their inputs; numbers finite and of moderate size.
 
 Valid calls are recorded from the samples of every op; each trial spoils up to three arguments of one of them.
 ``FUSED_OPS_FUZZ_CALLS`` sets the number of trials, ``FUSED_OPS_FUZZ_SEED`` the seed; ``make sanitize`` runs this under
@@ -16,6 +19,7 @@ import fused_ops
 from fused_ops.testing import _RecordRawOps, op_names
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
+COMPARED = 0.25  # of the calls that can be
 SEED = int(os.environ.get("FUSED_OPS_FUZZ_SEED", "0"))
 # AttributeError: None for a tensor without a default goes to the reference, which has nothing to read a shape from.
 CLEAN = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AttributeError)
@@ -25,12 +29,22 @@ INTEGERS = [-1, 0, 1, 2, 3, 7, 64, 2**31, -(2**31), 2**62, -(2**63), 2**63 - 1]
 FLOATS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-320, 1e308]
 
 
+class _RecordCopies(_RecordRawOps):
+    """Keeps the arguments as they were, for the raw ops that write over one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fused_ops":
+            args_before = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            self.calls.append((func, args_before, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def valid_calls(names):
     calls = []
     for name in names:
         module = importlib.import_module(f"fused_ops.reference.{name}")
         for sample in module.samples():
-            with _RecordRawOps() as recorder:
+            with _RecordCopies() as recorder:
                 outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
@@ -40,8 +54,56 @@ def valid_calls(names):
     return calls
 
 
+KEEP_VALUES = ("transposed", "every second", "offset by one")
+REFERENCES = {
+    f"{op}_{suffix}": getattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
+    for op, module in (
+        ("cross_entropy", "cross_entropy"),
+        ("cross_entropy_rows", "_cross_entropy_rows"),
+        ("batch_norm", "batch_norm"),
+        ("linear_cross_entropy", "linear_cross_entropy"),
+    )
+    for suffix in ("forward", "backward", "backward_", "act_forward", "act_backward", "chunk_")
+    if hasattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
+}
+
+
+def moderate(t):
+    return not isinstance(t, torch.Tensor) or not t.is_floating_point() or bool((t.double().abs() < 1e3).all())
+
+
+def check_against_reference(function, given, used, result):
+    """The result, and the arguments written to, are the reference's for the same arguments."""
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    strided = all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
+    reference = REFERENCES.get(function._schema.name.split("::")[1])
+    if reference is None or not strided or not all(map(moderate, given)):
+        return False
+    try:
+        expected = reference(*given)
+    except CLEAN:
+        return False  # the kernels know how to take some dtypes that plain PyTorch does not
+    pairs = (
+        [(result, expected)] if isinstance(result, torch.Tensor) else [*zip(result or (), expected or (), strict=True)]
+    )
+    pairs += [(a, b) for a, b in zip(used, given, strict=True) if isinstance(a, torch.Tensor)]
+    floats = [t.dtype for t in tensors if t.is_floating_point()]
+    tolerance = 3e-2 if any(d.itemsize == 2 for d in floats) else 1e-3 if torch.float32 in floats else 1e-6
+    if "batch_norm" in function._schema.name and any(type(a) is int and a > 2 for a in given[8:11]):
+        return False  # a correction beyond the number of values: a variance that is none
+    for mine, other in pairs:
+        mine = mine.reshape(other.shape)  # (1, channels) running statistics are taken for (channels,)
+        if mine.dtype.is_floating_point and not other.isnan().any():
+            largest = float(other.double().abs().max()) if other.numel() else 0.0
+            if largest < 1e6:
+                torch.testing.assert_close(
+                    mine.double(), other.double(), rtol=tolerance, atol=tolerance * max(1.0, largest)
+                )
+    return True
+
+
 def spoil_tensor(t, rng):
-    """Another tensor: of the same kind, but with one thing about it changed."""
+    """Another tensor, of the same kind but with one thing about it changed, and whether its values are the same."""
     dim = rng.randrange(t.dim()) if t.dim() else 0
     kinds = {
         "dtype": lambda: t.to(rng.choice(DTYPES)),
@@ -55,7 +117,7 @@ def spoil_tensor(t, rng):
         "expanded": lambda: t.narrow(dim, 0, 1).expand_as(t),
         "transposed": lambda: t.transpose(0, -1).contiguous().transpose(0, -1),
         "every second": lambda: torch.stack([t, t], -1)[..., 0],
-        "offset by one": lambda: torch.cat([t.flatten(), t.flatten()[:1]])[1:].view(t.shape),
+        "offset by one": lambda: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
         "overlapping": lambda: t.as_strided(t.shape, [1] * t.dim()),
         "other values": lambda: torch.full_like(t, rng.choice([-1, 0, 1, 5, 100])),
         "huge": lambda: torch.full_like(t, rng.choice([1e30, -1e30, float("nan"), float("inf"), -float("inf")])),
@@ -65,24 +127,34 @@ def spoil_tensor(t, rng):
         "one": lambda: t.flatten()[:1],
         "large": lambda: t.repeat([rng.choice([1, 1, 17, 65]) for _ in range(t.dim())]),
     }
+    kind = rng.choice(list(kinds))
     try:
-        return kinds[rng.choice(list(kinds))]()
+        return kinds[kind](), kind in KEEP_VALUES
     except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # this tensor cannot be changed that way
-        return t
+        return t, True
 
 
 def spoil(value, rng):
+    """Another argument, and whether its values are the same."""
     if isinstance(value, torch.Tensor):
-        return rng.choice([None, rng.choice(INTEGERS)]) if rng.random() < 0.04 else spoil_tensor(value, rng)
+        return (rng.choice([None, rng.choice(INTEGERS)]), False) if rng.random() < 0.04 else spoil_tensor(value, rng)
     if isinstance(value, bool):
-        return not value
+        return not value, False
     if isinstance(value, int):
-        return rng.choice(INTEGERS)
+        return rng.choice(INTEGERS), False
     if isinstance(value, float):
-        return rng.choice(FLOATS)
+        return rng.choice(FLOATS), False
     if value is None:
-        return torch.randn([rng.choice([0, 1, 2, 3, 7]) for _ in range(rng.randrange(4))], dtype=rng.choice(DTYPES[:4]))
-    return value
+        shape = [rng.choice([0, 1, 2, 3, 7]) for _ in range(rng.randrange(4))]
+        return torch.randn(shape, dtype=rng.choice(DTYPES[:4])), False
+    return value, True
+
+
+def copied(value):
+    """A copy with the strides of the original."""
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
+        return value
+    return value.clone(memory_format=torch.preserve_format)
 
 
 def fingerprint(args):
@@ -104,15 +176,19 @@ def test_garbage_is_a_result_or_an_exception(op):
     torch.manual_seed(SEED)
     calls = valid_calls([op])
     assert len(calls) >= 4
-    right = wrong = 0
+    right = wrong = compared = 0
     for _ in range(CALLS):
         function, args, kwargs = rng.choice(calls)
         args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        same_values = True
         for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
             i = rng.randrange(len(args))
-            args[i] = spoil(args[i], rng)
+            args[i], kept = spoil(args[i], rng)
+            same_values &= kept
         mutable = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
         before = fingerprint(args)
+        comparable = same_values or "forward" in function._schema.name
+        given = [copied(a) for a in args] if comparable and rng.random() < COMPARED else None
         try:
             result = function(*args, **kwargs)
         except CLEAN:
@@ -123,6 +199,8 @@ def test_garbage_is_a_result_or_an_exception(op):
             for output in outputs:
                 if isinstance(output, torch.Tensor) and output.device.type == "cpu":
                     output.double().sum().item()  # reads every element
+            if given is not None:
+                compared += check_against_reference(function, given, args, result)
         if not mutable:
             assert all(same(a, b) for a, b in zip(before, fingerprint(args), strict=True)), (function, args)
-    assert right > CALLS // 20 and wrong > CALLS // 20
+    assert right > CALLS // 20 and wrong > CALLS // 20 and compared > CALLS // 100

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.reference import empty_output
-from fused_ops.reference.cross_entropy import acc_dtype, class_dim
+from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
 
 
 class RowOptions(NamedTuple):
@@ -56,7 +56,7 @@ def counted_rows(a: RowArgs, ignore_index: int) -> Tensor:
     dim = class_dim(a.input)
     if a.indices is None:
         return torch.ones((), dtype=torch.bool, device=a.input.device).expand(a.input.select(dim, 0).shape)
-    valid = a.indices != ignore_index
+    valid = counts(a.indices, ignore_index)
     return valid if a.probabilities is None else valid.any(dim)
 
 
@@ -89,7 +89,7 @@ class _Row:
         assert indices is not None
         if self.a.probabilities is None:
             indices = indices.unsqueeze(self.dim)
-        valid = indices != self.o.ignore_index
+        valid = counts(indices, self.o.ignore_index)
         safe = torch.where(valid, indices, 0).long()
         one = torch.ones((), dtype=self.u.dtype, device=self.u.device)
         source = torch.where(valid, one if values is None else values.to(self.u.dtype), 0.0)
@@ -134,7 +134,8 @@ class _Row:
 def _check_range(a: RowArgs, ignore_index: int) -> None:
     if a.indices is None or a.indices.device.type != "cpu":
         return
-    outside = (a.indices != ignore_index) & ((a.indices < 0) | (a.indices >= a.input.size(class_dim(a.input))))
+    wide = a.indices.long()  # a narrow dtype would wrap the number of classes
+    outside = counts(a.indices, ignore_index) & ((wide < 0) | (wide >= a.input.size(class_dim(a.input))))
     if bool(outside.any()):
         raise IndexError(f"Target {a.indices[outside].flatten()[0].item()} is out of bounds.")
 
@@ -228,8 +229,8 @@ def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
     if a.weight is not None:
         values = values * along_classes(a.weight.to(values.dtype), a.input)
     if a.indices is not None:
-        counts = a.indices != o.ignore_index
-        values = torch.where(counts, values.gather(dim, torch.where(counts, a.indices, 0).long()), 0.0)
+        counted = counts(a.indices, o.ignore_index)
+        values = torch.where(counted, values.gather(dim, torch.where(counted, a.indices, 0).long()), 0.0)
     return values.to(a.probabilities.dtype)
 
 

@@ -24,9 +24,17 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def counts(indices: Tensor, ignore_index: int) -> Tensor:
+    """``indices != ignore_index``, where an ``ignore_index`` beyond the dtype's range is not wrapped into it."""
+    limits = torch.iinfo(indices.dtype)
+    if limits.min <= ignore_index <= limits.max:
+        return indices != ignore_index
+    return torch.ones_like(indices, dtype=torch.bool)
+
+
 def split_targets(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The mask of rows that count, and a target that is in range for the others too."""
-    valid = target != ignore_index
+    valid = counts(target, ignore_index)
     safe = torch.where(valid, target, 0).long()
     return valid, safe
 
@@ -37,7 +45,8 @@ def class_dim(input: Tensor) -> int:
 
 
 def _check_range(target: Tensor, valid: Tensor, classes: int) -> None:
-    outside = valid & ((target < 0) | (target >= classes))
+    wide = target.long()  # a narrow dtype would wrap the number of classes
+    outside = valid & ((wide < 0) | (wide >= classes))
     if target.device.type == "cpu" and bool(outside.any()):
         raise IndexError(f"Target {target[outside].flatten()[0].item()} is out of bounds.")
 
