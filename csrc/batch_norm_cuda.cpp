@@ -134,7 +134,9 @@ Six act_forward(const Tensor& input_, const MaybeTensor& residual_, const MaybeT
   const bool update = training && running_mean, masked = residual && sign_is_enough(call.activation);
   const int64_t bytes = masked ? mask_size(call.shape) : 0, fresh = update ? channels : none;
   const ScalarType running_type = update ? *kind : ScalarType::Double;
-  Tensor output = empty_output(input), mean = scratch(input, channels), invstd = scratch(input, channels);
+  Tensor output = empty_output(input);
+  Tensor mean = empty(input, {&channels, 1}, ScalarType::Double);
+  Tensor invstd = empty(input, {&channels, 1}, ScalarType::Double);
   Tensor new_mean = empty(input, {&fresh, 1}, running_type), new_var = empty(input, {&fresh, 1}, running_type);
   Tensor mask = empty(input, {&bytes, 1}, ScalarType::Byte);
   const Tensor memory = scratch(input, batch_norm_scratch(call.shape));

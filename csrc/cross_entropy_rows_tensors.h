@@ -63,21 +63,21 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// What the two directions take alike, checked, and the memory it needs beside the arguments.
-struct Prepared {
+// What the two directions take alike, checked: on any device, no value is read. check_device(name, tensor) raises for a
+// tensor of another device than the call's.
+struct RowArguments {
   Tensor input;
-  MaybeTensor indices, probabilities, mask;
+  MaybeTensor indices, probabilities, mask;  // probabilities of all classes, or of the indices
   std::vector<int64_t> rows_shape;
-  std::vector<double> sparse;
-  Accumulators weight, smoothing;
-  CrossEntropyRows rows{};
+  CrossEntropyRows rows{};  // without sparse, class_weight and smoothing_weight
 
-  Prepared(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
-           const MaybeTensor& weight_, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
-           double logit_scale, double softcap, bool statistics)
+  template <class CheckDevice>
+  RowArguments(const CheckDevice& check_device, const Tensor& input_, const MaybeTensor& indices_,
+               const MaybeTensor& probabilities_, const MaybeTensor& weight, const MaybeTensor& class_mask,
+               int64_t ignore_index, double label_smoothing, double logit_scale, double softcap, bool statistics)
       : input(input_) {
     if (input_.dim() == 0) raise(kOp, ": input must have at least one dimension (classes), got a scalar");
-    check_cpu(kOp, "input", input_);
+    check_device("input", input_);
     rows.dtype = float_dtype(kOp, "input", input_);
     if (!(label_smoothing >= 0 && label_smoothing <= 1))
       raise(kOp, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
@@ -90,17 +90,28 @@ struct Prepared {
     for (int64_t d = 0; d < input.dim(); ++d)
       if (d != (input.dim() == 1 ? 0 : 1)) rows_shape.push_back(input.size(d));
     if (!indices_ && !probabilities_) raise(kOp, ": expected indices or probabilities, got neither");
-    if (indices_) take_indices(*indices_, probabilities_, ignore_index);
-    if (probabilities_) take_probabilities(*probabilities_, indices_.has_value());
-    if (class_mask) take_mask(*class_mask);
-    take_weight(weight_);
+    if (indices_) {
+      check_device("indices", *indices_);
+      take_indices(*indices_, probabilities_, ignore_index);
+    }
+    if (probabilities_) {
+      check_device("probabilities", *probabilities_);
+      take_probabilities(*probabilities_, indices_.has_value());
+    }
+    if (class_mask) {
+      check_device("class_mask", *class_mask);
+      take_mask(*class_mask);
+    }
+    if (!weight) return;
+    check_device("weight", *weight);
+    if (weight->dim() != 1 || weight->size(0) != classes())
+      raise(kOp, ": weight must have shape [", classes(), "], got ", shape_of(*weight));
   }
 
   int64_t classes() const { return rows.layout.classes; }
 
  private:
   void take_indices(const Tensor& t, const MaybeTensor& probabilities_, int64_t ignore_index) {
-    check_cpu(kOp, "indices", t);
     indices = dense(t);
     rows.indices = {indices->const_data_ptr(), target_type(*indices), ignore_index};
     rows.per_row = 1, rows.index_spatial = 1;
@@ -125,25 +136,18 @@ struct Prepared {
   }
 
   void take_probabilities(const Tensor& t, bool are_sparse) {
-    check_cpu(kOp, "probabilities", t);
     const DType dtype = float_dtype(kOp, "probabilities", t);
     const Tensor& like = are_sparse ? *indices : input;
     if (!same_shape(t, like))
       raise(kOp, ": probabilities must have the shape of ", are_sparse ? "indices " : "input ", shape_of(like),
             ", got ", shape_of(t));
-    if (are_sparse) {
-      sparse = doubles(t);
-      sparse.resize(std::max<size_t>(sparse.size(), 1));  // a pointer even to none
-      rows.sparse = sparse.data();
-      return;
-    }
-    probabilities = spatial_is_one_dim(t) ? t : dense(t);
+    probabilities = are_sparse || spatial_is_one_dim(t) ? t : dense(t);
+    if (are_sparse) return;
     rows.dense = {probabilities->const_data_ptr(), dtype, layout_beside(*probabilities, input)};
     rows.has_dense = true;
   }
 
   void take_mask(const Tensor& t) {
-    check_cpu(kOp, "class_mask", t);
     if (t.scalar_type() != ScalarType::Bool)
       raise(kOp, ": class_mask must be bool, got dtype code ", static_cast<int>(t.scalar_type()));
     rows.row_masks = input.dim() != 1 && same_shape(t, input);
@@ -154,13 +158,31 @@ struct Prepared {
     rows.mask = {mask->const_data_ptr(), DType::float32, layout_beside(*mask, input)};
     rows.has_mask = true;
   }
+};
 
+// The same on the CPU, with the memory it needs beside the arguments.
+struct Prepared : RowArguments {
+  std::vector<double> sparse;
+  Accumulators weight, smoothing;
+
+  Prepared(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
+           const MaybeTensor& weight_, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
+           double logit_scale, double softcap, bool statistics)
+      : RowArguments([](const char* name, const Tensor& t) { check_cpu(kOp, name, t); }, input_, indices_,
+                     probabilities_, weight_, class_mask, ignore_index, label_smoothing, logit_scale, softcap,
+                     statistics) {
+    if (indices && probabilities) {
+      sparse = doubles(*probabilities);
+      sparse.resize(std::max<size_t>(sparse.size(), 1));  // a pointer even to none
+      rows.sparse = sparse.data();
+    }
+    take_weight(weight_);
+  }
+
+ private:
   void take_weight(const MaybeTensor& t) {
     std::vector<double> values;
     if (t) {
-      check_cpu(kOp, "weight", *t);
-      if (t->dim() != 1 || t->size(0) != classes())
-        raise(kOp, ": weight must have shape [", classes(), "], got ", shape_of(*t));
       values = doubles(*t);
       rows.class_weight = weight.set(values, rows.dtype);
     }
@@ -178,7 +200,7 @@ struct Prepared {
   }
 };
 
-[[noreturn]] inline void raise_bad_row(const Prepared& p, int64_t row) {
+[[noreturn]] inline void raise_bad_row(const RowArguments& p, int64_t row) {
   const int64_t step = p.rows.index_spatial, first = row / step * step * p.rows.per_row + row % step;
   for (int64_t k = 0; k < p.rows.per_row; ++k) {
     const int64_t t = target_value(*p.indices, first + k * step);
@@ -206,7 +228,7 @@ void over_rows(const Prepared& p, const Kernel& kernel) {
 struct RowOutputs {
   Tensor nll, lse, mass, target_weight, entropy, prediction, target_log_probability;
 
-  explicit RowOutputs(const Prepared& p)
+  explicit RowOutputs(const RowArguments& p)
       : nll(make(p, true, ScalarType::Double)),
         lse(make(p, true, ScalarType::Double)),
         mass(make(p, true, ScalarType::Double)),
@@ -215,7 +237,7 @@ struct RowOutputs {
         prediction(make(p, p.rows.statistics, ScalarType::Long)),
         target_log_probability(make(p, p.rows.statistics, ScalarType::Double)) {}
 
-  CrossEntropyRowsForward forward(const Prepared& p) {
+  CrossEntropyRowsForward forward(const RowArguments& p) {
     const auto data = [](const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
     return {p.rows,
             data(nll),
@@ -232,7 +254,7 @@ struct RowOutputs {
   }
 
  private:
-  static Tensor make(const Prepared& p, bool wanted, ScalarType dtype) {
+  static Tensor make(const RowArguments& p, bool wanted, ScalarType dtype) {
     const int64_t none[1] = {0};
     const torch::headeronly::IntHeaderOnlyArrayRef shape{p.rows_shape.data(), p.rows_shape.size()};
     return empty(p.input, wanted ? shape : torch::headeronly::IntHeaderOnlyArrayRef{none, 1}, dtype);
@@ -240,9 +262,11 @@ struct RowOutputs {
 };
 
 // A tensor of one double per row, or null.
-inline const double* row_values(const char* name, const MaybeTensor& t, const Prepared& p, MaybeTensor& owner) {
+template <class CheckDevice>
+const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner,
+                         const CheckDevice& check_device) {
   if (!t) return nullptr;
-  check_cpu(kOp, name, *t);
+  check_device(name, *t);
   check_dtype(kOp, name, *t, ScalarType::Double, "float64");
   bool fits = t->dim() == static_cast<int64_t>(p.rows_shape.size());
   for (int64_t d = 0; fits && d < t->dim(); ++d) fits = t->size(d) == p.rows_shape[static_cast<size_t>(d)];
@@ -250,6 +274,9 @@ inline const double* row_values(const char* name, const MaybeTensor& t, const Pr
     raise(kOp, ": ", name, " must have one value per row of input ", shape_of(p.input), ", got shape ", shape_of(*t));
   owner = dense(*t);
   return static_cast<const double*>(owner->const_data_ptr());
+}
+inline const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner) {
+  return row_values(name, t, p, owner, [](const char* n, const Tensor& v) { check_cpu(kOp, n, v); });
 }
 
 }  // namespace fused_ops

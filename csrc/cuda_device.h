@@ -5,6 +5,7 @@
 #include "checks.h"
 
 #if defined(FUSED_OPS_CUDA_HOST)
+extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  // poisons it, watches what lies behind
 #define FUSED_OPS_CUDA_LIBRARY fused_ops_host
 #define FUSED_OPS_CUDA_KEY CPU
 #else
@@ -47,6 +48,8 @@ class OnDevice {
  public:
 #if defined(FUSED_OPS_CUDA_HOST)
   explicit OnDevice(const Tensor&) {}
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cuda_host_guard(nullptr, 0, 0); }
 #else
   explicit OnDevice(const Tensor& t) : guard_(device_index(t)) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index(t), &stream_));
@@ -77,7 +80,17 @@ inline void check_launch(const char* op, int32_t error) {
 
 inline double* doubles_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 
-inline Tensor scratch(const Tensor& like, int64_t count) { return empty(like, {&count, 1}, ScalarType::Double); }
+inline Tensor scratch(const Tensor& like, int64_t count) {
+#if defined(FUSED_OPS_CUDA_HOST)
+  constexpr int64_t kBehind = 64, kBytes = sizeof(double);
+  const int64_t guarded = count + kBehind;
+  const Tensor memory = empty(like, {&guarded, 1}, ScalarType::Double);
+  cuda_host_guard(memory.mutable_data_ptr(), count * kBytes, kBehind * kBytes);
+  return memory;
+#else
+  return empty(like, {&count, 1}, ScalarType::Double);
+#endif
+}
 
 // A tensor of another's shape, channels_last where that is, else contiguous.
 inline Tensor empty_output(const Tensor& input) {

@@ -6,118 +6,102 @@ import random
 
 import pytest
 import torch
+from cuda_host import OPS
 from test_raw_ops import CLEAN, fingerprint, same, spoil, valid_calls
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
-from fused_ops.reference import batch_norm as batch_norm_reference
 from fused_ops.testing import compare_gradients
 
-OPS = {
-    "cross_entropy": ["cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_"],
-    "batch_norm": [
-        *("batch_norm_forward", "batch_norm_backward", "batch_norm_act_forward", "batch_norm_act_backward"),
+CALLED_AS = {  # by whom, in the order of OPS
+    "cross_entropy": [
+        f"{module}.{name}"
+        for module in ("_cross_entropy_plain", "_cross_entropy_rows")
+        for name in ("_forward_op", "_backward_op", "_backward_inplace_op")
     ],
-}
-HOLDERS = {"cross_entropy": "_cross_entropy_plain", "batch_norm": "batch_norm"}  # the modules that call the raw ops
-ATTRIBUTES = {
-    "cross_entropy": ["_forward_op", "_backward_op", "_backward_inplace_op"],
-    "batch_norm": ["_forward_op", "_backward_op", "_act_forward_op", "_act_backward_op"],
+    "linear_cross_entropy": ["_linear_cross_entropy_chunks._chunk_op"],
+    "batch_norm": [f"batch_norm.{name}_op" for name in ("_forward", "_backward", "_act_forward", "_act_backward")],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 
 
-@pytest.fixture(scope="module")
-def host_ops(cuda_host):
-    """The emulated ops by name; the library that defines them lives as long as they do."""
-    library = torch.library.Library("fused_ops_host", "FRAGMENT")
-    for name in [name for names in OPS.values() for name in names]:
-        schema = str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1]
-        library.define(schema)
-        if "_act_" in name:
-            library.define(schema.replace(name, f"{name}_reference", 1))
-            function = getattr(batch_norm_reference, name.removeprefix("batch_norm_"))
-            library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
-    yield {name: getattr(torch.ops.fused_ops_host, name).default for names in OPS.values() for name in names}
-    library._destroy()
+def call_with(monkeypatch, namespace):
+    """The public functions run on the raw ops of a namespace."""
+    for op, places in CALLED_AS.items():
+        for place, name in zip(places, OPS[op], strict=True):
+            module, attribute = place.split(".")
+            module = importlib.import_module(f"fused_ops.{module}")
+            monkeypatch.setattr(module, attribute, getattr(namespace, name).default)
 
 
 @pytest.fixture
 def emulated(host_ops, monkeypatch):
-    """The public functions run on the emulated ops."""
-    for op, attributes in ATTRIBUTES.items():
-        module = importlib.import_module(f"fused_ops.{HOLDERS[op]}")
-        for attribute, name in zip(attributes, OPS[op], strict=True):
-            monkeypatch.setattr(module, attribute, host_ops[name])
+    call_with(monkeypatch, torch.ops.fused_ops_host)
     return host_ops
 
 
+def is_differentiable(value):
+    return torch.is_tensor(value) and value.requires_grad
+
+
+def call_of(function, sample):
+    """The sample as a function of its tensors that require grad, those tensors, and all its values, copied."""
+    values, spec = tree_flatten((sample.args, sample.kwargs))
+    values = [v.detach().clone().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in values]
+    places = [i for i, value in enumerate(values) if is_differentiable(value)]
+
+    def call(*leaves):
+        given = list(values)
+        for i, leaf in zip(places, leaves, strict=True):
+            given[i] = leaf
+        args, kwargs = tree_unflatten(given, spec)
+        outputs = tree_flatten(function(*args, **kwargs))[0]
+        return tuple(o for o in outputs if torch.is_tensor(o))
+
+    return call, [values[i] for i in places], values
+
+
 def gradients(function, sample):
-    args = [a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in sample.args]
-    kwargs = {
-        k: v.detach().clone().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v
-        for k, v in sample.kwargs.items()
-    }
-    leaves = [t for t in [*args, *kwargs.values()] if torch.is_tensor(t) and t.requires_grad]
-    output = function(*args, **kwargs)
+    call, leaves, values = call_of(function, sample)
+    outputs = call(*leaves)
+    wanted = [o for o in outputs if o.requires_grad]
     torch.manual_seed(0)
-    grads = torch.autograd.grad(output, leaves, torch.randn_like(output), allow_unused=True)
-    return output.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)], args
+    grads = torch.autograd.grad(wanted, leaves, [torch.randn_like(o) for o in wanted], allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+    return [o.detach() for o in outputs], grads, [v for v in values if torch.is_tensor(v)]
 
 
-def samples_with_kernels(op):
-    """The op's samples, of cross-entropy those of class indices alone: its options run on the reference on a GPU."""
-    samples = importlib.import_module(f"fused_ops.reference.{op}").samples()
-    if op != "cross_entropy":
-        return samples
-    plain = {"reduction", "ignore_index"}
-    return [
-        s
-        for s in samples
-        if torch.is_tensor(s.args[1]) and not s.args[1].is_floating_point() and s.kwargs.keys() <= plain
-    ]
+def samples(op):
+    return importlib.import_module(f"fused_ops.reference.{op}").samples()
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_samples_give_what_the_cpu_gives(op, emulated, monkeypatch, cuda_host):
     function = getattr(fused_ops, op)
-    samples = samples_with_kernels(op)
-    assert len(samples) > 10
-    for sample in samples:
+    assert len(samples(op)) > 10
+    for sample in samples(op):
         cuda_host.cuda_host_launches()
         ours = gradients(function, sample)
         served = not (sample.kwargs.get("valid") is not None or sample.kwargs.get("groups", 1) > 1)
         assert (cuda_host.cuda_host_launches() > 0) == served, sample.name
         with monkeypatch.context() as patch:
-            module = importlib.import_module(f"fused_ops.{HOLDERS[op]}")
-            for attribute, name in zip(ATTRIBUTES[op], OPS[op], strict=True):
-                patch.setattr(module, attribute, getattr(torch.ops.fused_ops, name).default)
+            call_with(patch, torch.ops.fused_ops)
             theirs = gradients(function, sample)
-        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-11, atol=1e-12, msg=lambda m, s=sample: f"{s.name}: {m}")
+        for mine, other in zip(ours[0], theirs[0], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12, msg=lambda m, s=sample: f"{s.name}: {m}")
         for mine, other in zip(ours[1], theirs[1], strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11, msg=lambda m, s=sample: f"{s.name}: {m}")
             assert mine.stride() == other.stride()
         for mine, other in zip(ours[2], theirs[2], strict=True):  # running statistics too
-            if torch.is_tensor(mine):
-                torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op, emulated):
     function = getattr(fused_ops, op)
-    samples = samples_with_kernels(op)
-    for sample in samples[:: max(1, len(samples) // 12)]:
-        names = [n for n, v in sample.kwargs.items() if torch.is_tensor(v) and v.requires_grad]
-        places = [i for i, a in enumerate(sample.args) if torch.is_tensor(a) and a.requires_grad]
-
-        def call(*leaves, sample=sample, names=names, places=places):
-            args, kwargs = list(sample.args), dict(sample.kwargs)
-            for i, leaf in zip(places, leaves, strict=False):
-                args[i] = leaf
-            kwargs.update(zip(names, leaves[len(places) :], strict=True))
-            return function(*args, **kwargs)
-
-        leaves = [*(sample.args[i] for i in places), *(sample.kwargs[n] for n in names)]
-        assert torch.autograd.gradcheck(call, leaves), sample.name
+    for sample in samples(op)[:: max(1, len(samples(op)) // 12)]:
+        call, leaves, _ = call_of(function, sample)
+        assert torch.autograd.gradcheck(lambda *t, call=call: tuple(o for o in call(*t) if o.requires_grad), leaves)
 
 
 def test_in_place_backward(emulated):

@@ -229,18 +229,12 @@ __global__ void __launch_bounds__(kBlock) backward_lanes(BackwardCall c) {
   }
 }
 
-// Whether every row of the layout begins at a multiple of 16 bytes.
-bool aligned(const void* p, const RowLayout& l, int64_t bytes) {
-  const auto fits = [&](int64_t n, int64_t stride) { return n <= 1 || stride * bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && fits(l.batch, l.batch_stride) && fits(l.spatial, l.spatial_stride);
-}
-
 template <class T>
 int32_t backward(const BackwardCall& c, void* stream) {
   Launcher launch(stream);
   const int64_t rows = c.layout.rows();
   const bool wide = c.layout.adjacent_classes() && c.grad_layout.adjacent_classes();
-  const bool even = aligned(c.grad_logits, c.grad_layout, sizeof(T));
+  const bool even = rows_are_aligned(c.grad_logits, c.grad_layout, sizeof(T));
   const int64_t segments = wide ? segments_of(c.dtype, c.layout) : 1;
   const auto blocks_of = [](int64_t items) { return std::min(items, kMaxBlocks); };
   if (!wide) {

@@ -24,6 +24,11 @@ inline int64_t element_bytes(DType t) { return t == DType::float64 ? 8 : t == DT
 inline int64_t segments_of(DType dtype, const RowLayout& l) {
   return l.adjacent_classes() ? ceil_div(l.classes * element_bytes(dtype), kSegmentBytes) : 1;
 }
+// Whether every row of the layout begins at a multiple of 16 bytes.
+inline bool rows_are_aligned(const void* p, const RowLayout& l, int64_t bytes) {
+  const auto fits = [&](int64_t n, int64_t stride) { return n <= 1 || stride * bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && fits(l.batch, l.batch_stride) && fits(l.spatial, l.spatial_stride);
+}
 inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.classes * element_bytes(dtype), 16); }
 
 // Runs the code with kGroup, the threads that take a row of so many 16-byte vectors.

@@ -12,13 +12,26 @@ from pathlib import Path
 
 import torch
 
+import fused_ops  # noqa: F401  (defines the ops)
+from fused_ops.reference import batch_norm
+
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 KERNELS = CSRC / "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
 TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-attributes"]
 FLAGS += ["-DFUSED_OPS_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+OPS = {  # the raw ops with kernels
+    "cross_entropy": [
+        f"cross_entropy_{kind}{direction}"
+        for kind in ("", "rows_")
+        for direction in ("forward", "backward", "backward_")
+    ],
+    "linear_cross_entropy": ["linear_cross_entropy_chunk_"],
+    "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "act_") for direction in ("forward", "backward")],
+}
 CANARIES = 64  # elements on both sides of what a kernel may write
 
 
@@ -51,6 +64,19 @@ def build(directory):
         getattr(loaded, name).restype = ctypes.c_int64
     register_shared(loaded, library, [o for o, source in zip(objects, sources, strict=True) if source.parent != CSRC])
     return loaded
+
+
+def define_ops():
+    """``torch.ops.fused_ops_host.*`` with the schemas of the package; the library that they live as long as."""
+    library = torch.library.Library("fused_ops_host", "FRAGMENT")
+    for name in [name for names in OPS.values() for name in names]:
+        schema = str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1]
+        library.define(schema)
+        if "_act_" in name:  # what a kernel does not serve, it hands over by this name
+            library.define(schema.replace(name, f"{name}_reference", 1))
+            function = getattr(batch_norm, name.removeprefix("batch_norm_"))
+            library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
+    return library
 
 
 def symbols(path):

@@ -76,6 +76,8 @@ struct Machine {
   int64_t launches = 0, blocks = 0;
   unsigned order_seed = 0;
   std::vector<std::pair<void*, size_t>> shared;  // every __shared__ variable of the library
+  const unsigned char* canary = nullptr;         // what no launch may change
+  int64_t canary_bytes = 0;
 };
 
 inline Machine machine;
@@ -182,6 +184,8 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
       ++machine.blocks;
       if (!run_block(order)) std::abort();
     }
+  for (int64_t i = 0; i < machine.canary_bytes; ++i)
+    if (machine.canary[i] != 0xc5) std::fprintf(stderr, "cuda_host: a kernel wrote behind its scratch\n"), std::abort();
   return machine.trapped ? cudaErrorAssert : cudaSuccess;
 }
 
@@ -287,6 +291,13 @@ inline __attribute__((used, visibility("default"))) void cuda_host_set_order(uns
 }
 inline __attribute__((used, visibility("default"))) void cuda_host_shared(void* variable, int64_t bytes) {
   cuda_host::machine.shared.emplace_back(variable, static_cast<size_t>(bytes));
+}
+inline __attribute__((used, visibility("default"))) void cuda_host_guard(void* memory, int64_t bytes, int64_t behind) {
+  unsigned char* canary = static_cast<unsigned char*>(memory) + bytes;
+  cuda_host::machine.canary = canary, cuda_host::machine.canary_bytes = behind;
+  if (!memory) return;
+  std::memset(memory, 0xff, static_cast<size_t>(bytes));
+  std::memset(canary, 0xc5, static_cast<size_t>(behind));
 }
 inline __attribute__((used, visibility("default"))) int64_t cuda_host_launches() {
   return std::exchange(cuda_host::machine.launches, 0);

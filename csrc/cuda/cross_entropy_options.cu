@@ -1,0 +1,304 @@
+// Cross-entropy with every option on a GPU, row by row, forward. With u, q and the mass S = sum_j q_j of
+// ../cross_entropy_rows.h:
+//
+//   lse = log sum_j exp(u_j),   nll = sum_j q_j (lse - u_j),   entropy = lse - sum_j p_j u_j
+//
+// Memory: reads every logit, class probability and mask once (a mask of each row twice with label smoothing), writes 8
+// bytes a row and result. All sums are found together, relative to a running maximum. Rows are walked as in
+// cross_entropy.cu: by a part of a warp, a warp, a block or several blocks, or a thread a row where rows are adjacent.
+//
+// Stability: with one index a row, the sum leaves that class out; sums of steps are double. How a row is cut
+// depends on its length alone, and all merges are in a fixed order. See docs/cross_entropy.md.
+#include "cross_entropy_options.cuh"
+
+namespace fused_ops {
+namespace cuda {
+namespace {
+
+// Sums over some classes, relative to their maximum (to 0 where that is -inf).
+template <class A>
+struct State {
+  A max, best;                                // best: the maximum as argmax sees it, where a NaN is the largest
+  double sum, weighted, mass, dot, t_weight;  // exp(u - max), that times u - max; q, q (max - u); weight of indices
+  int64_t index;                              // of best
+};
+template <class A>
+__device__ inline State<A> nothing() {
+  return {-kInfinity<A>, -kInfinity<A>, 0, 0, 0, 0, 0, 0};
+}
+template <class A>
+__device__ inline State<A> shuffled(const State<A>& s, int lanes) {
+  using cuda::shuffled;
+  return {shuffled(s.max, lanes),  shuffled(s.best, lanes), shuffled(s.sum, lanes),      shuffled(s.weighted, lanes),
+          shuffled(s.mass, lanes), shuffled(s.dot, lanes),  shuffled(s.t_weight, lanes), shuffled(s.index, lanes)};
+}
+
+// Whether argmax prefers the first value: a NaN, the larger, the one of the lower index.
+template <class A>
+__device__ inline bool preferred(A a, int64_t a_index, A b, int64_t b_index) {
+  const bool a_nan = a != a, b_nan = b != b;
+  if (a_nan != b_nan) return a_nan;
+  if (!a_nan && a != b) return a > b;
+  return a_index < b_index;
+}
+
+template <class A>
+__device__ inline A base_of(A max) {
+  return max == -kInfinity<A> ? A(0) : max;
+}
+
+// The same sums relative to a maximum that is not smaller.
+template <class A>
+__device__ inline State<A> raised(State<A> s, A max) {
+  if (!(max > s.max)) return s;
+  const double factor = s.max == -kInfinity<A> ? 0.0 : static_cast<double>(exact_exp(s.max - max));
+  const double fall = static_cast<double>(s.max) - static_cast<double>(max);
+  s.weighted = factor == 0 ? 0.0 : factor * (s.weighted + fall * s.sum);
+  s.sum *= factor;
+  if (s.mass != 0) s.dot += s.mass * (static_cast<double>(max) - static_cast<double>(base_of(s.max)));
+  s.max = max;
+  return s;
+}
+
+template <class A>
+__device__ inline State<A> both(const State<A>& a, const State<A>& b) {
+  const A max = larger(a.max, b.max);
+  const State<A> x = raised(a, max), y = raised(b, max);
+  const bool first = preferred(x.best, x.index, y.best, y.index);
+  return {max,
+          first ? x.best : y.best,
+          x.sum + y.sum,
+          x.weighted + y.weighted,
+          x.mass + y.mass,
+          x.dot + y.dot,
+          x.t_weight + y.t_weight,
+          first ? x.index : y.index};
+}
+
+template <class T, class Walk>
+__device__ inline void add_coefficients(const CrossEntropyRows& a, int64_t row, const Walk& w, unsigned allowed,
+                                        acc_t<T> share, const acc_t<T>* u, State<acc_t<T>>& s) {
+  using A = acc_t<T>;
+  A q[Walk::kCount], mass = 0, dot = 0;
+  const A base = base_of(s.max);
+  load_coefficients<T>(a, row, w, allowed, share, q);
+#pragma unroll
+  for (int i = 0; i < Walk::kCount; ++i) {
+    mass += q[i];
+    dot += (allowed >> i & 1u) || q[i] != A(0) ? q[i] * (base - u[i]) : A(0);
+  }
+  s.mass += mass, s.dot += dot;
+}
+
+template <class T, class Walk>
+__device__ inline void add_step(const CrossEntropyRows& a, int64_t row, const Walk& w, int64_t except, acc_t<T> share,
+                                State<acc_t<T>>& s) {
+  using A = acc_t<T>;
+  constexpr int kCount = Walk::kCount;
+  A u[kCount], max = s.max;
+  const unsigned allowed = load_logits<T>(a, row, w, u);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) u[i] = u_of(a, u[i]), max = larger(max, u[i]);
+  s = raised(s, max);
+  const A base = base_of(s.max);
+  A sum = 0, weighted = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const A below = u[i] - base, e = w.at(i) == except ? A(0) : exp_of<T>(below);
+    sum += e;
+    if (a.statistics) weighted += e == A(0) ? A(0) : e * below;
+  }
+  s.sum += sum, s.weighted += weighted;
+  if (a.statistics) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if ((allowed >> i & 1u) && preferred(u[i], w.at(i), s.best, s.index)) s.best = u[i], s.index = w.at(i);
+  }
+  if (has_coefficients(a)) add_coefficients<T>(a, row, w, allowed, share, u, s);
+}
+
+// What every `step`-th of a row's indices adds, with probabilities of their own.
+template <class T>
+__device__ inline void add_indices(const CrossEntropyRows& a, int64_t row, const OptionTarget& t, int64_t begin,
+                                   int64_t step, State<acc_t<T>>& s) {
+  const double base = static_cast<double>(base_of(s.max)), soft = 1.0 - a.label_smoothing;
+  for (int64_t k = begin; k < a.per_row; k += step) {
+    const int64_t c = index_of(a, t, k);
+    if (c == a.indices.ignore_index) continue;
+    const double share = a.sparse[t.first + k * t.step] * weight_of<T>(a, c);
+    s.t_weight += share, s.mass += soft * share;
+    if (share != 0) s.dot += soft * share * (base - static_cast<double>(u_of(a, bent_at<T>(a, row, c))));
+  }
+}
+
+template <class T>
+__device__ inline void finish_row(const CrossEntropyRowsForward& f, int64_t row, const OptionTarget& t,
+                                  const State<acc_t<T>>& s) {
+  using A = acc_t<T>;
+  const CrossEntropyRows& a = f.rows;
+  const A u_target = t.one ? u_of(a, bent_at<T>(a, row, t.target)) : A(0);
+  const double max = static_cast<double>(s.max), below = t.one ? static_cast<double>(u_target) - max : 0;
+  const double rest = !t.one ? s.sum - 1.0 : below == 0 ? s.sum : (s.sum - 1.0) + exp(below);
+  const double log_sum = s.max == -kInfinity<A> ? kNaN<double> : log1p(rest);
+  const double soft = 1.0 - a.label_smoothing, share = t.one ? weight_of<T>(a, t.target) : 0;
+  double nll = has_coefficients(a) || a.sparse ? s.dot + s.mass * log_sum : 0;
+  if (t.one) nll += soft * share * (log_sum - below);
+  const bool counts = !t.ignored;
+  const double poison = t.bad ? kNaN<double> : 0.0;
+  f.nll[row] = (counts ? nll : 0) + poison, f.lse[row] = (counts || a.statistics ? max + log_sum : 0) + poison;
+  f.mass[row] = (counts ? s.mass : 0) + poison;
+  f.target_weight[row] = counts ? (a.has_dense ? 1.0 : a.sparse ? s.t_weight : share) : 0;
+  if (a.statistics) {
+    const double e = t.one ? exp(below) : 0, weighted = s.weighted + (e == 0 ? 0 : e * below);
+    f.entropy[row] = log_sum - weighted / exp(log_sum) + poison;
+    f.prediction[row] = s.index;
+    f.target_log_probability[row] = (t.one ? below - log_sum : 0) + poison;
+  }
+  if (t.bad) refuse_target();
+}
+
+__device__ inline bool is_walked(const CrossEntropyRows& a, const OptionTarget& t) {
+  return !t.bad && (!t.ignored || a.statistics);
+}
+
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kBlock) options_forward_rows(RowsForwardCall c) {
+  using A = acc_t<T>;
+  using Walk = AdjacentWalk<T, kGroup>;
+  constexpr int kRows = kBlock / kGroup;
+  const CrossEntropyRows& a = c.args.rows;
+  const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
+  const int64_t rows = a.layout.batch * a.layout.spatial;
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + group;
+    OptionTarget t{0, 1, -1, false, true, true};
+    State<A> s = nothing<A>();
+    if (row < rows) t = option_target(a, row);
+    if (row < rows && is_walked(a, t)) {
+      const A share = smoothing_share<A>(a, c.scratch, row);
+      for (int64_t first = lane * Walk::kV; first < a.layout.classes; first += Walk::kStep)
+        add_step<T>(a, row, Walk{first, a.layout.classes}, t.target, share, s);
+      if (a.sparse && !t.ignored) add_indices<T>(a, row, t, lane, kGroup, s);
+    }
+    s = reduce_group<kGroup>(s, both<A>);
+    if (lane == 0 && row < rows) finish_row<T>(c.args, row, t, s);
+  }
+}
+
+constexpr int64_t kParts = 8;  // numbers of a segment's state
+
+// A block a segment of a long row: its state, to scratch behind the shares.
+template <class T>
+__global__ void __launch_bounds__(kBlock) options_forward_segments(RowsForwardCall c, int64_t segments, double* parts) {
+  using A = acc_t<T>;
+  using Walk = AdjacentWalk<T, kBlock>;
+  constexpr int64_t kSegment = kSegmentBytes / static_cast<int64_t>(sizeof(T));
+  const CrossEntropyRows& a = c.args.rows;
+  const int64_t items = a.layout.batch * a.layout.spatial * segments;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t row = item / segments, segment = item - row * segments, begin = segment * kSegment;
+    const int64_t end = begin + kSegment < a.layout.classes ? begin + kSegment : a.layout.classes;
+    const OptionTarget t = option_target(a, row);
+    State<A> s = nothing<A>();
+    if (is_walked(a, t)) {
+      const A share = smoothing_share<A>(a, c.scratch, row);
+      for (int64_t first = begin + int64_t{threadIdx.x} * Walk::kV; first < end; first += Walk::kStep)
+        add_step<T>(a, row, Walk{first, end}, t.target, share, s);
+      if (a.sparse && !t.ignored) add_indices<T>(a, row, t, segment * kBlock + threadIdx.x, segments * kBlock, s);
+    }
+    s = reduce_group<kBlock>(s, both<A>);
+    if (threadIdx.x != 0) continue;
+    double* out = parts + kParts * item;
+    out[0] = static_cast<double>(s.max), out[1] = static_cast<double>(s.best), out[2] = s.sum, out[3] = s.weighted;
+    out[4] = s.mass, out[5] = s.dot, out[6] = s.t_weight, out[7] = static_cast<double>(s.index);  // exact up to 2^53
+  }
+}
+
+// A thread a row: merges its segments in order.
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    options_forward_finish(RowsForwardCall c, int64_t segments, const double* parts) {
+  using A = acc_t<T>;
+  const CrossEntropyRows& a = c.args.rows;
+  const int64_t rows = a.layout.batch * a.layout.spatial;
+  for (int64_t row = int64_t{blockIdx.x} * kBlock + threadIdx.x; row < rows; row += int64_t{gridDim.x} * kBlock) {
+    State<A> s = nothing<A>();
+    for (int64_t k = 0; k < segments; ++k) {
+      const double* in = parts + kParts * (row * segments + k);
+      s = both(s, State<A>{static_cast<A>(in[0]), static_cast<A>(in[1]), in[2], in[3], in[4], in[5], in[6],
+                           static_cast<int64_t>(in[7])});
+    }
+    finish_row<T>(c.args, row, option_target(a, row), s);
+  }
+}
+
+// Any strides: kBlock / kShare rows side by side, each of kShare threads that take every kShare-th class.
+template <class T, int kShare>
+__global__ void __launch_bounds__(kBlock) options_forward_lanes(RowsForwardCall c) {
+  using A = acc_t<T>;
+  using Walk = StridedWalk<kShare>;
+  constexpr int kRows = kBlock / kShare;
+  const CrossEntropyRows& a = c.args.rows;
+  const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
+  const int64_t rows = a.layout.batch * a.layout.spatial;
+  __shared__ State<A> states[kBlock];
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + lane;
+    OptionTarget t{0, 1, -1, false, true, true};
+    State<A> s = nothing<A>();
+    if (row < rows) t = option_target(a, row);
+    if (row < rows && is_walked(a, t)) {
+      const A share = smoothing_share<A>(a, c.scratch, row);
+      for (int64_t first = part; first < a.layout.classes; first += Walk::kStep)
+        add_step<T>(a, row, Walk{first, a.layout.classes}, t.target, share, s);
+      if (a.sparse && !t.ignored) add_indices<T>(a, row, t, part, kShare, s);
+    }
+    if constexpr (kShare > 1) {
+      __syncthreads();
+      states[threadIdx.x] = s;
+      __syncthreads();
+#pragma unroll 1
+      for (int k = 1; k < kShare; ++k)
+        if (part == 0) s = both(s, states[k * kRows + lane]);
+    }
+    if (part == 0 && row < rows) finish_row<T>(c.args, row, t, s);
+  }
+}
+
+template <class T>
+int32_t forward(const RowsForwardCall& c, void* stream) {
+  Launcher launch(stream);
+  const CrossEntropyRows& a = c.args.rows;
+  const int64_t rows = a.layout.rows(), segments = segments_of(a.dtype, a.layout);
+  double* parts = c.scratch + shares_of(a);
+  launch_shares(launch, a, c.scratch);
+  if (!a.layout.adjacent_classes()) {
+    const bool share = a.layout.classes >= kManyClasses;
+    launch(share ? options_forward_lanes<T, kShares> : options_forward_lanes<T, 1>,
+           blocks_for(ceil_div(rows, share ? kBlock / kShares : kBlock)), kBlock, c);
+  } else if (segments > 1) {
+    launch(options_forward_segments<T>, blocks_for(rows * segments), kBlock, c, segments, parts);
+    launch(options_forward_finish<T>, blocks_for(ceil_div(rows, kBlock)), kBlock, c, segments,
+           static_cast<const double*>(parts));
+  } else {
+    FUSED_OPS_WITH_OPTION_GROUP(vectors_of(a.dtype, a.layout), kGroup, {
+      launch(options_forward_rows<T, kGroup>, blocks_for(ceil_div(rows, kBlock / kGroup)), kBlock, c);
+    })
+  }
+  return launch.error();
+}
+
+}  // namespace
+
+int64_t rows_forward_scratch(const CrossEntropyRows& a) {
+  const int64_t segments = segments_of(a.dtype, a.layout);
+  return shares_of(a) + (segments > 1 ? kParts * a.layout.rows() * segments : 0);
+}
+
+int32_t cross_entropy_rows_forward(const RowsForwardCall& call, void* stream) {
+  FUSED_OPS_WITH_DTYPE(call.args.rows.dtype, T, return forward<T>(call, stream))
+  return static_cast<int32_t>(cudaErrorInvalidValue);
+}
+
+}  // namespace cuda
+}  // namespace fused_ops

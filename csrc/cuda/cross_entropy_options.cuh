@@ -1,0 +1,221 @@
+// What both directions of cross-entropy's options share: a row's target, its logits as u, its coefficients q.
+#pragma once
+#include "cross_entropy_options.h"
+#include "cross_entropy_rows.cuh"
+
+namespace fused_ops {
+namespace cuda {
+
+constexpr int kShort = 4;  // threads of a row of up to 8 vectors
+
+// Runs the code with kGroup, the threads that take a row of so many 16-byte vectors.
+#define FUSED_OPS_WITH_OPTION_GROUP(vectors, kGroup, ...) \
+  if ((vectors) <= 8) {                                   \
+    constexpr int kGroup = kShort;                        \
+    __VA_ARGS__;                                          \
+  } else if ((vectors) <= kWarpVectors) {                 \
+    constexpr int kGroup = 32;                            \
+    __VA_ARGS__;                                          \
+  } else {                                                \
+    constexpr int kGroup = kBlock;                        \
+    __VA_ARGS__;                                          \
+  }
+
+inline int64_t blocks_for(int64_t items) { return items < kMaxBlocks ? items : kMaxBlocks; }
+// Shares of the smoothing, one for all rows or one a row, that scratch begins with.
+inline int64_t shares_of(const CrossEntropyRows& a) {
+  if (!a.has_mask || a.label_smoothing == 0) return 0;
+  return a.row_masks ? a.layout.rows() : 1;
+}
+
+// A row's target: indices that count or not, or a distribution over all classes.
+struct OptionTarget {
+  int64_t first, step;  // of its indices
+  int64_t target;       // of the one index
+  bool one, ignored, bad;
+};
+__device__ inline int64_t index_of(const CrossEntropyRows& a, const OptionTarget& t, int64_t k) {
+  return target_at(a.indices, t.first + k * t.step);
+}
+__device__ inline OptionTarget option_target(const CrossEntropyRows& a, int64_t row) {
+  OptionTarget t{0, 1, -1, false, !a.has_dense, false};
+  if (a.has_dense) return t;
+  t.step = a.index_spatial;
+  t.first = row / t.step * t.step * a.per_row + row % t.step;
+  for (int64_t k = 0; k < a.per_row; ++k) {
+    const int64_t target = index_of(a, t, k);
+    if (target == a.indices.ignore_index) continue;
+    t.ignored = false, t.target = target;
+    t.bad |= target < 0 || target >= a.layout.classes;
+  }
+  t.one = !a.sparse && !t.ignored && !t.bad;
+  if (!t.one) t.target = -1;
+  return t;
+}
+
+template <class T>
+__device__ inline double weight_of(const CrossEntropyRows& a, int64_t c) {
+  return a.class_weight ? static_cast<double>(static_cast<const acc_t<T>*>(a.class_weight)[c]) : 1.0;
+}
+__device__ inline bool is_allowed(const CrossEntropyRows& a, int64_t row, int64_t c) {
+  if (!a.has_mask) return true;
+  return static_cast<const uint8_t*>(a.mask.data)[row_offset(a.mask.layout, row) + c * a.mask.layout.class_stride] != 0;
+}
+
+__device__ inline float tanh_of(float x) { return tanhf(x); }
+__device__ inline double tanh_of(double x) { return tanh(x); }
+
+// A logit's place on the way to u: scaled, and without the factor softcap where there is one. Kept, since the slope
+// needs it as it is.
+template <class A>
+__device__ inline A bent(const CrossEntropyRows& a, A x) {
+  if (a.logit_scale != 1.0) x *= static_cast<A>(a.logit_scale);
+  return a.softcap == 0.0 ? x : tanh_of(x / static_cast<A>(a.softcap));
+}
+template <class A>
+__device__ inline A u_of(const CrossEntropyRows& a, A t) {
+  return a.softcap == 0.0 ? t : static_cast<A>(a.softcap) * t;
+}
+template <class A>
+__device__ inline A slope_of(const CrossEntropyRows& a, A t) {  // du/dx
+  const A scale = static_cast<A>(a.logit_scale);
+  return a.softcap == 0.0 ? scale : scale * (A(1) - t * t);
+}
+template <class T>
+__device__ inline acc_t<T> bent_at(const CrossEntropyRows& a, int64_t row, int64_t c) {
+  if (!is_allowed(a, row, c)) return -kInfinity<acc_t<T>>;
+  return bent(a, to_acc(static_cast<const T*>(a.logits)[row_offset(a.layout, row) + c * a.layout.class_stride]));
+}
+
+// The classes that one thread takes in a step: kU vectors of adjacent ones, each kGroup vectors behind the last.
+template <class T, int kGroup>
+struct AdjacentWalk {
+  static constexpr bool kVectors = true;
+  static constexpr int kV = kVector<T>, kU = kGroup < 32 || sizeof(T) == 8 ? 1 : 2, kCount = kU * kV;
+  static constexpr int64_t kStep = int64_t{kGroup} * kCount;
+  int64_t first, end;  // classes from `end` on are not there
+  __device__ int64_t vector(int u) const { return first + int64_t{u} * kGroup * kV; }
+  __device__ int64_t at(int i) const { return vector(i / kV) + i % kV; }
+};
+// Every kParts-th class.
+template <int kParts>
+struct StridedWalk {
+  static constexpr bool kVectors = false;
+  static constexpr int kCount = 8;
+  static constexpr int64_t kStep = int64_t{kParts} * kCount;
+  int64_t first, end;
+  __device__ int64_t at(int i) const { return first + int64_t{i} * kParts; }
+};
+
+// The walk's values of a row that begins at p, `filler` where there are none.
+template <class S, class Walk>
+__device__ inline void load_step(const S* p, int64_t stride, const Walk& w, acc_t<S> filler, acc_t<S>* out) {
+  if constexpr (Walk::kVectors) {
+    if (stride == 1) {
+      const unsigned offset = misalignment(p);
+      constexpr int kParts = Walk::kV / kVector<S>;
+#pragma unroll
+      for (int u = 0; u < Walk::kU * kParts; ++u) {
+        const int64_t first = w.vector(u / kParts) + u % kParts * kVector<S>;
+        load_vector(p + first, w.end - first, offset, filler, out + u * kVector<S>);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Walk::kCount; ++i) {
+    const int64_t j = w.at(i);
+    out[i] = j < w.end ? to_acc(p[j * stride]) : filler;
+  }
+}
+
+// The logits of a step, bent, -inf where a class is masked or not there; returns a bit for each class that is allowed.
+template <class T, class Walk>
+__device__ inline unsigned load_logits(const CrossEntropyRows& a, int64_t row, const Walk& w, acc_t<T>* t) {
+  using A = acc_t<T>;
+  constexpr int kCount = Walk::kCount;
+  load_step(static_cast<const T*>(a.logits) + row_offset(a.layout, row), a.layout.class_stride, w, -kInfinity<A>, t);
+  const bool moved = a.logit_scale != 1.0 || a.softcap != 0.0;
+  if (moved) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) t[i] = bent(a, t[i]);
+  }
+  unsigned allowed = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) allowed |= w.at(i) < w.end ? 1u << i : 0u;
+  if (a.has_mask) {
+    const uint8_t* mask = static_cast<const uint8_t*>(a.mask.data) + row_offset(a.mask.layout, row);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (w.at(i) < w.end && mask[w.at(i) * a.mask.layout.class_stride] == 0) allowed &= ~(1u << i);
+  }
+  if (moved || a.has_mask) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) t[i] = allowed >> i & 1u ? t[i] : -kInfinity<A>;
+  }
+  return allowed;
+}
+
+// What label smoothing gives each allowed class of a row, before its weight.
+template <class A>
+__device__ inline A smoothing_share(const CrossEntropyRows& a, const double* shares, int64_t row) {
+  if (a.label_smoothing == 0.0) return A(0);
+  if (!a.has_mask) return static_cast<A>(a.label_smoothing / static_cast<double>(a.layout.classes));
+  return static_cast<A>(shares[a.row_masks ? row : 0]);
+}
+__device__ inline bool has_coefficients(const CrossEntropyRows& a) { return a.has_dense || a.label_smoothing != 0.0; }
+
+// q of a step, without what the row's indices add.
+template <class T, class Walk>
+__device__ inline void load_coefficients(const CrossEntropyRows& a, int64_t row, const Walk& w, unsigned allowed,
+                                         acc_t<T> share, acc_t<T>* q) {
+  using A = acc_t<T>;
+  constexpr int kCount = Walk::kCount;
+  A weight[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) weight[i] = A(1), q[i] = A(0);
+  if (a.class_weight) load_step(static_cast<const A*>(a.class_weight), 1, w, A(0), weight);
+  if (a.has_dense) {
+    const int64_t at = row_offset(a.dense.layout, row), stride = a.dense.layout.class_stride;
+    if (a.dense.dtype == a.dtype)
+      load_step(static_cast<const T*>(a.dense.data) + at, stride, w, A(0), q);
+    else
+      load_step(static_cast<const A*>(a.dense.data) + at, stride, w, A(0), q);
+    const A soft = static_cast<A>(1.0 - a.label_smoothing);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) q[i] *= soft * weight[i];
+  }
+  if (a.label_smoothing == 0.0) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) q[i] += allowed >> i & 1u ? weight[i] * share : A(0);
+}
+
+// A group a row: the share of label smoothing by the row's mask, or by the one mask.
+template <int kGroup>
+__global__ void __launch_bounds__(kBlock) smoothing_shares(CrossEntropyRows a, double* shares, int64_t masks) {
+  constexpr int kRows = kBlock / kGroup;
+  const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
+  const RowLayout& l = a.mask.layout;
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < masks; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + group;
+    const uint8_t* mask = static_cast<const uint8_t*>(a.mask.data);
+    if (row < masks) mask += row_offset(l, row);
+    int64_t count = 0;
+    for (int64_t c = lane; row < masks && c < l.classes; c += kGroup) count += mask[c * l.class_stride] != 0;
+    count = sum_group<kGroup>(count);
+    if (lane == 0 && row < masks) shares[row] = a.label_smoothing / static_cast<double>(count > 0 ? count : 1);
+  }
+}
+
+// Fills the shares at the beginning of scratch.
+inline void launch_shares(Launcher& launch, const CrossEntropyRows& a, double* scratch) {
+  const int64_t masks = shares_of(a);
+  if (masks == 0) return;
+  if (a.layout.classes > 4096)
+    launch(smoothing_shares<kBlock>, blocks_for(masks), kBlock, a, scratch, masks);
+  else
+    launch(smoothing_shares<32>, blocks_for(ceil_div(masks, kBlock / 32)), kBlock, a, scratch, masks);
+}
+
+}  // namespace cuda
+}  // namespace fused_ops

@@ -1,0 +1,19 @@
+// The contract of the kernels between linear cross-entropy's matrix products on a GPU.
+#pragma once
+#include "../linear_cross_entropy.h"
+#include "cross_entropy_options.h"
+
+namespace fused_ops {
+namespace cuda {
+
+// As LinearCrossEntropyChunk, whose grad_lse the device computes itself.
+struct LinearChunkCall {
+  LinearCrossEntropyChunk args;
+  double* scratch;  // linear_chunk_scratch(...) doubles
+};
+
+int64_t linear_chunk_scratch(const LinearCrossEntropyChunk& args);
+int32_t linear_cross_entropy_chunk(const LinearChunkCall& call, void* stream);
+
+}  // namespace cuda
+}  // namespace fused_ops

@@ -1,0 +1,41 @@
+// Checks, allocation and launch of the op between linear cross-entropy's matrix products on a GPU; the schema is in
+// linear_cross_entropy.cpp. Nothing here waits for the device; a target out of range is an error of the device.
+#include "cross_entropy_rows_cuda.h"
+#include "cuda/linear_cross_entropy.h"
+
+namespace fused_ops {
+namespace cuda {
+namespace {
+
+RowResults chunk(Tensor logits, const MaybeTensor& indices, const MaybeTensor& probabilities, const MaybeTensor& weight,
+                 const MaybeTensor& class_mask, const MaybeTensor& row_scale, double z_loss, int64_t ignore_index,
+                 double label_smoothing, double logit_scale, double softcap, bool statistics) {
+  const RowsOnGpu p(logits, indices, probabilities, weight, class_mask, ignore_index, label_smoothing, logit_scale,
+                    softcap, statistics);
+  if (row_scale) check_in_place(logits);
+  const OnDevice device(logits);
+  RowOutputs outputs(p);
+  MaybeTensor scale;
+  LinearChunkCall call{};
+  call.args.forward = outputs.forward(p);
+  call.args.row_scale = row_values("row_scale", row_scale, p, scale, on_device_of(logits));
+  call.args.z_loss = z_loss;
+  if (call.args.row_scale) {
+    CrossEntropyRowsBackward& b = call.args.backward;
+    b.rows = p.rows, b.grad_nll = call.args.row_scale;
+    b.lse = call.args.forward.lse, b.mass = call.args.forward.mass;
+    b.grad_logits = logits.mutable_data_ptr(), b.grad_layout = p.rows.layout;
+  }
+  const Tensor memory = scratch(logits, linear_chunk_scratch(call.args));
+  call.scratch = doubles_of(memory);
+  check_launch(kOp, linear_cross_entropy_chunk(call, device.stream()));
+  return outputs.all();
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace fused_ops
+
+FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
+  m.impl("linear_cross_entropy_chunk_", TORCH_BOX(&fused_ops::cuda::chunk));
+}
