@@ -31,9 +31,13 @@ models:
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check
 
-# The raw ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+# Every kernel and the fuzzed raw ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(STAMP)
 	.ci/sanitize $(BIN)/python
+
+# Small faults seeded into a copy of the tree: which test notices each? (about half an hour)
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutation --write $(MUTANTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
