@@ -59,6 +59,10 @@ Partial summed(const View& view, const Partial* partials, int64_t c) {
   return total;
 }
 
+bool streams(const ChannelLayout& l, DType dtype) {
+  return !l.valid && l.numel() * element_size(dtype) >= kStreamBytes;
+}
+
 // Runs reduce -> finish(channel) -> write: channel by channel where a channel is one item, so that its second reading
 // comes from the cache; else one after the other over the whole input.
 template <class Args, class Finish>
@@ -141,6 +145,7 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
                           : nullptr;
     args.partials = partials.data();
     args.by_plane = !o.training && !l.columns();
+    args.stream = streams(l, dtype);
     const auto finish = [&](int64_t c) {
       if (o.training) {
         const Partial p = merged_moments(part, partials.data(), c);
@@ -211,7 +216,7 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
   out.grad_bias = empty(input, {o.need_params ? &channels : &none, 1}, like);
   if (channels == 0) return out;
 
-  const bool reduces = (o.training && o.need_input) || o.need_params || o.need_residual;
+  const bool reduces = (o.training && o.need_input) || o.need_params;
   const Values w(weight, 1), b(bias, 0);
   Scratch<double, 512> params(2 * channels);
   for (int64_t i = 0; i < 2 * channels; ++i) params[i] = 0;
@@ -237,6 +242,7 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     args.grad_residual = o.need_residual ? at(out.grad_residual.mutable_data_ptr(), offset * bytes) : nullptr;
     args.partials = partials.data();
     args.by_plane = !reduces && !l.columns();
+    args.stream = streams(l, dtype);
     for (int64_t c = 0; c < channels; ++c) coefficients.set_affine(part, c, m[c], inv[c] * w[c], b[c]);
     const auto finish = [&](int64_t c) {
       if (!reduces) return;
@@ -249,7 +255,7 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
       coefficients.set(part, 4, c, slope);
     };
     two_passes(part, reduces ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
-               o.need_input ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, finish);
+               o.need_input || o.need_residual ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, finish);
   }
   if (o.need_params) {
     set_every_second(out.grad_weight, params.data(), channels);

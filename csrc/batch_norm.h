@@ -11,12 +11,13 @@ namespace fused_ops {
 enum class Activation : int32_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, hardswish };
 constexpr int32_t kActivations = 9;
 
-constexpr int64_t kRun = 512;         // values of one channel that are loaded together
+constexpr int64_t kRun = 1024;        // values of one channel that are loaded together
 constexpr int64_t kFoldAt = 1024;     // values of one channel that are accumulated before they are folded into double
 constexpr int64_t kTile = 256;        // columns handled together
 constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
 constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
 constexpr int64_t kMinItemValues = 16384;
+constexpr int64_t kStreamBytes = int64_t{4} << 20;  // outputs from this size on go past the cache
 
 // Dense values, in one of two walks. Planes: (batch, channels, spatial), the values of a channel in runs of `spatial`.
 // Columns: spatial == 1, a matrix of `batch` rows whose columns are channels (or the values of a small plane).
@@ -29,7 +30,8 @@ struct ChannelLayout {
 
   // The input is cut into items by its shape alone, so that results do not depend on the thread count.
   // Columns: item = a block of rows of one tile. Planes: item = one part of one channel's runs.
-  int64_t rows_per_item() const { return batch <= 4096 ? kRowsPerFold : 8 * kRowsPerFold; }
+  int64_t fused() const { return channels > 0 && !valid ? std::max<int64_t>(1, kTile / channels) : 1; }
+  int64_t rows_per_item() const { return (batch <= 4096 * fused() ? 1 : 8) * kRowsPerFold * fused(); }
   int64_t row_blocks() const { return (batch + rows_per_item() - 1) / rows_per_item(); }
   int64_t tiles() const { return (channels + kTile - 1) / kTile; }
   int64_t parts() const {
@@ -60,6 +62,7 @@ struct BatchNormForward {
   const void* residual;  // as layout, or null
   const void *mean, *scale, *shift;
   bool by_plane;      // items are the planes in the order of memory instead
+  bool stream;        // the output is too large for the cache: it goes past it
   void* output;       // as layout
   uint8_t* mask;      // a bit per value, 1 where the activation's input is > 0; each run or row starts a byte. Or null
   Partial* partials;  // written by batch_norm_moments
@@ -74,6 +77,7 @@ struct BatchNormBackward {
   double slope;
   bool frozen;    // evaluation mode: grad_input = scale * grad_residual
   bool by_plane;  // items of batch_norm_grad_input are the planes in the order of memory instead
+  bool stream;    // the gradients are too large for the cache: they go past it
   const void *input, *grad_output, *residual;
   const void *mean, *scale, *shift;    // the forward's
   const void *grad_mean, *grad_slope;  // accumulators, (channels,); what `mean` lost is in grad_mean

@@ -150,54 +150,5 @@ inline void times_derivative(Activation kind, A* __restrict z, const A* __restri
   }
 }
 
-// bits[i / 8] bit i % 8 = not z[i] <= 0
-template <class A>
-inline void positive_bits(const A* z, int64_t n, uint8_t* bits) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) {
-    for (; i + 16 <= n; i += 16) {
-      const uint16_t m = _mm512_cmp_ps_mask(_mm512_loadu_ps(z + i), _mm512_setzero_ps(), _CMP_NLE_UQ);
-      std::memcpy(bits + i / 8, &m, 2);
-    }
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<A, float>) {
-    for (; i + 8 <= n; i += 8)
-      bits[i / 8] = static_cast<uint8_t>(
-          _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(z + i), _mm256_setzero_ps(), _CMP_NLE_UQ)));
-  }
-#endif
-  for (; i < n; i += 8) {
-    uint32_t byte = 0;
-    for (int64_t k = 0; k < 8 && i + k < n; ++k) byte |= static_cast<uint32_t>(!(z[i + k] <= A(0))) << k;
-    bits[i / 8] = static_cast<uint8_t>(byte);
-  }
-}
-
-// out[i] = g[i] where bit i is set, g[i] * slope elsewhere (0 for slope 0, whatever g)
-template <class A>
-inline void where_bits(const uint8_t* bits, const A* __restrict g, A* __restrict out, int64_t n, A slope) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) {
-    for (; i + 16 <= n; i += 16) {
-      uint16_t m;
-      std::memcpy(&m, bits + i / 8, 2);
-      const __m512 v = _mm512_loadu_ps(g + i);
-      const __m512 other = slope == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(v, _mm512_set1_ps(slope));
-      _mm512_storeu_ps(out + i, _mm512_mask_blend_ps(m, other, v));
-    }
-  }
-#endif
-  for (; i + 8 <= n; i += 8) {
-    const uint32_t byte = bits[i / 8];
-#pragma omp simd
-    for (int32_t k = 0; k < 8; ++k)
-      out[i + k] = (byte >> k) & 1u ? g[i + k] : (slope == A(0) ? A(0) : g[i + k] * slope);
-  }
-  for (; i < n; ++i) out[i] = (bits[i / 8] >> (i % 8)) & 1u ? g[i] : (slope == A(0) ? A(0) : g[i] * slope);
-}
-
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

@@ -3,12 +3,13 @@
 #include <algorithm>
 
 #include "../batch_norm.h"
-#include "simd.h"
+#include "lines.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-// Size of a run's buffer: padded, because buffers a multiple of 4 KiB apart stall loads behind each other's stores.
+// Size of a run's buffer: room for a last line, and no multiple of 4 KiB, because buffers that far apart stall loads
+// behind each other's stores.
 constexpr int64_t kPadded = kRun + 48;
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
@@ -112,6 +113,13 @@ struct Tile {
   void repeat_in_place(A* values) const {
     for (int64_t i = n; i < width; ++i) values[i] = values[i - n];
   }
+  // to[0, kTile) = from[0, n), repeated, in the order of lines; 0 behind it.
+  template <class T, class A>
+  void repeat_ordered(const A* from, A* to) const {
+    alignas(kLineBytes) A natural[kTile] = {};
+    repeat(from, natural);
+    to_line_order<T>(natural, to, kTile);
+  }
   // values[0, n) += the repetitions, in order.
   template <class A>
   void fold(A* values) const {
@@ -120,76 +128,22 @@ struct Tile {
   }
 };
 
-constexpr int64_t kRowsAhead = 8;  // rows that are prefetched: a tile is a piece of each row, which no stream predicts
+#define FUSED_OPS_DISPATCH(kernel)                                               \
+  switch (args.dtype) {                                                          \
+    case DType::float32: kernel<float>(args, begin_item, end_item); break;       \
+    case DType::float64: kernel<double>(args, begin_item, end_item); break;      \
+    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break; \
+    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;   \
+  }
 
-// One coefficient for a whole run, where columns have an array of them.
-template <class A>
-struct Same {
-  A value;
-  A operator[](int64_t) const { return value; }
+constexpr int64_t kRowsAhead = 32;  // rows that are prefetched: a tile is a piece of each row, which no stream predicts
+
+// The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines.
+template <class T>
+struct TileValues {
+  alignas(kLineBytes) acc_t<T> values[kTile];
+  TileValues(const Tile& t, const acc_t<T>* from) { t.repeat_ordered<T>(from, values); }
 };
-
-template <class T>
-inline const acc_t<T>* load_run(const T* from, int64_t n, acc_t<T>* buffer) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    return from;
-  } else {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-      if constexpr (std::is_same_v<T, float16_t>)
-        _mm512_storeu_ps(buffer + i, _mm512_cvtph_ps(bits));
-      else
-        _mm512_storeu_si512(buffer + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      if constexpr (std::is_same_v<T, float16_t>)
-        _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(bits));
-      else
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-    }
-#endif
-    for (; i < n; ++i) buffer[i] = to_acc(from[i]);
-    return buffer;
-  }
-}
-
-// Rounds a run to T, where it is not computed in place already.
-template <class T>
-inline void store_run(T* to, int64_t n, const acc_t<T>* from) {
-  if constexpr (sizeof(T) != sizeof(acc_t<T>)) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const __m512 v = _mm512_loadu_ps(from + i);
-      __m256i bits;
-      if constexpr (std::is_same_v<T, float16_t>) {
-        bits = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      } else {  // round to nearest even, NaN to the quiet NaN
-        const __m512i u = _mm512_castps_si512(v),
-                      odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-        __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-        r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-        bits = _mm512_cvtepi32_epi16(r);
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bits);
-    }
-#endif
-    store_chunk(to + i, 1, n - i, from + i);
-  }
-}
-
-// Where a run of T is computed: in the output itself where it is of the accumulator's type, else in a buffer.
-template <class T>
-inline acc_t<T>* output_run(T* to, acc_t<T>* buffer) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>))
-    return to;
-  else
-    return buffer;
-}
 
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

@@ -1,11 +1,22 @@
 // Mean and M2 (the sum of squared deviations) of runs of values, and their merging (Chan, Golub and LeVeque, 1979).
 #pragma once
+#include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "../batch_norm.h"
+#include "lines.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
+
+// A value near `mean`, representable in T: then deviations of 16-bit values from it are exact, and the rounding of
+// their sums has no bias.
+template <class T>
+inline acc_t<T> center_of(double mean) {
+  T rounded;
+  store(&rounded, static_cast<acc_t<T>>(mean));
+  return to_acc(rounded);
+}
 
 struct Moments {
   double mean = 0, m2 = 0;
@@ -27,145 +38,171 @@ struct Moments {
   }
 };
 
-// The sum of one channel's values and of their squared deviations from a center, in up to 64 lanes: one order of
-// summation for all ISAs. 64-byte vectors are the compiler's, which splits them where the machine's are narrower. The
-// values themselves are added in double (doubles as deviations): where they cancel, what is left of the mean must be
-// within one rounding. Squares cannot cancel: they are added in the accumulator.
-template <class A>
-struct Lanes {
-  static constexpr int64_t kWidth = 64 / sizeof(A), kVectors = 4;
-  typedef A Vector __attribute__((vector_size(64)));
-  typedef double Wide __attribute__((vector_size(64)));
-  typedef float Half __attribute__((vector_size(32)));
+template <class V>
+inline double sum_of(V v) {
+  double total = 0;
+  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) total += static_cast<double>(v[l]);
+  return total;
+}
 
-  Wide values[kVectors] = {};
-  Vector squares[kVectors] = {};
-  double value_tail = 0;
-  A square_tail = 0;
-
-  struct Unaligned {
-    Vector v;
-  } __attribute__((packed, may_alias));
-  struct UnalignedHalf {
-    Half v;
-  } __attribute__((packed, may_alias));
-
-  static inline __attribute__((always_inline)) void step(const A* x, A center, Wide& s, Vector& q) {
-    const Vector d = reinterpret_cast<const Unaligned*>(x)->v - center;
-    q += d * d;
-    if constexpr (sizeof(A) == sizeof(double)) {
-      s += d;
-    } else {
-#if defined(__AVX512F__)  // the compiler would convert quarters and join them
-      s += _mm512_cvtps_pd(_mm256_loadu_ps(x)) + _mm512_cvtps_pd(_mm256_loadu_ps(x + 8));
-#else
-      s += __builtin_convertvector(reinterpret_cast<const UnalignedHalf*>(x)->v, Wide) +
-           __builtin_convertvector(reinterpret_cast<const UnalignedHalf*>(x + 8)->v, Wide);
-#endif
-    }
+// Adds the lanes of four registers to doubles, and clears them.
+struct WideLanes {
+  double_vec low{}, high{};
+  void take(float_vec* v) {
+    const DoublePair d = widen((v[0] + v[1]) + (v[2] + v[3]));
+    low += d.low, high += d.high;
+    for (int i = 0; i < 4; ++i) v[i] = float_vec{};
   }
-
-  void add(const A* x, int64_t n, A center) {
-    int64_t i = 0;
-    Wide s0 = values[0], s1 = values[1], s2 = values[2], s3 = values[3];
-    Vector q0 = squares[0], q1 = squares[1], q2 = squares[2], q3 = squares[3];
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      step(x + i, center, s0, q0), step(x + i + kWidth, center, s1, q1);
-      step(x + i + 2 * kWidth, center, s2, q2), step(x + i + 3 * kWidth, center, s3, q3);
-    }
-    for (; i + kWidth <= n; i += kWidth) step(x + i, center, s0, q0);
-    values[0] = s0, values[1] = s1, values[2] = s2, values[3] = s3;
-    squares[0] = q0, squares[1] = q1, squares[2] = q2, squares[3] = q3;
-    for (; i < n; ++i) {
-      const A d = x[i] - center;
-      value_tail += static_cast<double>(sizeof(A) == sizeof(double) ? d : x[i]), square_tail += d * d;
-    }
+  void take(double_vec* v) {
+    low += (v[0] + v[1]) + (v[2] + v[3]);
+    for (int i = 0; i < 4; ++i) v[i] = double_vec{};
   }
-
-  template <int64_t kLength, class V>
-  static double fold(const V& v, double sum) {
-    for (int64_t l = 0; l < kLength; ++l) sum += static_cast<double>(v[l]);
-    return sum;
-  }
-
-  // The mean and M2 of the n values added so far around `center`; starts again from zero.
-  void take(A center, int64_t n, double* mean, double* m2) {
-    const double count = static_cast<double>(n), c = static_cast<double>(center);
-    const Wide sums = (values[0] + values[1]) + (values[2] + values[3]);
-    const Vector deviations = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    const double share = fold<8>(sums, value_tail) / count, off = sizeof(A) == sizeof(double) ? share : share - c;
-    *mean = sizeof(A) == sizeof(double) ? c + share : share;
-    *m2 = fold<kWidth>(deviations, static_cast<double>(square_tail)) - off * off * count;
-    *this = Lanes();
-  }
+  double sum() const { return sum_of(low + high); }
 };
 
-// sum of g and of g * (x - mean) in double, 32 values at a time: PyTorch's own sums are double, and what is left of
-// these after cancellation must be no worse.
-class ProductLanes {
- public:
-  explicit ProductLanes(double mean) : mean_(mean) {}
+// Sums of x - center and of its square over values of one channel. Squares are of the accumulator's type for at most
+// kFoldAt values and a run, then double; so are the deviations of 16-bit values, which are exact. float32 values
+// themselves are summed in double.
+template <class T>
+class DeviationSums {
+  using L = Line<T>;
+  using A = acc_t<T>;
+  using V = typename L::V;
+  static constexpr bool kExact = std::is_same_v<T, float>;
+  static constexpr int kGroup =
+      std::max(1, 4 / L::kVectors);  // lines that are added together: no sum waits for the last
 
-  template <class A>
-  void add(const A* g, const A* x, int64_t n) {
+ public:
+  void add(const T* x, int64_t n, A center) {
+    Lanes t = lanes_;
+    const V c = V{} + center;
     int64_t i = 0;
-    Vector s0 = sum_[0], s1 = sum_[1], s2 = sum_[2], s3 = sum_[3];
-    Vector d0 = dot_[0], d1 = dot_[1], d2 = dot_[2], d3 = dot_[3];
-    for (; i + 32 <= n; i += 32) {
-      step(g + i, x + i, s0, d0), step(g + i + 8, x + i + 8, s1, d1);
-      step(g + i + 16, x + i + 16, s2, d2), step(g + i + 24, x + i + 24, s3, d3);
+    for (; i + kGroup * L::kSize <= n; i += kGroup * L::kSize)
+      for (int g = 0; g < kGroup; ++g) t.step(L::load(x + i + g * L::kSize), c, g * L::kVectors);
+    for (; i + L::kSize <= n; i += L::kSize) t.step(L::load(x + i), c, 0);
+    if (i < n) {  // padded with the center, which every T has
+      PaddedLine<T> last;
+      for (T& value : last.values) store(&value, center);
+      std::memcpy(last.values, x + i, static_cast<size_t>(n - i) * sizeof(T));
+      t.step(L::load(last.values), c, 0);
+      padded_ += L::kSize - (n - i);
     }
-    for (; i + 8 <= n; i += 8) step(g + i, x + i, s0, d0);
-    sum_[0] = s0, sum_[1] = s1, sum_[2] = s2, sum_[3] = s3;
-    dot_[0] = d0, dot_[1] = d1, dot_[2] = d2, dot_[3] = d3;
-    for (; i < n; ++i) {
-      const double v = static_cast<double>(g[i]);
-      sum_tail_ += v, dot_tail_ += v * (static_cast<double>(x[i]) - mean_);
-    }
+    lanes_ = t;
+    pending_ += n;
+    if (pending_ >= kFoldAt) fold();
   }
-  double sum() const { return fold(sum_, sum_tail_); }
-  double dot() const { return fold(dot_, dot_tail_); }
+
+  // Returns both sums over n values and starts again from zero.
+  void take(double center, double n, double* sum, double* squares) {
+    fold();
+    *squares = squares_.sum();
+    if constexpr (kExact)
+      *sum = sum_of((lanes_.exact[0] + lanes_.exact[1]) + (lanes_.exact[2] + lanes_.exact[3])) -
+             (n + static_cast<double>(padded_)) * center;
+    else
+      *sum = sum_.sum();
+    *this = DeviationSums();
+  }
 
  private:
-  typedef double Vector __attribute__((vector_size(64)));
-  typedef float Narrow __attribute__((vector_size(32)));
-  template <class V>
-  struct Unaligned {
-    V v;
-  } __attribute__((packed, may_alias));
+  struct Lanes {
+    V square[4] = {}, sum[kExact ? 1 : 4] = {};
+    double_vec exact[kExact ? 4 : 1] = {};
 
-  inline __attribute__((always_inline)) void step(const float* g, const float* x, Vector& s, Vector& d) const {
-#if defined(__AVX512F__)  // the compiler would convert halves and join them
-    const Vector a = _mm512_cvtps_pd(_mm256_loadu_ps(g)), b = _mm512_cvtps_pd(_mm256_loadu_ps(x));
-#else
-    const Vector a = __builtin_convertvector(reinterpret_cast<const Unaligned<Narrow>*>(g)->v, Vector);
-    const Vector b = __builtin_convertvector(reinterpret_cast<const Unaligned<Narrow>*>(x)->v, Vector);
-#endif
-    s += a, d += a * (b - mean_);
-  }
-  inline __attribute__((always_inline)) void step(const double* g, const double* x, Vector& s, Vector& d) const {
-    const Vector a = reinterpret_cast<const Unaligned<Vector>*>(g)->v;
-    s += a, d += a * (reinterpret_cast<const Unaligned<Vector>*>(x)->v - mean_);
-  }
-  static double fold(const Vector* v, double tail) {
-    const Vector total = (v[0] + v[1]) + (v[2] + v[3]);
-    for (int64_t l = 0; l < 8; ++l) tail += total[l];
-    return tail;
+    inline FUSED_OPS_INLINE void step(const L& x, V center, int first) {
+      for (int k = 0; k < L::kVectors; ++k) {
+        const int at = (first + k) % 4;
+        const V d = x.v[k] - center;
+        square[at] += d * d;
+        if constexpr (kExact) {
+          const DoublePair wide = widen(x.v[k]);
+          exact[at % 2 * 2] += wide.low, exact[at % 2 * 2 + 1] += wide.high;
+        } else {
+          sum[at] += d;
+        }
+      }
+    }
+  };
+  void fold() {
+    squares_.take(lanes_.square);
+    if constexpr (!kExact) sum_.take(lanes_.sum);
+    pending_ = 0;
   }
 
-  double mean_;
-  Vector sum_[4] = {}, dot_[4] = {};
-  double sum_tail_ = 0, dot_tail_ = 0;
+  Lanes lanes_;
+  WideLanes squares_, sum_;
+  int64_t pending_ = 0, padded_ = 0;
+};
+
+// Sums of g and of g * (x - mean) over lines of one channel: in double, as PyTorch's are, so that what is left of them
+// after cancellation is no worse. Of 16-bit values in float for at most kFoldAt values and a run, from a center near
+// the mean.
+template <class T>
+class ProductSums {
+  using L = Line<T>;
+  using A = acc_t<T>;
+  using V = typename L::V;
+  static constexpr bool kNarrow = sizeof(T) == 2;
+  using S = std::conditional_t<kNarrow, float_vec, double_vec>;
+
+ public:
+  explicit ProductSums(double mean) : mean_(mean), center_(kNarrow ? static_cast<double>(center_of<T>(mean)) : mean) {}
+
+  struct Lanes {
+    S sum[4] = {}, dot[4] = {};
+    S center{};
+
+    inline FUSED_OPS_INLINE void step(const L& g, const L& x) {
+      for (int k = 0; k < L::kVectors; ++k) {
+        if constexpr (std::is_same_v<T, float>) {
+          const DoublePair a = widen(g.v[k]), b = widen(x.v[k]);
+          const int at = k % 2 * 2;
+          sum[at] += a.low, dot[at] += a.low * (b.low - center);
+          sum[at + 1] += a.high, dot[at + 1] += a.high * (b.high - center);
+        } else {
+          sum[k % 4] += g.v[k], dot[k % 4] += g.v[k] * (x.v[k] - center);
+        }
+      }
+    }
+  };
+  Lanes lanes() const {
+    Lanes t = lanes_;
+    t.center = S{} + static_cast<std::conditional_t<kNarrow, float, double>>(center_);
+    return t;
+  }
+  // Takes back what lanes() gave, after n more values.
+  void set(const Lanes& t, int64_t n) {
+    lanes_ = t;
+    pending_ += n;
+    if (kNarrow && pending_ >= kFoldAt) fold();
+  }
+  void take(double* sum, double* dot) {
+    fold();
+    *sum = sum_.sum(), *dot = dot_.sum();
+    if (kNarrow) *dot -= (mean_ - center_) * *sum;
+  }
+
+ private:
+  void fold() {
+    sum_.take(lanes_.sum), dot_.take(lanes_.dot);
+    pending_ = 0;
+  }
+
+  double mean_, center_;
+  Lanes lanes_;
+  WideLanes sum_, dot_;
+  int64_t pending_ = 0;
 };
 
 // The mean of n values in one pass, rounded: what deviations are taken from, not the result.
-template <class A>
-inline A pilot_mean(const A* x, int64_t n) {
-  Lanes<A> lanes;
-  double mean, m2;
-  lanes.add(x, n, x[0]);
-  lanes.take(x[0], n, &mean, &m2);
-  return static_cast<A>(mean);
+template <class T>
+inline double pilot_mean(const T* x, int64_t n) {
+  DeviationSums<T> sums;
+  double sum, squares;
+  const acc_t<T> first = to_acc(x[0]);
+  sums.add(x, n, first);
+  sums.take(static_cast<double>(first), static_cast<double>(n), &sum, &squares);
+  return static_cast<double>(first) + sum / static_cast<double>(n);
 }
 
 }  // namespace FUSED_OPS_ISA

@@ -1,0 +1,136 @@
+// The gradient before the activation, h = grad_output * activation'(z), a line at a time: what both passes of batch
+// norm's backward begin with.
+#pragma once
+#include "activation.h"
+#include "batch_norm_walk.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+// Where h comes from: g itself; g where z, or a bit of the forward's, says so; or a buffer that holds it.
+enum class Before { plain, relu, leaky_relu, relu_bits, leaky_relu_bits, given };
+
+inline Before before_of(const BatchNormBackward& a) {
+  if (a.activation == Activation::none) return Before::plain;
+  const bool relu = a.activation == Activation::relu, leaky = a.activation == Activation::leaky_relu;
+  if (a.mask && relu) return Before::relu_bits;
+  if (a.mask && leaky) return Before::leaky_relu_bits;
+  if (!a.residual && relu) return Before::relu;
+  if (!a.residual && leaky) return Before::leaky_relu;
+  return Before::given;
+}
+
+#define FUSED_OPS_BEFORE(before, call)                                 \
+  switch (before) {                                                    \
+    case Before::plain: call(Before::plain) break;                     \
+    case Before::relu: call(Before::relu) break;                       \
+    case Before::leaky_relu: call(Before::leaky_relu) break;           \
+    case Before::relu_bits: call(Before::relu_bits) break;             \
+    case Before::leaky_relu_bits: call(Before::leaky_relu_bits) break; \
+    case Before::given: call(Before::given) break;                     \
+  }
+
+template <class Coefficient>
+struct BackwardCoefficients {
+  Coefficient mean, scale, shift, grad_mean, grad_slope;
+};
+
+template <class T>
+struct GradRun {
+  const T *x, *g;
+  const uint8_t* mask;
+  const acc_t<T>* given;  // in the order of lines
+  acc_t<T> slope;         // of leaky_relu
+};
+
+// h of the line `at` on of the run; g is that line of its upstream gradient, `bits` that of its mask.
+template <class T, Before kBefore, class Coefficient>
+inline FUSED_OPS_INLINE Line<T> grad_before(const Line<T>& x, const T* g, const GradRun<T>& run,
+                                            typename LineBits<T>::Word bits, const BackwardCoefficients<Coefficient>& c,
+                                            int64_t at) {
+  using L = Line<T>;
+  using V = typename L::V;
+  if constexpr (kBefore == Before::given) return L::load_ordered(run.given + at);
+  L h = L::load(g);
+  for (int k = 0; k < L::kVectors; ++k) {
+    if constexpr (kBefore == Before::relu_bits) h.v[k] = LineBits<T>::select(bits, k, V{}, h.v[k]);
+    if constexpr (kBefore == Before::leaky_relu_bits) h.v[k] = LineBits<T>::select(bits, k, h.v[k] * run.slope, h.v[k]);
+    if constexpr (kBefore == Before::relu || kBefore == Before::leaky_relu) {
+      const int64_t i = at + k * L::kLane;
+      const V z = (x.v[k] - c.mean.at(i)) * c.scale.at(i) + c.shift.at(i);
+      if constexpr (kBefore == Before::relu)
+        h.v[k] = z <= 0 ? V{} : h.v[k];
+      else
+        h.v[k] = z > 0 ? h.v[k] : h.v[k] * run.slope;
+    }
+  }
+  return h;
+}
+
+constexpr bool reads_bits(Before before) { return before == Before::relu_bits || before == Before::leaky_relu_bits; }
+
+template <class T>
+struct LinePair {
+  Line<T> x, h;
+};
+
+// x and h of the `count` < kSize values at i, both 0 behind them.
+template <class T, Before kBefore, class Coefficient>
+__attribute__((noinline)) LinePair<T> part_of_line(const GradRun<T>& run, int64_t i, int64_t count,
+                                                   const BackwardCoefficients<Coefficient>& c) {
+  const PaddedLine<T> in(run.x + i, count), g(run.g + i, count);
+  typename LineBits<T>::Word bits = 0;
+  if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, count);
+  const Line<T> x = Line<T>::load(in.values);
+  return {x, grad_before<T, kBefore>(x, g.values, run, bits, c, i)};
+}
+
+// Calls body(x, h, i, count) for the lines of a run's values [i, n); `count` < kSize in the last.
+template <class T, Before kBefore, class Coefficient, class Body>
+inline FUSED_OPS_INLINE void for_each_line(const GradRun<T>& run, int64_t i, int64_t n,
+                                           const BackwardCoefficients<Coefficient>& c, const Body& body) {
+  using L = Line<T>;
+  for (; i + L::kSize <= n; i += L::kSize) {
+    const L x = L::load(run.x + i);
+    typename LineBits<T>::Word bits = 0;
+    if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, L::kSize);
+    body(x, grad_before<T, kBefore>(x, run.g + i, run, bits, c, i), i, L::kSize);
+  }
+  if (i == n) return;
+  const LinePair<T> last = part_of_line<T, kBefore>(run, i, n - i, c);
+  body(last.x, last.h, i, n - i);
+}
+
+// h of a run of n values, in the order of lines, for any activation; 0 behind them.
+template <class T, class Coefficient>
+void buffer_before(const BatchNormBackward& a, int64_t offset, int64_t n, const BackwardCoefficients<Coefficient>& c,
+                   acc_t<T>* h) {
+  using L = Line<T>;
+  using A = acc_t<T>;
+  alignas(kLineBytes) A g[kPadded];
+  const T* x = static_cast<const T*>(a.input) + offset;
+  const T* r = a.residual ? static_cast<const T*>(a.residual) + offset : x;
+  const T* from = static_cast<const T*>(a.grad_output) + offset;
+  const auto line = [&](const T* x_line, const T* g_line, const T* r_line, int64_t i) {
+    L z = L::load(x_line), extra;
+    if (a.residual) extra = L::load(r_line);
+    for (int k = 0; k < L::kVectors; ++k) {
+      const int64_t at = i + k * L::kLane;
+      const auto shift = a.residual ? c.shift.at(at) + extra.v[k] : c.shift.at(at);
+      z.v[k] = (z.v[k] - c.mean.at(at)) * c.scale.at(at) + shift;
+    }
+    z.store_ordered(h + i), L::load(g_line).store_ordered(g + i);
+  };
+  int64_t i = 0;
+  for (; i + L::kSize <= n; i += L::kSize) line(x + i, from + i, r + i, i);
+  if (i < n) {
+    const PaddedLine<T> in(x + i, n - i), upstream(from + i, n - i);
+    const PaddedLine<T> extra = a.residual ? PaddedLine<T>(r + i, n - i) : PaddedLine<T>();
+    line(in.values, upstream.values, extra.values, i);
+    i += L::kSize;
+  }
+  times_derivative(a.activation, h, g, i, static_cast<A>(a.slope));
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops

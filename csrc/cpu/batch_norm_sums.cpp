@@ -1,0 +1,175 @@
+// Batch normalisation on the CPU, backward: the first pass, sums of h = g * activation'(z) and of h * (x - mean) over
+// each channel; reads x and g once.
+//
+// Stability: float32 and float64 are summed in double; 16-bit values in float from a center near the mean, for at most
+// kFoldAt values (kRowsPerFold rows), then in double. See docs/batch_norm.md.
+#include "batch_norm_grads.h"
+#include "moments.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+namespace {
+
+template <class T, Before kBefore>
+Partial plane_sums(const BatchNormBackward& a, int64_t item) {
+  using A = acc_t<T>;
+  const ChannelLayout& l = a.layout;
+  const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
+  const int64_t channel = item / l.parts();
+  const auto of = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
+  const BackwardCoefficients<Spread<T>> c{of(a.mean), of(a.scale), of(a.shift), Spread<T>(0), Spread<T>(0)};
+  alignas(kLineBytes) A given[kBefore == Before::given ? kPadded : 1];
+  ProductSums<T> sums(a.exact_mean[channel]);
+  int64_t count = 0;
+  for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position) {
+    const int64_t row = position / l.spatial * l.channels + channel, next = next_offset(l, offset, n);
+    prefetch_run(x + next, n);
+    prefetch_run(g + next, n);
+    const uint8_t* mask = a.mask ? a.mask + row * ((l.spatial + 7) / 8) + position % l.spatial / 8 : nullptr;
+    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given);
+    const GradRun<T> run{x + offset, g + offset, mask, given, static_cast<A>(a.slope)};
+    auto lanes = sums.lanes();
+    for_each_line<T, kBefore>(
+        run, 0, n, c, [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t) FUSED_OPS_INLINE { lanes.step(h, v); });
+    sums.set(lanes, n);
+    count += n;
+  });
+  Partial result{0, 0, count};
+  sums.take(&result.a, &result.b);
+  return result;
+}
+
+// The sums of a tile's columns, in the order of lines.
+template <class T>
+struct ColumnProducts {
+  using A = acc_t<T>;
+  using L = Line<T>;
+  static constexpr bool kWiden = std::is_same_v<T, float>;
+  using S = std::conditional_t<kWiden, double, A>;
+  using SV = vec_t<S>;
+  static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
+  alignas(kLineBytes) S sum[kTile] = {}, dot[kTile] = {}, center[kTile];
+
+  static inline FUSED_OPS_INLINE void add(const SV& h, const SV& x, const SV& center, SV& s, SV& d) {
+    s += h, d += h * (x - center);
+  }
+  // Adds a line of columns `at` on of each of the rows; `i` is where the line lies in the runs.
+  template <int kRows, Before kBefore>
+  inline FUSED_OPS_INLINE void add_line(const GradRun<T>* runs, int64_t at, int64_t n,
+                                        const BackwardCoefficients<Ordered<T>>& c) {
+    constexpr int kSums = static_cast<int>(L::kSize / kLane);
+    SV s[kSums], d[kSums], m[kSums];
+    for (int k = 0; k < kSums; ++k)
+      s[k] = load_bits<SV>(sum + at + k * kLane), d[k] = load_bits<SV>(dot + at + k * kLane),
+      m[k] = load_bits<SV>(center + at + k * kLane);
+    for (int r = 0; r < kRows; ++r) {
+      const GradRun<T>& run = runs[r];
+      for_each_line<T, kBefore>(run, at, n, c, [&](const L& x, const L& h, int64_t, int64_t) FUSED_OPS_INLINE {
+        for (int k = 0; k < L::kVectors; ++k) {
+          if constexpr (kWiden) {
+            const DoublePair wide_h = widen(h.v[k]), wide_x = widen(x.v[k]);
+            add(wide_h.low, wide_x.low, m[2 * k], s[2 * k], d[2 * k]);
+            add(wide_h.high, wide_x.high, m[2 * k + 1], s[2 * k + 1], d[2 * k + 1]);
+          } else {
+            add(h.v[k], x.v[k], m[k], s[k], d[k]);
+          }
+        }
+      });
+    }
+    for (int k = 0; k < kSums; ++k) {
+      std::memcpy(sum + at + k * kLane, &s[k], sizeof(SV));
+      std::memcpy(dot + at + k * kLane, &d[k], sizeof(SV));
+    }
+  }
+  // Adds n values of each of the rows. What is behind them in the last line has h = 0.
+  template <int kRows, Before kBefore>
+  __attribute__((noinline)) void add_rows(const GradRun<T>* runs, int64_t n,
+                                          const BackwardCoefficients<Ordered<T>>& c) {
+    for (int64_t i = 0; i < n; i += L::kSize) add_line<kRows, kBefore>(runs, i, std::min(n, i + L::kSize), c);
+  }
+};
+
+template <class T, Before kBefore>
+void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int64_t end,
+                   const BackwardCoefficients<Ordered<T>>& c, ColumnProducts<T>& columns, int64_t* counted) {
+  using A = acc_t<T>;
+  const ChannelLayout& l = a.layout;
+  const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
+  alignas(kLineBytes) A given[4][kBefore == Before::given ? kTile + 16 : 1];
+  GradRun<T> runs[4];
+  int64_t waiting = 0;
+  t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
+    const int64_t offset = r * l.channels + t.column, ahead = offset + kRowsAhead * t.fused * l.channels;
+    prefetch_run(x + ahead, n);
+    prefetch_run(g + ahead, n);
+    if (l.valid && !l.valid[r]) return;
+    *counted += count;
+    const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
+    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[waiting]);
+    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope)};
+    if (n < t.width)  // the last step, of fewer rows
+      columns.template add_rows<1, kBefore>(runs + waiting, n, c);
+    else if (++waiting == 4)
+      columns.template add_rows<4, kBefore>(runs, n, c), waiting = 0;
+  });
+  for (int64_t w = 0; w < waiting; ++w) columns.template add_rows<1, kBefore>(runs + w, t.width, c);
+}
+
+template <class T, Before kBefore>
+void tile_sums(const BatchNormBackward& a, int64_t item) {
+  using A = acc_t<T>;
+  using Columns = ColumnProducts<T>;
+  const ChannelLayout& l = a.layout;
+  const Tile t(l, item, !a.mask || l.channels % 8 == 0);
+  const auto values = [&](const void* from) { return TileValues<T>(t, static_cast<const A*>(from) + t.column); };
+  const TileValues<T> mean = values(a.mean), scale = values(a.scale), shift = values(a.shift);
+  const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
+                                           Ordered<T>(nullptr), Ordered<T>(nullptr)};
+  Columns columns;
+  typename Columns::S center[kTile], natural[kTile];
+  double sum[kTile] = {}, dot[kTile] = {};
+  const auto exact_mean = [&](int64_t i) { return a.exact_mean[(t.column + i) / a.repeat]; };
+  for (int64_t i = 0; i < t.n; ++i)
+    center[i] = sizeof(T) == 2 ? center_of<T>(exact_mean(i)) : static_cast<typename Columns::S>(exact_mean(i));
+  t.repeat_ordered<T>(center, columns.center);
+  int64_t counted = 0;
+  const int64_t fold = sizeof(T) == 2 ? kRowsPerFold * t.fused : t.rows();  // rows that are summed in the accumulator
+  for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
+    add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
+    from_line_order<T>(columns.sum, natural, kTile);
+    for (int64_t i = 0; i < t.width; ++i) sum[i] += static_cast<double>(natural[i]);
+    from_line_order<T>(columns.dot, natural, kTile);
+    for (int64_t i = 0; i < t.width; ++i) dot[i] += static_cast<double>(natural[i]);
+    std::fill_n(columns.sum, kTile, 0), std::fill_n(columns.dot, kTile, 0);
+  }
+  t.fold(sum), t.fold(dot);
+  Partial* partials = a.partials + t.block * l.channels + t.column;
+  for (int64_t i = 0; i < t.n; ++i)
+    partials[i] = {sum[i], dot[i] - (exact_mean(i) - static_cast<double>(center[i])) * sum[i], counted};
+}
+
+template <class T, Before kBefore>
+void sums(const BatchNormBackward& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    if (a.layout.columns())
+      tile_sums<T, kBefore>(a, item);
+    else
+      a.partials[item] = plane_sums<T, kBefore>(a, item);
+  }
+}
+
+template <class T>
+void grad_sums(const BatchNormBackward& a, int64_t begin, int64_t end) {
+#define FUSED_OPS_CALL(kind) sums<T, kind>(a, begin, end);
+  FUSED_OPS_BEFORE(before_of(a), FUSED_OPS_CALL)
+#undef FUSED_OPS_CALL
+}
+
+}  // namespace
+
+void batch_norm_grad_sums(const BatchNormBackward& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH(grad_sums)
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops
