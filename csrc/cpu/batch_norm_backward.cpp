@@ -96,9 +96,12 @@ void grad_tile(const BatchNormBackward& a, Before before, int64_t item) {
   const ChannelLayout& l = a.layout;
   const Tile t(l, item, !a.mask || l.channels % 8 == 0);
   const int64_t column = t.column, row_bytes = (l.channels + 7) / 8;
-  const auto values = [&](const void* from) { return TileValues<T>(t, static_cast<const A*>(from) + column); };
-  const TileValues<T> mean = values(a.mean), scale = values(a.scale), shift = values(a.shift),
-                      grad_mean = values(a.grad_mean), grad_slope = values(a.grad_slope);
+  const auto values = [&](const void* from, bool wanted) {
+    return TileValues<T>(t, static_cast<const A*>(from) + column, wanted);
+  };
+  const bool shifts = rebuilds(before), reduced = a.grad_input && !a.frozen;
+  const TileValues<T> mean = values(a.mean, true), scale = values(a.scale, true), shift = values(a.shift, shifts),
+                      grad_mean = values(a.grad_mean, reduced), grad_slope = values(a.grad_slope, reduced);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(grad_mean.values), Ordered<T>(grad_slope.values)};
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {

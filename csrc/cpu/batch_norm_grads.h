@@ -67,12 +67,25 @@ inline FUSED_OPS_INLINE Line<T> grad_before(const Line<T>& x, const T* g, const 
   return h;
 }
 
+constexpr bool rebuilds(Before before) {  // z, from the forward's coefficients
+  return before == Before::relu || before == Before::leaky_relu || before == Before::given;
+}
 constexpr bool reads_bits(Before before) { return before == Before::relu_bits || before == Before::leaky_relu_bits; }
 
 template <class T>
 struct LinePair {
   Line<T> x, h;
 };
+
+// x and h of the line at i.
+template <class T, Before kBefore, class Coefficient>
+inline FUSED_OPS_INLINE LinePair<T> whole_line(const GradRun<T>& run, int64_t i,
+                                               const BackwardCoefficients<Coefficient>& c) {
+  const Line<T> x = Line<T>::load(run.x + i);
+  typename LineBits<T>::Word bits = 0;
+  if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, Line<T>::kSize);
+  return {x, grad_before<T, kBefore>(x, run.g + i, run, bits, c, i)};
+}
 
 // x and h of the `count` < kSize values at i, both 0 behind them.
 template <class T, Before kBefore, class Coefficient>

@@ -50,31 +50,27 @@ struct ColumnProducts {
   static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
   alignas(kLineBytes) S sum[kTile] = {}, dot[kTile] = {}, center[kTile];
 
-  static inline FUSED_OPS_INLINE void add(const SV& h, const SV& x, const SV& center, SV& s, SV& d) {
-    s += h, d += h * (x - center);
-  }
-  // Adds a line of columns `at` on of each of the rows; `i` is where the line lies in the runs.
-  template <int kRows, Before kBefore>
-  inline FUSED_OPS_INLINE void add_line(const GradRun<T>* runs, int64_t at, int64_t n,
+  // Adds the line of columns `at` on of each of the rows, or its first `count` values.
+  template <int kRows, Before kBefore, bool kWhole>
+  inline FUSED_OPS_INLINE void add_line(const GradRun<T>* runs, int64_t at, int64_t count,
                                         const BackwardCoefficients<Ordered<T>>& c) {
     constexpr int kSums = static_cast<int>(L::kSize / kLane);
-    SV s[kSums], d[kSums], m[kSums];
+    SV s[kSums], d[kSums];
     for (int k = 0; k < kSums; ++k)
-      s[k] = load_bits<SV>(sum + at + k * kLane), d[k] = load_bits<SV>(dot + at + k * kLane),
-      m[k] = load_bits<SV>(center + at + k * kLane);
+      s[k] = load_bits<SV>(sum + at + k * kLane), d[k] = load_bits<SV>(dot + at + k * kLane);
+    const auto add = [&](int k, const SV& h, const SV& x)
+                         FUSED_OPS_INLINE { s[k] += h, d[k] += h * (x - load_bits<SV>(center + at + k * kLane)); };
     for (int r = 0; r < kRows; ++r) {
-      const GradRun<T>& run = runs[r];
-      for_each_line<T, kBefore>(run, at, n, c, [&](const L& x, const L& h, int64_t, int64_t) FUSED_OPS_INLINE {
-        for (int k = 0; k < L::kVectors; ++k) {
-          if constexpr (kWiden) {
-            const DoublePair wide_h = widen(h.v[k]), wide_x = widen(x.v[k]);
-            add(wide_h.low, wide_x.low, m[2 * k], s[2 * k], d[2 * k]);
-            add(wide_h.high, wide_x.high, m[2 * k + 1], s[2 * k + 1], d[2 * k + 1]);
-          } else {
-            add(h.v[k], x.v[k], m[k], s[k], d[k]);
-          }
+      const LinePair<T> line =
+          kWhole ? whole_line<T, kBefore>(runs[r], at, c) : part_of_line<T, kBefore>(runs[r], at, count, c);
+      for (int k = 0; k < L::kVectors; ++k) {
+        if constexpr (kWiden) {
+          const DoublePair h = widen(line.h.v[k]), x = widen(line.x.v[k]);
+          add(2 * k, h.low, x.low), add(2 * k + 1, h.high, x.high);
+        } else {
+          add(k, line.h.v[k], line.x.v[k]);
         }
-      });
+      }
     }
     for (int k = 0; k < kSums; ++k) {
       std::memcpy(sum + at + k * kLane, &s[k], sizeof(SV));
@@ -85,7 +81,9 @@ struct ColumnProducts {
   template <int kRows, Before kBefore>
   __attribute__((noinline)) void add_rows(const GradRun<T>* runs, int64_t n,
                                           const BackwardCoefficients<Ordered<T>>& c) {
-    for (int64_t i = 0; i < n; i += L::kSize) add_line<kRows, kBefore>(runs, i, std::min(n, i + L::kSize), c);
+    int64_t i = 0;
+    for (; i + L::kSize <= n; i += L::kSize) add_line<kRows, kBefore, true>(runs, i, L::kSize, c);
+    if (i < n) add_line<kRows, kBefore, false>(runs, i, n - i, c);
   }
 };
 
@@ -121,7 +119,9 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   using Columns = ColumnProducts<T>;
   const ChannelLayout& l = a.layout;
   const Tile t(l, item, !a.mask || l.channels % 8 == 0);
-  const auto values = [&](const void* from) { return TileValues<T>(t, static_cast<const A*>(from) + t.column); };
+  const auto values = [&](const void* from) {
+    return TileValues<T>(t, static_cast<const A*>(from) + t.column, rebuilds(kBefore));
+  };
   const TileValues<T> mean = values(a.mean), scale = values(a.scale), shift = values(a.shift);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(nullptr), Ordered<T>(nullptr)};

@@ -111,14 +111,16 @@ struct Tile {
   }
   template <class A>
   void repeat_in_place(A* values) const {
-    for (int64_t i = n; i < width; ++i) values[i] = values[i - n];
+    for (int64_t k = 1; k < fused; ++k) std::copy_n(values, n, values + k * n);
   }
   // to[0, kTile) = from[0, n), repeated, in the order of lines; 0 behind it.
   template <class T, class A>
   void repeat_ordered(const A* from, A* to) const {
-    alignas(kLineBytes) A natural[kTile] = {};
-    repeat(from, natural);
-    to_line_order<T>(natural, to, kTile);
+    alignas(kLineBytes) A natural[kTile];
+    A* values = Line<T>::kPairs ? natural : to;
+    repeat(from, values);
+    std::fill(values + width, values + kTile, A(0));
+    if (Line<T>::kPairs) to_line_order<T>(natural, to, kTile);
   }
   // values[0, n) += the repetitions, in order.
   template <class A>
@@ -138,11 +140,14 @@ struct Tile {
 
 constexpr int64_t kRowsAhead = 32;  // rows that are prefetched: a tile is a piece of each row, which no stream predicts
 
-// The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines.
+// The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines; unset
+// where they are not wanted.
 template <class T>
 struct TileValues {
   alignas(kLineBytes) acc_t<T> values[kTile];
-  TileValues(const Tile& t, const acc_t<T>* from) { t.repeat_ordered<T>(from, values); }
+  TileValues(const Tile& t, const acc_t<T>* from, bool wanted = true) {
+    if (wanted) t.repeat_ordered<T>(from, values);
+  }
 };
 
 }  // namespace FUSED_OPS_ISA
