@@ -34,11 +34,11 @@ FOUND = ROOT / "build" / "mutants.json"
 REPORT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
 TIMEOUT_S = 400
-SHARED = ["test_properties.py", "test_raw_ops.py", "test_contracts.py"]
+FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_contracts.py"]  # those first that see most the soonest
 SUITES = {
-    "ce": ["test_cross_entropy.py", "test_cross_entropy_options.py", "test_cross_entropy_numerics.py", *SHARED],
-    "bn": ["test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *SHARED],
-    "lce": ["test_linear_cross_entropy.py", *SHARED],
+    "ce": [*FIRST, "test_cross_entropy.py", "test_cross_entropy_options.py", "test_cross_entropy_numerics.py", *LAST],
+    "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
+    "lce": [*FIRST, "test_linear_cross_entropy.py", *LAST],
     "guard": ["test_guard_pages.py"],
 }
 SLOW = "not isa and not ISA and not compiled and not compile and not export and not under_the_guard and not notices"
@@ -155,7 +155,8 @@ def child(tree: Path, suite: str, folder: Path) -> int:
     sys.dont_write_bytecode = True
     for name in [n for n in sys.modules if n == "tests" or n.startswith("tests.")]:
         del sys.modules[name]
-    os.environ.update(PYTHONDONTWRITEBYTECODE="1", FUSED_OPS_FUZZ_CALLS="1500", PYTHONPATH=str(tree))
+    os.environ.update(PYTHONDONTWRITEBYTECODE="1", FUSED_OPS_FUZZ_CALLS="600", PYTHONPATH=str(tree))
+    os.environ["FUSED_OPS_PROPERTY_EXAMPLES"] = "12"
     os.environ["FUSED_OPS_GUARD_STRIDE"] = "3,0"
     out = os.open(folder / "output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
