@@ -11,11 +11,14 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import fused_ops
 from fused_ops import _cross_entropy_plain, _cross_entropy_rows, _linear_cross_entropy_chunks
 
 batch_norm_module = importlib.import_module("fused_ops.batch_norm")  # the name is the function's, too
 RAW_OPS = {"_forward_op", "_backward_op", "_backward_inplace_op", "_act_forward_op", "_act_backward_op", "_chunk_op"}
 ROOT = Path(__file__).parent.parent
+if os.environ.get("FUSED_OPS_SANITIZE"):
+    assert "sanitize-" in fused_ops.__file__, f"not the build for the sanitizer: {fused_ops.__file__}"
 NAMES = ROOT.parent / "shared" / "data" / "names.txt"
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_ops
+from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
 
 
@@ -56,4 +57,13 @@ def test_kernels_match_reference():
     stats = torch.zeros(33).double(), torch.ones(33).double()
     ours = torch.ops.fused_ops.batch_norm_forward(x, *stats, None, None, True, 0.1, 1e-5, 0)
     for a, b in zip(ours, reference.forward(x, *stats, None, None, True, 0.1, 1e-5, 0), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(9, 33), (3, 4, 2, 3), (3, 4, 7, 9)])
+def test_masks_match_the_reference(shape):
+    x, r = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    call = (x, r, *[None] * 5, True, 0.1, 1e-5, 0, _activation.RELU, 0.0, 1)
+    ours, expected = torch.ops.fused_ops.batch_norm_act_forward(*call), reference.act_forward(*call)
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import fused_ops
 from fused_ops._library import isa
 from fused_ops.reference import batch_norm as bn
 
@@ -137,6 +138,7 @@ def same(a, b):
 
 
 def main():
+    assert "sanitize-" in fused_ops.__file__ or not os.environ.get("FUSED_OPS_SANITIZE"), fused_ops.__file__
     torch.set_num_threads(1)
     torch.manual_seed(0)
     calls = 0

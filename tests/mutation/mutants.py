@@ -62,10 +62,10 @@ PYTHON = [
     Mutant(CE, "rows = (residual * input_t", "rows = (2 * residual * input_t", "ce", "tangent doubled"),
     Mutant(
         ROWS,
-        "self.slope = torch.where(self.allowed, self.slope, 0.0)",
-        "self.slope = self.slope * 1",
+        "return torch.where(off | ~self.valid.unsqueeze(self.dim), 0.0, q * values).sum(self.dim)",
+        "return (q * values).sum(self.dim)",
         "ce",
-        "gradient through a masked class",
+        "0 times the -inf of a masked class",
     ),
     Mutant(ROWS, "o.logit_scale * (1 - t * t)", "o.logit_scale * (1 - t)", "ce", "slope of softcap"),
     Mutant(
