@@ -52,14 +52,11 @@ types: $(STAMP)
 cuda-compile:
 	$(PYTHON) .ci/cuda_compile
 
-# What a machine with a GPU still has to confirm: the tests and the sanitizers on it, then the benchmarks.
-gpu-report: $(STAMP)
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'gpu-report: torch sees no GPU'"
-	$(BIN)/python -m pytest tests/test_cuda.py
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes application-only \
-	    $(BIN)/python -m pytest -x tests/test_cuda.py -k "(test_cross_entropy and mean) or test_batch_norm" || exit 1; done
-	$(BIN)/python -m benchmarks run --device cuda --suite quick
+# What a machine with a GPU still has to confirm, step by step, with that machine's own torch: build, tests, sanitizers,
+# benchmarks. GPU_PYTHON chooses the interpreter, STEPS="build tests" some of the steps.
+GPU_PYTHON ?= python3
+gpu-report:
+	$(GPU_PYTHON) .ci/gpu_report $(STEPS)
 
 # The quick suite (a few minutes), written with its plots to benchmarks/results/<machine>.
 bench: $(STAMP)

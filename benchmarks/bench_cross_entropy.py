@@ -92,10 +92,56 @@ def providers(device: str, options: dict[str, Any], target: str, jax: bool) -> t
         absent = rivals.missing("jax", device)
         found.append(Provider("jax", missing=absent) if absent else Provider("jax", make=_jax, directions=_JAX_RUNS))
     if device == "cuda":
-        for name in ("liger-kernel", "flash-attn", "quack-kernels", "apex"):
-            absent = rivals.missing(name, device) or "no adapter here yet; it comes with our CUDA kernels"
-            found.append(Provider(name, missing=absent))
+        found += [_gpu_rival(name, device, options, target) for name in GPU_RIVALS]
     return tuple(found)
+
+
+def _liger(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def loss(input: Tensor, target: Tensor, **weight: Tensor) -> Tensor:
+        # it computes the gradient in the forward, in the logits' memory
+        return function(input.view_as(input), target, **weight, **options)
+
+    return loss
+
+
+def _flash(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def loss(input: Tensor, target: Tensor) -> Tensor:
+        return function(input, target, **options)[0].mean()
+
+    return loss
+
+
+def _quack(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def loss(input: Tensor, target: Tensor, **weight: Tensor) -> Tensor:
+        return function(input, target, **{name: t.float() for name, t in weight.items()})
+
+    return loss
+
+
+def _apex(function: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
+    def loss(input: Tensor, target: Tensor) -> Tensor:
+        return function.apply(input, target, options.get("smoothing", 0.0), -100, True).mean()
+
+    return loss
+
+
+# how a rival is called, and by which names it knows the options that it has
+GPU_RIVALS: dict[str, tuple[Callable[..., Callable[..., Tensor]], dict[str, str]]] = {
+    "liger-kernel": (_liger, {"label_smoothing": "label_smoothing", "weight": "weight"}),
+    "flash-attn": (_flash, {"label_smoothing": "label_smoothing"}),
+    "quack-kernels": (_quack, {"weight": "weight"}),
+    "apex": (_apex, {"label_smoothing": "smoothing"}),
+}
+
+
+def _gpu_rival(name: str, device: str, options: dict[str, Any], target: str) -> Provider:
+    adapter, known = GPU_RIVALS[name]
+    wanted = [*options, *{"weighted": ["weight"], "probabilities": ["class probabilities"]}.get(target, [])]
+    lacking = [option for option in wanted if option not in known]
+    function, reason = rivals.call(name, OP, device)
+    if function is None or lacking:
+        return Provider(name, missing=reason or f"has no {', '.join(lacking)}")
+    return Provider(name, adapter(function, {known[k]: v for k, v in options.items()}))
 
 
 _JAX_RUNS = ("forward", "both")  # jax has no backward of its own to call

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
+from typing import Any
 
 # provider name: (module to import, distribution on the package index, where it runs)
 OPTIONAL = {
@@ -17,6 +18,13 @@ OPTIONAL = {
     "apex": ("apex.contrib.xentropy", "apex (NVIDIA's, from source)", "cuda"),
 }
 ALWAYS = ("eager", "torch.compile")
+# what each calls on a GPU, "module:function": looked up here, so that a rival that changed says so in its row
+CALLS = {
+    "liger-kernel": {"cross_entropy": "liger_kernel.transformers.functional:liger_cross_entropy"},
+    "flash-attn": {"cross_entropy": "flash_attn.ops.triton.cross_entropy:cross_entropy_loss"},
+    "quack-kernels": {"cross_entropy": "quack.cross_entropy:cross_entropy"},
+    "apex": {"cross_entropy": "apex.contrib.xentropy:SoftmaxCrossEntropyLoss"},
+}
 COMES_WITH = {"cut-cross-entropy": "linear_cross_entropy"}  # what it is a rival of
 
 
@@ -32,6 +40,18 @@ def missing(name: str, device: str) -> str:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"{distribution} is not importable: {reason}"
     return ""
+
+
+def call(name: str, op: str, device: str) -> tuple[Callable[..., Any] | None, str]:
+    """A rival's function for an op, or None and why there is none."""
+    reason = missing(name, device)
+    if reason:
+        return None, reason
+    module, function = CALLS[name][op].split(":")
+    try:
+        return getattr(importlib.import_module(module), function), ""
+    except Exception as error:
+        return None, f"{module} has no {function}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 def version(name: str) -> str:

@@ -1,14 +1,22 @@
-"""Both ops on a GPU: the error rule, gradcheck, and what only a device can show. Skipped where there is none."""
+"""Every op on a GPU: the error rule, gradcheck, and what only a device can show. Skipped where there is none.
+
+``make gpu-report`` runs all of it, and what is called sanitized under compute-sanitizer besides.
+"""
 
 import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_host import OPS
+from test_cuda_host_cross_entropy_options import CASES, draw, laid_out
+from test_cuda_host_cross_entropy_options import compare as compare_rows
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
 from fused_ops import _library
-from fused_ops.testing import assert_no_worse_than
+from fused_ops.reference import Sample
+from fused_ops.testing import assert_no_worse_than, check_op
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -36,10 +44,103 @@ def compare(ours, eager, tensors, upstream):
         assert_no_worse_than(mine, theirs, exact, f"result {i}")
 
 
+def samples(op):
+    return importlib.import_module(f"fused_ops.reference.{op}").samples()
+
+
+def on_gpu(value, dtype=None):
+    """The value with its tensors on the GPU, in another floating-point dtype if that is wanted."""
+
+    def move(t):
+        if not torch.is_tensor(t):
+            return t
+        kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        return t.detach().to(DEVICE, kind, copy=True).requires_grad_(t.requires_grad)
+
+    return tree_map(move, value)
+
+
+def call_of(op, args, kwargs):
+    """A call as a function of its tensors that require grad, and those tensors."""
+    values, spec = tree_flatten((args, kwargs))
+    places = [i for i, v in enumerate(values) if torch.is_tensor(v) and v.requires_grad]
+
+    def call(*leaves):
+        given = list(values)
+        for i, leaf in zip(places, leaves, strict=True):
+            given[i] = leaf
+        args, kwargs = tree_unflatten(given, spec)
+        outputs = tree_flatten(getattr(fused_ops, op)(*args, **kwargs))[0]
+        return tuple(o for o in outputs if torch.is_tensor(o) and o.requires_grad)
+
+    return call, [values[i] for i in places]
+
+
 def test_kernels_serve_the_ops():
     served = {name: by for name, device, by, _ in _library.backends() if device == "cuda"}
-    for name in ("cross_entropy_forward", "cross_entropy_backward", "batch_norm_forward", "batch_norm_act_backward"):
-        assert served[name] == "CUDA kernel"
+    for name in [name for names in OPS.values() for name in names]:
+        assert served[name] == "CUDA kernel", name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sanitized_samples(op, dtype):
+    """Forward and backward of every sample: small calls through every kernel."""
+    for sample in samples(op):
+        call, leaves = call_of(op, *on_gpu((sample.args, sample.kwargs), dtype))
+        outputs = call(*leaves)
+        grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        torch.cuda.synchronize()
+        if dtype != torch.float64:
+            continue
+        cpu_call, cpu_leaves = call_of(op, sample.args, sample.kwargs)
+        expected = cpu_call(*cpu_leaves)
+        ones = [torch.ones_like(o) for o in expected]
+        for mine, other in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(mine.cpu(), other, rtol=1e-9, atol=1e-10)
+        for mine, other in zip(grads, torch.autograd.grad(expected, cpu_leaves, ones, allow_unused=True), strict=True):
+            assert (mine is None) == (other is None), sample.name
+            if mine is not None:
+                torch.testing.assert_close(mine.cpu(), other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("case", CASES)
+def test_cross_entropy_options(case, dtype):
+    """The rows of every option by the error rule, fresh and in place, in every layout."""
+    ops = {name: getattr(torch.ops.fused_ops, name).default for name in OPS["cross_entropy"]}
+    for classes, rows in ((7, 45), (100, 45), (1500, 15), (50257, 15)):
+        a, o = draw(case, rows, classes, dtype)
+        for layout in (
+            ("contiguous", "transposed", "channels last", "class stride") if classes < 200 else ("row stride",)
+        ):
+            compare_rows(ops, on_gpu(laid_out(a, layout)), o)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy(dtype):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(300, 64, generator=g)).to(DEVICE, dtype)
+    weight = (torch.randn(1000, 64, generator=g) / 8).to(DEVICE, dtype)
+    target = torch.randint(0, 1000, (300,), generator=g).to(DEVICE)
+    target[::7] = -100
+    found, exact = [], []
+    for function, kind, to in (
+        (lambda *t: fused_ops.linear_cross_entropy(*t, chunk_rows=64), dtype, found),
+        (lambda a, w, t: F.cross_entropy(F.linear(a, w), t), torch.float64, exact),
+    ):
+        leaves = [t.to(kind).requires_grad_() for t in (x, weight)]
+        loss = function(*leaves, target)
+        to += [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1e-4}
+    for mine, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), truth, **tolerance)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    moved = [Sample(s.name, on_gpu(s.args), on_gpu(s.kwargs)) for s in samples(op)[::6]]
+    assert not [r.details for r in check_op(getattr(fused_ops, op), moved) if r.failed]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,39 +180,32 @@ def test_batch_norm(shape, dtype):
             compare(call(fused_ops.batch_norm), call(F.batch_norm), [x, *params], upstream)
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "batch_norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op):
-    samples = importlib.import_module(f"fused_ops.reference.{op}").samples()
-    for sample in samples:
-
-        def to_gpu(v):
-            return v.detach().to(DEVICE).requires_grad_(v.requires_grad) if torch.is_tensor(v) else v
-
-        args, kwargs = [to_gpu(a) for a in sample.args], {k: to_gpu(v) for k, v in sample.kwargs.items()}
-        leaves = [t for t in [*args, *kwargs.values()] if torch.is_tensor(t) and t.requires_grad]
-
-        def call(*_, args=args, kwargs=kwargs):
-            return getattr(fused_ops, op)(*args, **kwargs)
-
+    for sample in samples(op):
+        call, leaves = call_of(op, *on_gpu((sample.args, sample.kwargs)))
         assert torch.autograd.gradcheck(call, leaves), sample.name
 
 
-def both_ops():
+def all_ops():
     x = torch.randn(64, 32, device=DEVICE)
     target, weight = torch.randint(0, 32, (64,), device=DEVICE), torch.ones(32, device=DEVICE)
+    head = torch.randn(32, 32, device=DEVICE)
     stats = torch.zeros(32, device=DEVICE), torch.ones(32, device=DEVICE)
 
     def step(x):
         leaf = x.detach().requires_grad_()
         y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf)
         loss = fused_ops.cross_entropy(y, target)
+        loss = loss + fused_ops.cross_entropy(y, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
+        loss = loss + fused_ops.linear_cross_entropy(y, head, target, chunk_rows=32)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     return step, x
 
 
 def test_nothing_waits_for_the_device():
-    step, x = both_ops()
+    step, x = all_ops()
     step(x)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -121,7 +215,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_the_current_stream_is_used():
-    step, x = both_ops()
+    step, x = all_ops()
     expected = step(x)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -133,7 +227,7 @@ def test_the_current_stream_is_used():
 
 
 def test_cuda_graph():
-    step, x = both_ops()
+    step, x = all_ops()
     expected = step(x * 2)
     static = x.clone()
     stream = torch.cuda.Stream()
@@ -150,25 +244,43 @@ def test_cuda_graph():
 
 
 def test_repeated_runs_give_the_same_bits():
-    step, x = both_ops()
+    step, x = all_ops()
     first = step(x)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(step(x), first, strict=True))
 
 
-def test_a_bad_target_is_a_device_error(run_python):
+@pytest.mark.parametrize("options", ["", ", label_smoothing=0.1"])
+def test_a_bad_target_is_a_device_error(run_python, options):
     code = (
         "import torch, fused_ops\n"
-        "fused_ops.cross_entropy(torch.randn(3, 5, device='cuda'), torch.tensor([0, 5, 1], device='cuda')).item()"
+        "x, target = torch.randn(3, 5, device='cuda'), torch.tensor([0, 5, 1], device='cuda')\n"
+        f"fused_ops.cross_entropy(x, target{options}).item()"
     )
     result = run_python("-c", code, check=False)
     assert result.returncode != 0 and "device-side assert" in result.stderr
 
 
 def test_no_device_memory_beyond_the_tensors_grows():
-    step, x = both_ops()
+    step, x = all_ops()
     step(x)
     before = torch.cuda.memory_allocated()
     for _ in range(10):
         step(x)
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_is_used_whichever_is_current():
+    step, x = all_ops()
+    expected = step(x)
+    logits = torch.randn(6, 9, device="cuda:1", requires_grad=True)
+    target = torch.randint(0, 9, (6,), device="cuda:1")
+    for options in ({}, {"label_smoothing": 0.1}):
+        loss = fused_ops.cross_entropy(logits, target, **options)
+        loss.backward()
+        assert loss.device == logits.grad.device == logits.device and loss.isfinite()
+    with torch.cuda.device(1):
+        assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
+    with pytest.raises(RuntimeError, match="must be on the device of input"):
+        fused_ops.cross_entropy(logits, target.to("cuda:0"))

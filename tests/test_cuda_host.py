@@ -1,10 +1,14 @@
 """The CUDA emulation itself: that it runs kernels as a GPU would and notices the faults that it is there to notice."""
 
 import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import DTYPES, build, numbers, pointer
+from cuda_host import CSRC, DTYPES, build, numbers, pointer
 
 
 def run_shift(library, barrier, order):
@@ -72,3 +76,15 @@ def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build(tmp_path) is None
     assert list(numbers([1, 2])) == [1, 2]
+
+
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*_cuda.cpp")), ids=lambda path: path.stem)
+def test_the_bindings_compile_for_a_gpu(source):
+    """As setup.py compiles them beside nvcc: with the headers' part for CUDA, and nothing newer than torch 2.10's."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-attributes", "-Werror", "-DUSE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
+    result = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:2000]

@@ -79,18 +79,18 @@ def laid_out(a, layout):
 def gradients_of_rows(a, o):
     g = torch.Generator().manual_seed(1)
     rows = reference.counted_rows(a, -100).shape
-    made = [torch.randn(rows, generator=g, dtype=torch.float64) for _ in range(4)]
+    made = [torch.randn(rows, generator=g, dtype=torch.float64).to(a.input.device) for _ in range(4)]
     return RowGrads(made[0], made[1], *(made[2:] if o.statistics else (None, None)))
 
 
 def run(ops, a, o, offset=0):
     """The seven results and the gradient, which in place is the same bits; nothing around it is touched."""
-    a = a._replace(input=aligned(a.input, offset))
+    a = a._replace(input=aligned(a.input, offset) if offset else a.input)
     results = ops["cross_entropy_rows_forward"](*a, *o)
     g = gradients_of_rows(a, o)
     saved = (results[1], results[2], results[4] if o.statistics else None)
     fresh = ops["cross_entropy_rows_backward"](*g, *a, *saved, *o)
-    over = Guarded(a.input.shape, a.input.stride(), a.input.dtype, offset)
+    over = Guarded(a.input.shape, a.input.stride(), a.input.dtype, offset, a.input.device)
     over.tensor.copy_(a.input)
     ops["cross_entropy_rows_backward_"](*g, over.tensor, *a[1:], *saved, *o)
     over.check()
@@ -114,7 +114,8 @@ def assert_gradient_is_no_worse(ours, theirs, truth, a, o):
     row = reference._Row(a, o, torch.float64)
     p, log_p = row.neg_entropy_terms()
     q, entropy = row.q(), -(p * log_p).sum(row.dim, keepdim=True)
-    g = [torch.zeros(()) if v is None else v.abs().unsqueeze(row.dim) for v in gradients_of_rows(a, o)]
+    given = gradients_of_rows(a, o)
+    g = [0.0 if v is None else v.abs().unsqueeze(row.dim) for v in given]
     terms = g[0] * (p * q.sum(row.dim, keepdim=True) + q) + (g[1] + g[3]) * p + g[2] * p * (log_p.abs() + entropy)
     eps, error = torch.finfo(ours.dtype).eps, (ours.double() - truth).abs()
     assert bool((error <= (theirs.double() - truth).abs().max() + eps * terms * row.slope.abs()).all())

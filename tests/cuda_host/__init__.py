@@ -116,12 +116,12 @@ def extent_of(shape, strides):
 class Guarded:
     """A strided tensor, ``offset`` elements behind an aligned address, with canaries around it."""
 
-    def __init__(self, shape, strides, dtype, offset=0):
+    def __init__(self, shape, strides, dtype, offset=0, device="cpu"):
         extent = extent_of(shape, strides)
-        self.memory = torch.full((2 * CANARIES + offset + extent,), 7.0, dtype=dtype)
+        self.memory = torch.full((2 * CANARIES + offset + extent,), 7.0, dtype=dtype, device=device)
         self.tensor = self.memory.as_strided(shape, strides, CANARIES + offset)
         self.tensor.fill_(float("nan"))
-        self.outside = torch.ones(self.memory.shape, dtype=torch.bool)
+        self.outside = torch.ones(self.memory.shape, dtype=torch.bool, device=device)
         self.outside.as_strided(shape, strides, CANARIES + offset).fill_(False)
 
     def check(self):

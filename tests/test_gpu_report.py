@@ -1,0 +1,139 @@
+"""What ``make gpu-report`` runs on a machine with a GPU, as far as a machine without one can tell."""
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from benchmarks import __main__ as command_line
+from benchmarks import cases, harness, rivals
+
+
+@pytest.fixture(scope="module")
+def gpu_report():
+    loader = importlib.machinery.SourceFileLoader("gpu_report", str(ROOT / ".ci" / "gpu_report"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_report", loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_a_step_that_fails_does_not_stop_the_next(gpu_report, monkeypatch, tmp_path, capfd):
+    made = [
+        gpu_report.Step("fails", "one", [sys.executable, "-c", "print('one'); raise SystemExit(3)"]),
+        gpu_report.Step("missing", "two", ["no-such-program"]),
+        gpu_report.Step("hangs", "three", [sys.executable, "-c", "import time; time.sleep(60)"], 1),
+        gpu_report.Step(
+            "works", "four", [sys.executable, "-c", "import os; print(os.environ['X'])"], 60, {"X": "four"}
+        ),
+    ]
+    monkeypatch.setattr(gpu_report, "steps", lambda: made)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_report.main([]) == 1
+    said = capfd.readouterr().out
+    summary = said[said.index("== summary") :]
+    for line in ("fails", "failed with status 3", "missing", "not run", "hangs", "stopped after 1 s", "works", "ok"):
+        assert line in summary
+    assert (tmp_path / "works.log").read_text() == "four\n"
+    assert gpu_report.main(["works"]) == 0
+    with pytest.raises(SystemExit):
+        gpu_report.main(["no-such-step"])
+
+
+def test_its_commands_exist(gpu_report, run_python, capsys):
+    assert gpu_report.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    steps = {step.name: step for step in gpu_report.steps()}
+    assert all(step.name in listed for step in steps.values())
+    for step in steps.values():
+        words = step.command[1:]
+        if words[:2] == ["-m", "benchmarks"]:
+            assert command_line.parser().parse_args(words[2:]).device == "cuda"
+        if "pytest" in words:
+            arguments = words[words.index("pytest") + 1 :]
+            collected = run_python("-m", "pytest", *arguments, "--collect-only", "-p", "no:cacheprovider", cwd=ROOT)
+            assert "test_sanitized_samples" in collected.stdout
+            break
+    assert set(gpu_report.RIVALS) <= set(rivals.OPTIONAL)
+    assert set(gpu_report.OPS) <= set(cases.modules())
+
+
+def fake(monkeypatch, path, function):
+    """A module of a rival that has this function."""
+    module_name, name = path.split(":")
+    module = types.ModuleType(module_name)
+    setattr(module, name, function)
+    parts = module_name.split(".")
+    for i in range(1, len(parts)):
+        parent = ".".join(parts[:i])
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, module_name, module)
+
+
+def liger(input, target, weight=None, label_smoothing=0.0, reduction="mean"):
+    return F.cross_entropy(input, target, weight, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def flash(logits, labels, precomputed_lse=None, label_smoothing=0.0):
+    rows = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+    return rows, torch.zeros_like(rows)
+
+
+def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean"):
+    return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+class Apex:
+    @staticmethod
+    def apply(logits, labels, smoothing, padding_idx, half_to_float):
+        return F.cross_entropy(
+            logits, labels, label_smoothing=smoothing, ignore_index=padding_idx, reduction="none"
+        ).float()
+
+
+FAKES = {
+    ("liger-kernel", "cross_entropy"): liger,
+    ("flash-attn", "cross_entropy"): flash,
+    ("quack-kernels", "cross_entropy"): quack,
+    ("apex", "cross_entropy"): Apex,
+}
+
+
+@pytest.mark.parametrize("op", ["cross_entropy"])
+def test_adapters_call_the_rivals_as_they_are_called(op, monkeypatch):
+    monkeypatch.setattr(rivals, "missing", lambda name, device: "not here" if name == "jax" else "")
+    wanted = {name: path for name, calls in rivals.CALLS.items() for o, path in calls.items() if o == op}
+    for name, path in wanted.items():
+        fake(monkeypatch, path, FAKES[name, op])
+    seen = set()
+    for case in cases.all_cases("cuda", [op]):
+        small = case.shape[0] * case.shape[1] <= 1 << 20 and "128256" not in case.name and case.part != "sweep"
+        if not small and "=" not in case.name:
+            continue
+        by_name = {p.name: p for p in case.providers}
+        tiny = len(case.shape) == 2 and case.shape[0] <= 256
+        for name in wanted:
+            provider = by_name.get(name)
+            if provider is None or provider.missing or not tiny:
+                continue
+            inputs = case.inputs("cpu")
+            found = harness.make_runner(case, provider, inputs, 1).results()
+            expected = harness.make_runner(case, by_name[harness.TRUTH], inputs, 1).results()
+            torch.testing.assert_close(found["output"].float(), expected["output"].float())
+            torch.testing.assert_close(found["grad_input"], expected["grad_input"])
+            seen.add(name)
+    assert seen == set(wanted)
+
+
+def test_a_rival_without_an_option_or_a_function_says_so(monkeypatch):
+    monkeypatch.setattr(rivals, "missing", lambda name, device: "")
+    fake(monkeypatch, rivals.CALLS["quack-kernels"]["cross_entropy"].replace(":cross_entropy", ":other"), quack)
+    assert "has no cross_entropy" in rivals.call("quack-kernels", "cross_entropy", "cuda")[1]
+    fake(monkeypatch, rivals.CALLS["flash-attn"]["cross_entropy"], flash)
+    weighted = cases.find("cross_entropy", "1024x32000 float32 weight", "cuda")
+    assert {p.name: p.missing for p in weighted.providers}["flash-attn"] == "has no weight"
