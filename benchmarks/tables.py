@@ -306,6 +306,20 @@ def summary(tables: Tables) -> str:
     return markdown(["forward + backward", "eager", "fused_ops", "vs eager", "vs torch.compile"], lines)
 
 
+def models_table(tables: Tables) -> str:
+    """Time and peak memory of a training step, before and after convert."""
+    groups = _grouped(most_threads([r for r in tables["timings"] if r["op"] == "models"]))
+    columns = ["model", "batch", "step, before", "after", "ratio", "peak MiB, before", "after"]
+    lines = []
+    for (case, _), group in groups.items():
+        before, after = group.get(TRUTH), group.get(OURS)
+        if before and after:
+            weighed = [mebibytes(row.get("extra_bytes")) for row in (before, after)]
+            line = [case, before["shape"], _ms(group, TRUTH), _ms(group, OURS), _ratio(group, OURS, TRUTH)]
+            lines.append([*line, *weighed])
+    return markdown(columns, lines)
+
+
 SUMMARY = (
     "1024x32000 float32",
     "1024x32000 bfloat16",
@@ -327,6 +341,7 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "cross_entropy_overhead": lambda t, f: speed_table(t, "cross_entropy", "overhead", ("forward", "both")),
     "batch_norm_overhead": lambda t, f: speed_table(t, "batch_norm", "overhead", ("forward", "both")),
     "training": lambda t, f: speed_table(t, "training", "training", ("step",)),
+    "models": lambda t, f: models_table(t),
     "threads": lambda t, f: threads_table(t),
     "memory": lambda t, f: memory_table(t),
     "accuracy": lambda t, f: accuracy_table(t),

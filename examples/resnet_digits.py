@@ -51,7 +51,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     except ImportError:
         raise SystemExit("the digits are scikit-learn's: pip install 'fused_ops[examples]'") from None
     found = load_digits()
-    x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.5
+    x = torch.tensor(found.images, dtype=torch.get_default_dtype()).unsqueeze(1) / 16 - 0.5
     y = torch.tensor(found.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y, cut = x[order], y[order], len(x) * 4 // 5

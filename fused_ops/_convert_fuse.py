@@ -40,6 +40,7 @@ _FUNCTIONS: dict[Any, str] = {
     F.leaky_relu: "leaky_relu",
     F.elu: "elu",
 }
+_OTHERS = frozenset({"relu6", "hardtanh", "mish", "softplus", "gelu", "celu", "selu", "hardsigmoid", "prelu"})
 _SLOPES = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = frozenset(getattr(operator, f"i{name}") for name in dir(operator) if hasattr(operator, f"i{name}"))
@@ -216,8 +217,12 @@ def _make_class(
     return made
 
 
-def rewrite(module: nn.Module) -> tuple[Fusion, ...]:
+def rewrite(module: nn.Module, apart: dict[str, str] | None = None) -> tuple[Fusion, ...]:
     """Gives the module, in place, a forward in which its batch norms take in what follows them.
+
+    Args:
+        module: Any.
+        apart: Filled with the batch norms that have an activation behind them without a fused form, and its name.
 
     Returns:
         What was fused; nothing was changed where that is empty.
@@ -229,12 +234,12 @@ def rewrite(module: nn.Module) -> tuple[Fusion, ...]:
     if "forward" in module.__dict__:
         raise NotTraceable("forward is set on the instance")
     if original.forward is nn.Sequential.forward:
-        return _rewrite_sequential(module)
+        return _rewrite_sequential(module, apart)
     arity = _arity(original.forward)
     programs, reads, found = [], set(), []
     for training in (True, False):
         graph, names = _trace(module, arity, training)
-        found.append(_fuse(graph, module))
+        found.append(_fuse(graph, module, apart))
         programs.append(graph.python_code("self"))
         reads |= names
     if not any(found):
@@ -246,16 +251,22 @@ def rewrite(module: nn.Module) -> tuple[Fusion, ...]:
     return fusions
 
 
-def _rewrite_sequential(module: nn.Module) -> tuple[Fusion, ...]:
+def _rewrite_sequential(module: nn.Module, apart: dict[str, str] | None) -> tuple[Fusion, ...]:
     children = list(module._modules.items())
     fusions = []
     for (name, bn), (_, after) in itertools.pairwise(children):
         activation = None if after is None else activation_of(after)
         if _joins(bn) and activation is not None:
             fusions.append(Fusion(name, type(after).__name__, True, False))
+        elif apart is not None and _joins(bn) and _is_activation(after):
+            apart[name] = type(after).__name__
     if fusions:
         _become(module, _make_class(type(module), "sequential", _sequential_forward, tuple(fusions), frozenset()))
     return tuple(fusions)
+
+
+def _is_activation(after: object) -> bool:
+    return type(after).__module__ == nn.modules.activation.__name__ and not isinstance(after, nn.MultiheadAttention)
 
 
 def _compiled(original: type, program: Any) -> Callable[..., Any]:
@@ -402,7 +413,7 @@ def _trace(module: nn.Module, arity: int, training: bool) -> tuple[fx.Graph, set
 # --- Matching -------------------------------------------------------------------------------------------------------
 
 
-def _fuse(graph: fx.Graph, module: nn.Module) -> tuple[Fusion, ...]:
+def _fuse(graph: fx.Graph, module: nn.Module, apart: dict[str, str] | None) -> tuple[Fusion, ...]:
     """Rewrites the graph in place."""
     fusions = []
     for node in list(graph.nodes):
@@ -413,6 +424,8 @@ def _fuse(graph: fx.Graph, module: nn.Module) -> tuple[Fusion, ...]:
         addition, residual = _addition(node)
         last = node if addition is None else addition
         after, activation, name = _activation(last, module)
+        if after is None and apart is not None and (other := _other_activation(last, module)):
+            apart[str(node.target)] = other
         end = after or last
         if end is node or not _may_move(graph, node, addition, end, module):
             continue
@@ -471,6 +484,18 @@ def _activation(of: fx.Node, module: nn.Module) -> tuple[fx.Node | None, Activat
     if given or options or not isinstance(slope, (int, float)):
         return None, None, ""
     return node, (name, float(slope)), name
+
+
+def _other_activation(of: fx.Node, module: nn.Module) -> str:
+    """The name of an activation that alone uses a result and has no fused form; empty if there is none."""
+    node = _sole_user(of)
+    if node is None or node.op == "output":
+        return ""
+    if node.op == "call_module":
+        after = module.get_submodule(str(node.target))
+        return type(after).__name__ if _is_activation(after) else ""
+    name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
+    return name if node.op == "call_function" and name in _OTHERS else ""
 
 
 def _may_move(graph: fx.Graph, bn: fx.Node, addition: fx.Node | None, end: fx.Node, module: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class Run:
             eps = torch.finfo(self.found[name].dtype).eps
             least = 0.0
             if name.startswith("gradient"):  # one that is zero but for rounding (a bias before batch norm) is measured
-                least = max(gradients) * eps**0.5  # against the others
+                least = max(gradients) * eps**0.5  # against the others: up to eps**1.5 of the largest is nothing
             elif name.endswith("running_mean"):  # a mean near zero against the deviations that it is subtracted from
                 least = float(self.truth[name.removesuffix("mean") + "var"].clamp(min=0).sqrt().norm())
             error_before, error_after = (_relative(run.found[name], truth, least) for run in (self, after))

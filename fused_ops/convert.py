@@ -202,11 +202,15 @@ def _fuse(path: str, module: nn.Module, report: Report) -> None:
         return
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return
+    apart: dict[str, str] = {}
     try:
-        fusions = rewrite(module)
+        fusions = rewrite(module, apart)
     except NotTraceable as error:
         report.notes.append(f"{path or type(module).__name__}: nothing fused with its batch norms: {error}")
         return
+    for bn, name in apart.items():
+        where = f"{path}.{bn}" if path else bn
+        report.notes.append(f"{where}: not fused with the {name} behind it: batch_norm has no such activation")
     for fusion in fusions:
         name = f"{path}.{fusion.bn}" if path else fusion.bn
         report.fused.append(Entry(name, fusion.then, residual=fusion.residual, activation=fusion.activation))

@@ -611,6 +611,22 @@ def test_report_finds_a_difference(monkeypatch):
     assert not report.ok and "DIFFERS" in str(report)
 
 
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        (nn.Sequential(nn.BatchNorm1d(3), nn.ReLU6()), "ReLU6"),
+        (nn.Sequential(nn.BatchNorm1d(3), nn.GELU(approximate="tanh")), "GELU"),
+        (wrap(lambda self, x: self.other(self.bn(x)), other=nn.Hardtanh()), "Hardtanh"),
+        (wrap(lambda self, x: F.relu6(self.bn(x))), "relu6"),
+        (wrap(lambda self, x: self.other(self.bn(x) + x), other=nn.Mish()), "Mish"),
+    ],
+)
+def test_report_names_activations_that_stay_apart(model, name):
+    report = fused_ops.convert(model)
+    (note,) = (n for n in report.notes if "not fused with" in n)
+    assert f"not fused with the {name} behind it" in note and note.split(":")[0] in ("0", "bn")
+
+
 def test_report_says_why():
     model = nn.Sequential(nn.SyncBatchNorm(3), wrap(ALONE["control flow"]))
     text = str(fused_ops.convert(model))
