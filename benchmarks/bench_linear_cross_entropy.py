@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,25 +13,29 @@ from torch import Tensor
 
 import fused_ops
 
+from . import rivals
 from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider
-from .targets import SpeedTarget
+from .targets import MemoryTarget, SpeedTarget
 
 OP = "linear_cross_entropy"
-NATIVE, PRODUCTS = "F.linear_cross_entropy", "three products"
+NATIVE, PRODUCTS, CUT = "F.linear_cross_entropy", "three products", "cut-cross-entropy"
+LEAST = f"{OURS} in 3 %"
+FULL = ("full",)
 FORMULA = (
     "input, linear_weight and the targets are read once per direction, their gradients written once; the logits are "
     "not counted: they need not exist"
 )
 
 
-def draw(rows: int, features: int, classes: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Hidden states, weights and targets, the same ones each time."""
+def draw(rows: int, features: int, classes: int, dtype: torch.dtype, ignored: float, device: str) -> Inputs:
+    """Hidden states, weights and targets, the same ones each time; ``ignored`` of the targets count for nothing."""
     g = torch.Generator().manual_seed(rows + classes)
     tensors = {
         "input": torch.randn(rows, features, generator=g).to(dtype).to(device),
         "linear_weight": (torch.randn(classes, features, generator=g) * features**-0.5).to(dtype).to(device),
         "target": torch.randint(0, classes, (rows,), generator=g).to(device),
     }
+    tensors["target"][torch.rand(rows, generator=g) < ignored] = -100
     return Inputs(tensors, leaves=("input", "linear_weight"))
 
 
@@ -45,6 +50,13 @@ def _ours(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) 
 
 def _native(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(input, linear_weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _cut(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(input, linear_weight, target, impl="torch_compile")
+    return loss
 
 
 class _Products(torch.autograd.Function):
@@ -86,20 +98,33 @@ def _products(case: Case, inputs: Inputs, threads: int) -> ProductsRunner:
     return ProductsRunner(inputs)
 
 
-def providers(small: bool) -> tuple[Provider, ...]:
-    """Eager, compiled, PyTorch's own chunked op, ours, and the products alone."""
+def providers(small: bool, least: int, device: str) -> tuple[Provider, ...]:
+    """Eager, compiled, PyTorch's own chunked op, ours (also in 3 % of the logits' bytes), and the products alone."""
     both = ("forward", "both")
     found = [Provider(TRUTH, _eager, directions=both), Provider(COMPILE, _eager, compiled=True, directions=both)]
     if not small:
         absent = "" if hasattr(F, "linear_cross_entropy") else "this torch has no F.linear_cross_entropy"
         found.append(Provider(NATIVE, missing=absent) if absent else Provider(NATIVE, _native, directions=both))
+        why = rivals.missing(CUT, device)
+        found.append(Provider(CUT, missing=why) if why else Provider(CUT, _cut, directions=both))
     # not held to the error rule here, where sums of products have another order; tests/ hold it to a bound
     found.append(Provider(OURS, _ours, directions=both))
+    if not small:
+        found.append(Provider(LEAST, partial(_ours, max_memory_bytes=least), directions=both))
     found.append(Provider(PRODUCTS, make=_products, directions=both))
     return tuple(found)
 
 
-def case(rows: int, features: int, classes: int, dtype: torch.dtype, name: str = "", **fields: Any) -> Case:
+def case(
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: torch.dtype,
+    device: str,
+    name: str = "",
+    ignored: float = 0,
+    **fields: Any,
+) -> Case:
     """One case, named after (rows, features) x classes."""
     size = dtype.itemsize
     moved = size * features * (rows + classes) + 8 * rows
@@ -108,42 +133,83 @@ def case(rows: int, features: int, classes: int, dtype: torch.dtype, name: str =
         name=name or f"{rows}x{features} x {classes} {str(dtype).removeprefix('torch.')}",
         shape=(rows, features),
         dtype=dtype,
-        inputs=partial(draw, rows, features, classes, dtype),
-        providers=providers(rows < 100),
+        inputs=partial(draw, rows, features, classes, dtype, ignored),
+        providers=providers(rows < 100, 3 * rows * classes * size // 100, device),
         moved_bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
         formula=FORMULA,
         **fields,
     )
 
 
-def cases(device: str) -> list[Case]:
-    """The shapes of the targets, then the sweep over chunk sizes."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    found = [
-        case(1024, 512, 32000, f32, quick=True, memory=("quick", "full")),
-        case(1024, 512, 32000, bf16, quick=True, memory=("full",)),
-        case(2048, 768, 50257, f32),
-        case(2048, 768, 50257, bf16),
-        case(1024, 2048, 128256, bf16),
-        case(32, 64, 27, f32, quick=True, part="overhead", tiny=True),
-    ]
-    for chunk in (16, 32, 64, 128, 256, 512, 1024):
-        one = case(1024, 512, 32000, f32, f"chunk_rows={chunk}", part="sweep", sweep="chunk_rows", size=chunk)
-        chunked: Callable[..., Tensor] = partial(_ours, chunk_rows=chunk)
-        chosen = [Provider(OURS, chunked, directions=("both",)) if p.name == OURS else p for p in one.providers]
-        kept = tuple(p for p in chosen if p.name in (TRUTH, OURS))
-        found.append(Case(**{**one.__dict__, "providers": kept}))
+def _sweep(
+    by: str, sizes: tuple[int, ...], option: Callable[[int], dict[str, int]], dtype: torch.dtype, device: str
+) -> list[Case]:
+    """Ours at one shape over an option, beside eager."""
+    found, word = [], str(dtype).removeprefix("torch.")
+    for size in sizes:
+        one = case(
+            1024,
+            512,
+            32000,
+            dtype,
+            device,
+            f"{by}={size} {word}",
+            part="sweep",
+            sweep=f"{by} {word}",
+            size=size,
+            memory=FULL,
+        )
+        function: Callable[..., Tensor] = partial(_ours, **option(size))
+        ours = [Provider(OURS, function, directions=("both",)) if p.name == OURS else p for p in one.providers]
+        found.append(replace(one, providers=tuple(p for p in ours if p.name in (TRUTH, OURS))))
     return found
 
 
-def targets() -> list[SpeedTarget]:
-    """The figures to reach: ratios of medians within one run, forward and backward together."""
-    wanted = []
-    for shape in ("1024x512 x 32000", "2048x768 x 50257", "1024x2048 x 128256"):
-        for dtype in ("float32", "bfloat16") if shape[-1] != "6" else ("bfloat16",):
-            name = f"{shape} {dtype}"
+def cases(device: str) -> list[Case]:
+    """The shapes of the targets, half of the rows ignored, many rows, then the sweeps over chunks and memory."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    found = [
+        case(1024, 512, 32000, f32, device, quick=True, memory=("quick", "full")),
+        case(1024, 512, 32000, bf16, device, quick=True, memory=FULL),
+        case(2048, 768, 50257, f32, device, memory=FULL),
+        case(2048, 768, 50257, bf16, device, memory=FULL),
+        case(1024, 2048, 128256, f32, device, memory=FULL),
+        case(1024, 2048, 128256, bf16, device, memory=FULL),
+        case(8192, 512, 32000, f32, device, memory=FULL),
+        case(8192, 512, 32000, bf16, device, memory=FULL),
+        case(1024, 512, 32000, f32, device, "1024x512 x 32000 float32, half of the rows ignored", ignored=0.5),
+        case(32, 64, 27, f32, device, quick=True, part="overhead", tiny=True),
+    ]
+    for dtype in (f32, bf16):
+        logits = 1024 * 32000 * dtype.itemsize
+        found += _sweep("chunk_rows", (16, 32, 64, 128, 256, 512, 1024), lambda n: {"chunk_rows": n}, dtype, device)
+        percents = (2, 3, 6, 12, 25, 50, 100)
+        found += _sweep(
+            "memory in percent of the logits",
+            percents,
+            lambda n, b=logits: {"max_memory_bytes": n * b // 100},
+            dtype,
+            device,
+        )  # type: ignore[misc]
+    return found
+
+
+def targets() -> list[SpeedTarget | MemoryTarget]:
+    """The figures to reach: ratios of medians within one run, forward and backward together; and the memory."""
+    wanted: list[SpeedTarget | MemoryTarget] = []
+    for rows, features, classes in ((1024, 512, 32000), (2048, 768, 50257), (1024, 2048, 128256)):
+        for dtype in ("float32", "bfloat16"):
+            name = f"{rows}x{features} x {classes} {dtype}"
             wanted.append(SpeedTarget(OP, name, OURS, TRUTH, 1 / 0.85))
             wanted.append(SpeedTarget(OP, name, OURS, NATIVE, 1 / 0.75))
             wanted.append(SpeedTarget(OP, name, OURS, PRODUCTS, 1 / 1.15))
+            wanted += [_memory(rows, features, classes, dtype, provider) for provider in (OURS, LEAST)]
+    wanted += [_memory(8192, 512, 32000, dtype, OURS) for dtype in ("float32", "bfloat16")]
     wanted.append(SpeedTarget(OP, "32x64 x 27 float32", OURS, TRUTH, 1.0, threads=1))
     return wanted
+
+
+def _memory(rows: int, features: int, classes: int, dtype: str, provider: str) -> MemoryTarget:
+    """3 % of the logits beyond the two gradients, in units of the case's input, as targets are counted."""
+    maximum = (0.03 * rows * classes + features * (rows + classes)) / (rows * features)
+    return MemoryTarget(OP, f"{rows}x{features} x {classes} {dtype}", provider, "both", maximum)

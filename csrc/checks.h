@@ -134,20 +134,23 @@ inline bool huge_pages_wanted() {
   return wanted;
 }
 
-// A fresh tensor of the shape and strides of `input`. A large one asks for huge pages before its first touch: page
-// faults, not arithmetic, are what it would cost.
+// Asks for huge pages, if there are many bytes, before their first touch: page faults, not arithmetic, are what they
+// would cost.
+inline void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < kHugeBytes || !huge_pages_wanted()) return;
+  constexpr uintptr_t page = 4096;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (start + page - 1) / page * page;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is no error
+#endif
+}
+
+// A fresh tensor of the shape and strides of `input`.
 inline Tensor empty_huge(const char* op, const Tensor& input, torch::headeronly::IntHeaderOnlyArrayRef strides) {
   Tensor t = empty_strided(input, input.sizes(), strides, input.scalar_type());
-#if defined(MADV_HUGEPAGE)
-  const int64_t bytes = t.numel() * element_size(float_dtype(op, "input", t));
-  if (bytes >= kHugeBytes && huge_pages_wanted()) {
-    constexpr uintptr_t page = 4096;
-    const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-    const uintptr_t begin = (start + page - 1) / page * page;
-    const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
-    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is no error
-  }
-#endif
+  advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(op, "input", t)));
   return t;
 }
 

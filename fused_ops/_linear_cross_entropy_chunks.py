@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops import _cross_entropy_rows as rows_ops
+from fused_ops import _linear_cross_entropy_tiles as tiles
 from fused_ops._function import has_values
 from fused_ops._library import register
 from fused_ops.reference import linear_cross_entropy as reference
@@ -21,6 +22,8 @@ _NUMBERS = "int ignore_index, float label_smoothing, float logit_scale, float so
 
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
+
+_WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
 
 
 def _fake_chunk_(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -42,6 +45,10 @@ class Plan(NamedTuple):
     classes: int
     chunk_rows: int
     needs: int
+    # with tile_classes: rows whose logits are kept beside those that grad_weight has room for; -1: none, and the first
+    # pass over the others goes in chunks of rows
+    kept_rows: int = 0
+    tile_classes: int = 0  # 0: in chunks of rows
 
 
 class _Gradients:
@@ -75,14 +82,21 @@ class _Gradients:
             self.accumulated[BIAS] = self.accumulated[BIAS] + sums if BIAS in self.accumulated else sums
 
     def _add(self, bit: int, left: Tensor, right: Tensor) -> None:
-        if bit not in self.accumulated:
-            product = left @ right
-            wide = self.several and product.dtype.itemsize == 2
-            self.accumulated[bit] = product.float() if wide else product
-        elif left.dtype.itemsize == 2:
-            self.accumulated[bit] += left @ right
-        else:
-            self.accumulated[bit].addmm_(left, right)
+        first, wide = bit not in self.accumulated, self.several and left.dtype.itemsize == 2
+        if first:
+            like = right.new_empty(0, dtype=torch.float32) if wide else right
+            self.accumulated[bit] = tiles.buffer(like, left.size(0), right.size(1))
+        total = self.accumulated[bit]
+        if not wide:
+            torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+            return
+        if first:
+            total.zero_()
+        product = right.new_empty(min(_WIDENED, left.size(0)), right.size(1))
+        for part in (slice(c, c + _WIDENED) for c in range(0, left.size(0), _WIDENED)):
+            rows = product[: total[part].size(0)]
+            torch.mm(left[part], right, out=rows)
+            tiles.add_op(total[part], rows)
 
     def of(self, bit: int, like: Tensor | None) -> Tensor:
         """One gradient, or an empty tensor if it is not wanted."""
@@ -119,7 +133,7 @@ def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tup
     for part in parts:
         x = head.input[part]
         if buffer is None:
-            buffer = x.new_empty(x.size(0), outputs)  # the first chunk is the largest
+            buffer = tiles.buffer(x, x.size(0), outputs)  # the first chunk is the largest
         flat = buffer[: x.size(0)]
         if head.bias is None:
             torch.mm(x, head.weight.t(), out=flat)
@@ -152,6 +166,8 @@ def forward(
     head: Head, a: RowArgs, o: RowOptions, row_scale: Tensor | None, z_loss: float, plan: Plan
 ) -> tuple[Tensor, ...]:
     """The rows' seven results, then the head's five gradients of sum_r row_scale_r (nll_r + z_loss lse_r^2)."""
+    if plan.tile_classes and row_scale is not None:
+        return _forward_in_tiles(head, a, o, row_scale, z_loss, plan)
     parts = _parts(head, a, o, plan)
     results, gradients = _row_results(head, o, plan), _Gradients(head, plan, len(parts))
     for part, logits, flat in _chunks(head, plan, parts):
@@ -163,6 +179,20 @@ def forward(
         if row_scale is not None:
             gradients.add(part, flat)
     return *results, *gradients.all()
+
+
+def _forward_in_tiles(
+    head: Head, a: RowArgs, o: RowOptions, row_scale: Tensor, z_loss: float, plan: Plan
+) -> tuple[Tensor, ...]:
+    wanted = bool(plan.needs & INPUT), bool(plan.needs & BIAS)
+    nll, lse, counted, grad_weight, grad_input, grad_bias = tiles.forward(
+        head, a, o, row_scale, z_loss, wanted, plan.chunk_rows, plan.kept_rows, plan.tile_classes
+    )
+    none = head.input.new_empty(0)
+    mass, wide = counted.double(), none.double()
+    results = (nll, lse, mass, mass.clone(), wide, none.long(), wide.clone())
+    found = (grad_input, grad_weight, grad_bias, None, None)
+    return *results, *(none.clone() if t is None else t for t in found)
 
 
 def backward(
@@ -183,7 +213,7 @@ def backward(
 # ---- the same as opaque ops, for torch.compile and torch.export
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
-_PLAN = "int classes, SymInt chunk_rows, int needs"
+_PLAN = "int classes, SymInt chunk_rows, int needs, SymInt kept_rows, SymInt tile_classes"
 _GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
 
 

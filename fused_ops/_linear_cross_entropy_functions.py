@@ -127,13 +127,13 @@ class LinearCrossEntropyGradFunction(FusedFunction):
         places = (*range(9), 10, 11)  # of the leaves among the arguments
         wanted = [ctx.needs_input_grad[i] for i in places]
         if all(v is None for v in outer) or not any(wanted):
-            return (None,) * 24
+            return (None,) * 26
         leaves = _Leaves(tuple(saved[i] for i in places))
         if torch.is_grad_enabled() or _is_batched(*outer):  # a third derivative, or several: with all the logits
             new = _second(outer, leaves, wanted, a, ctx.o, ctx.plan.classes, create_graph=torch.is_grad_enabled())
         else:
             new = _chunked_second(outer, leaves, wanted, a, ctx.o, ctx.plan)
-        found: list[Tensor | None] = [None] * 24
+        found: list[Tensor | None] = [None] * 26
         for i, value in zip(places, new, strict=True):
             found[i] = value
         return tuple(found)
@@ -163,7 +163,7 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
         *tensors, lse, mass, entropy = ctx.saved_tensors
         (head, a), o = _split(tensors), ctx.o
         g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if o.statistics else (None, None)))
-        found: list[Tensor | None] = [None] * 17
+        found: list[Tensor | None] = [None] * 19
         if all(grad is None for grad in g):
             return tuple(found)
         if g.nll is not None and (ctx.needs_input_grad[6] or ctx.needs_input_grad[7]):
@@ -232,7 +232,7 @@ class LinearCrossEntropySumFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        found: list[Tensor | None] = [None] * 19
+        found: list[Tensor | None] = [None] * 21
         if grad_loss is None:
             return tuple(found)
         saved = ctx.saved_tensors

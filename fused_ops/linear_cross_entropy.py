@@ -26,13 +26,13 @@ from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._function import _transforms_active, autocast_enabled
 from fused_ops._linear_cross_entropy_chunks import Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
+from fused_ops._linear_cross_entropy_plan import SMALL_BYTES, Sizes, choose
+from fused_ops._linear_cross_entropy_tiles import suits
 from fused_ops.reference import linear_cross_entropy as reference
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.linear_cross_entropy import Head
 
-_CHUNK_BYTES_A_CLASS = 1024  # 256 rows of float32: the matrix products are about as fast as in one piece
 _NUMBERS = (float, int)
-_SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 
 
 class _Shape(NamedTuple):
@@ -163,17 +163,28 @@ def _shifted(input: Tensor, target: Any, ignore_index: int | None) -> tuple[Tens
     return torch.cat((wide[..., 1:], torch.full_like(wide[..., :1], ignored)), -1), ignored
 
 
-def _plan_rows(shape: _Shape, itemsize: int, chunk_rows: int | None, max_memory_bytes: int | None) -> int:
-    """Rows whose logits exist at once; 0 for all of them, where they are small."""
-    row_bytes = max(shape.classes * math.prod(shape.outputs) * itemsize, 1)
+def _check_memory(chunk_rows: object, max_memory_bytes: object) -> None:
     for name, value in (("chunk_rows", chunk_rows), ("max_memory_bytes", max_memory_bytes)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"linear_cross_entropy: {name} must be an integer above 0, got {value!r}")
-    if chunk_rows is not None:
-        return chunk_rows
-    if max_memory_bytes is not None:
-        return max(1, max_memory_bytes // row_bytes)
-    return 0 if math.prod(shape.lead) * row_bytes <= _SMALL_BYTES else _CHUNK_BYTES_A_CLASS // itemsize
+
+
+class _Memory(NamedTuple):
+    """What the caller allows."""
+
+    chunk_rows: int | None
+    max_memory_bytes: int | None
+
+    def plan(self, call: Call, head: Head, classes: int, needs: int) -> Plan:
+        x, outputs = head.input, head.weight.size(0)
+        sizes = Sizes(x.size(0), x.size(1), classes, outputs // max(classes, 1), x.element_size())
+        in_tiles = outputs == classes and suits(head, call.args, call.options)
+        return choose(sizes, needs, in_tiles, *self)
+
+    def is_small(self, head: Head) -> bool:
+        """Whether all the logits may exist at once."""
+        x = head.input
+        return self == (None, None) and x.size(0) * head.weight.size(0) * x.element_size() <= SMALL_BYTES
 
 
 def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
@@ -200,7 +211,7 @@ def _is_small_matrix(input: Any, linear_weight: Any, linear_bias: Any, target: A
     if input.dim() != 2 or linear_weight.dim() != 2 or target.dim() != 1 or target.dtype not in _INDEX_DTYPES:
         return False
     (rows, features), classes, dtype = input.shape, linear_weight.size(0), input.dtype
-    if rows * classes * dtype.itemsize > _SMALL_BYTES or dtype not in _INPUT_DTYPES or target.size(0) != rows:
+    if rows * classes * dtype.itemsize > SMALL_BYTES or dtype not in _INPUT_DTYPES or target.size(0) != rows:
         return False
     if linear_weight.dtype != dtype or linear_weight.size(1) != features or autocast_enabled(input):
         return False
@@ -264,9 +275,10 @@ def linear_cross_entropy(
             outputs it is there with a loss of 0.
         lora: (A, B, scale) of shapes (rank, in_features) and (classes, rank): adds ``scale * input @ A.T @ B.T`` to the
             logits.
-        chunk_rows: Rows whose logits exist at once. Default: 256 in float32, 512 in 16 bit, 128 in float64, or all if
-            the logits are at most 1 MiB.
-        max_memory_bytes: Sets chunk_rows by the size of the buffer.
+        chunk_rows: Rows whose logits exist at once. Default: chosen with the memory, see ``max_memory_bytes``.
+        max_memory_bytes: What the call may take beyond inputs and gradients. Default: 3 % of the logits, or 32 to 36 MB
+            where that makes it faster; all the logits if they are at most 1 MiB. With less memory than keeps every row,
+            some logits are computed twice.
         return_outputs: Returns a ``CrossEntropyOutput``.
 
     Returns:
@@ -282,9 +294,10 @@ def linear_cross_entropy(
 
     Note:
         With a scalar loss the forward computes the gradients too, while it has the logits, so that training takes the
-        three matrix products that it must; weights' gradients are added up in float32 at least. Without reduction, and
-        with ``return_outputs``, the backward computes the logits again, in chunks as well. The second derivative is
-        computed in chunks; forward-mode AD, torch.func and derivatives beyond take the logits at once.
+        three matrix products that it must; weights' gradients are rounded once, or added up in float32 at least.
+        Without reduction, and with ``return_outputs``, the backward computes the logits again, in chunks as well. The
+        second derivative is computed in chunks; forward-mode AD, torch.func and derivatives beyond take the logits at
+        once.
 
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
@@ -319,7 +332,8 @@ def linear_cross_entropy(
     shape = _shapes(input, linear_weight, linear_bias)
     head = _head(input, linear_weight, linear_bias, lora, shape)
     flat = _flat_target(target, shape, ignore_index)
-    rows_at_once = _plan_rows(shape, head.input.element_size(), chunk_rows, max_memory_bytes)
+    _check_memory(chunk_rows, max_memory_bytes)
+    memory = _Memory(chunk_rows, max_memory_bytes)
     stand_in = head.input.new_empty(()).expand(shape.with_classes(shape.classes, True))  # the logits' shape and dtype
     if class_mask is not None and isinstance(class_mask, Tensor) and class_mask.dim() > 1:
         class_mask = _flat("class_mask", class_mask, shape, shape.classes)
@@ -330,7 +344,7 @@ def linear_cross_entropy(
     call = prepare(stand_in, flat, weight, class_mask, token_weight, given, loss_dtype)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights
         head = Head(*(None if t is None else t.to(call.args.input.dtype) for t in head))  # type: ignore[arg-type]
-    result = _run(call, head, shape.classes, rows_at_once, reduction, normalizer, empty, return_outputs)
+    result = _run(call, head, shape.classes, memory, reduction, normalizer, empty, return_outputs)
     if reduction != "none" and not return_outputs:
         return result
     rows = shape.rows(False)
@@ -343,14 +357,14 @@ def _run(
     call: Call,
     head: Head,
     classes: int,
-    rows_at_once: int,
+    memory: _Memory,
     reduction: str,
     normalizer: object,
     empty: str,
     return_outputs: bool,
 ) -> Any:
     """The loss of a prepared call, in the way that suits it."""
-    if rows_at_once == 0:
+    if memory.is_small(head):
         if _is_plain(call, normalizer, empty, return_outputs):
             indices = call.args.indices
             assert indices is not None
@@ -360,9 +374,9 @@ def _run(
     needs = _is_sum(call, head, reduction, normalizer, return_outputs)
     if needs:
         scale = row_scale(call, reduction, normalizer, empty)
-        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, Plan(classes, rows_at_once, needs))
+        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, memory.plan(call, head, classes, needs))
         return loss.to(call.loss_dtype)
-    plan = Plan(classes, rows_at_once, 0)
+    plan = memory.plan(call, head, classes, 0)
     return reduced_loss(call, reduction, normalizer, empty, return_outputs, lambda a, o: linear_rows(head, a, o, plan))
 
 

@@ -59,6 +59,44 @@ def chunk_(
     return results
 
 
+def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised memory."""
+    return like.new_empty(rows, columns)
+
+
+def tile_sums_(
+    logits: Tensor, target: Tensor, first_class: int, classes: int, max: Tensor, others: Tensor, target_logit: Tensor
+) -> None:
+    """Adds a tile of transposed logits, (classes of the tile, rows), to what is known of each row."""
+    bad = ((target < 0) | (target >= classes)).nonzero()
+    if bad.numel():
+        raise IndexError(f"Target {int(target[bad[0, 0]])} is out of bounds.")
+    z, at = logits.to(max.dtype), target - first_class
+    here = (at >= 0) & (at < z.size(0))
+    now = torch.maximum(max, z.amax(0)) if z.size(0) else max
+    shift = torch.where(now == -torch.inf, 0.0, now)
+    terms = (z - shift).exp().masked_fill_(torch.arange(z.size(0), device=z.device).unsqueeze(1) == at, 0.0)
+    others.mul_((max - shift).exp()).add_(terms.sum(0, dtype=others.dtype))
+    max.copy_(now)
+    rows = here.nonzero().squeeze(1)
+    target_logit[rows] = z[at[rows], rows]
+
+
+def tile_grads_(
+    logits: Tensor, target: Tensor, first_class: int, classes: int, max: Tensor, factor: Tensor, target_grad: Tensor
+) -> None:
+    """The tile becomes its gradient: exp(logit - max) factor, and target_grad at each row's target."""
+    at = target - first_class
+    rows = ((at >= 0) & (at < logits.size(0))).nonzero().squeeze(1)
+    logits.copy_((logits.to(max.dtype) - max).exp() * factor)
+    logits[at[rows], rows] = target_grad[rows].to(logits.dtype)
+
+
+def add_(sum: Tensor, part: Tensor) -> None:
+    """sum += part, of fewer bits."""
+    sum.add_(part)
+
+
 def head_gradients(grad_z: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the head's tensors from that of the logits."""
     flat = grad_z.reshape(grad_z.size(0), -1).to(head.input.dtype)

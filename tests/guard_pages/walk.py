@@ -78,6 +78,20 @@ def cross_entropy_rows(dtype):
             yield f"linear chunk {label}", OPS.linear_cross_entropy_chunk_, chunk
 
 
+def linear_tiles(dtype):
+    if dtype == torch.float64:
+        return
+    for rows, classes in itertools.product(TAILS, (1, 33)):
+        z, target = torch.randn(classes, rows).to(dtype), torch.randint(0, 2 * classes, (rows,))
+        label, where = f"({classes}, {rows})", (target, classes // 2, 2 * classes)
+        floats = [torch.rand(rows) for _ in range(3)]
+        sums = (floats[0], torch.rand(rows, dtype=torch.float64), floats[2])
+        yield f"tile sums {label}", OPS.linear_cross_entropy_tile_sums_, (z, *where, *sums)
+        yield f"tile grads {label}", OPS.linear_cross_entropy_tile_grads_, (z, *where, *floats)
+        if dtype != torch.float32:
+            yield f"add {label}", OPS.linear_cross_entropy_add_, (torch.rand(classes, rows), z)
+
+
 def batch_norm_inputs(dtype):
     for channels, batch in itertools.product(TAILS[:-2], (2, 5)):
         yield f"({batch}, {channels})", torch.randn(batch, channels).to(dtype)
@@ -143,7 +157,8 @@ def main():
     torch.manual_seed(0)
     calls = 0
     stride, start = (int(n) for n in os.environ.get("FUSED_OPS_GUARD_STRIDE", "1,0").split(","))
-    every = itertools.chain.from_iterable(f(d) for f in (cross_entropy, cross_entropy_rows, batch_norm) for d in DTYPES)
+    kernels = (cross_entropy, cross_entropy_rows, linear_tiles, batch_norm)
+    every = itertools.chain.from_iterable(f(d) for f in kernels for d in DTYPES)
     for i, (name, function, args) in enumerate(every):
         if i % stride != start:
             continue

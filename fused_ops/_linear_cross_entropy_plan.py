@@ -1,0 +1,90 @@
+"""How much of the logits exists at a time, and where: from the sizes, and from what the caller allows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
+
+SMALL_BYTES = 1 << 20  # logits that are not worth cutting
+_SHARE = 0.03  # of the logits, which a call may take by default
+_ROWS_BYTES = 1 << 25  # ... or this, where chunks of so many bytes make the products faster
+_KEPT_BYTES = 36_000_000  # ... or this, where it holds all the rows that grad_weight has no room for
+_TILE_CLASSES = 1024
+_FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
+_FEWEST_ROWS = 128  # of a chunk
+_MANY_ROWS = 8192  # with so many, the share is enough for fast products
+
+
+class Sizes(NamedTuple):
+    """Of one call."""
+
+    rows: int
+    features: int
+    classes: int
+    positions: int
+    itemsize: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's logits."""
+        return max(self.classes * self.positions * self.itemsize, 1)
+
+
+class _Choice(NamedTuple):
+    cost: float  # estimated time over that of the three products in one piece
+    plan: Plan
+
+
+def _in_rows(sizes: Sizes, needs: int, memory: int) -> _Choice | None:
+    """Chunks of rows. Small ones make slow products; 16-bit weights' gradients need a sum in float32 beside them."""
+    narrow = sizes.itemsize == 2
+    total = 4 * sizes.row_bytes // sizes.itemsize * sizes.features if narrow and needs & WEIGHT else 0
+    rows = sizes.rows if memory >= sizes.rows * sizes.row_bytes else (memory - total) // sizes.row_bytes
+    if rows < 1:
+        return None
+    rows = -(-sizes.rows // -(-sizes.rows // rows)) or 1  # chunks of one size
+    return _Choice(1 + ((44 if total else 11) if narrow else 24) / rows, Plan(sizes.classes, rows, needs))
+
+
+def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
+    """Tiles of classes; rows that are not kept have their logits computed twice."""
+    beyond = max(sizes.rows - sizes.features, 0)
+    tile_row = max(sizes.rows * sizes.itemsize, 1)
+    tile = min(_TILE_CLASSES, max(memory // 2 // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
+    left = max(memory - tile * tile_row, 0)
+    kept = min(beyond, left // sizes.row_bytes)
+    chunk = max(1, memory // sizes.row_bytes)
+    if kept < beyond and sizes.itemsize == 2:  # grad_input of the others is a sum over tiles
+        sums = 6 * sizes.features
+        kept = min(beyond, max(left - beyond * sums, 0) // max(sizes.row_bytes - sums, 1))
+        if 2 * beyond * sums > left and chunk >= _FEWEST_ROWS:  # or found in a first pass by rows
+            tile = min(_TILE_CLASSES, max(memory // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
+            return _Choice(1 + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
+    return _Choice(1 + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
+
+
+def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max_memory_bytes: int | None) -> Plan:
+    """The plan of a call: the fastest, by estimate, within the memory that is allowed.
+
+    Args:
+        sizes: Of the call.
+        needs: Which gradients the forward computes, as bits.
+        in_tiles: Whether the call is one that tiles serve.
+        chunk_rows: What the caller wants, or None.
+        max_memory_bytes: What the caller allows, or None.
+    """
+    if chunk_rows is not None:
+        return Plan(sizes.classes, chunk_rows, needs)
+    share = int(_SHARE * sizes.rows * sizes.row_bytes)
+    for_rows = max_memory_bytes or (share if sizes.rows >= _MANY_ROWS else max(share, _ROWS_BYTES))
+    rows = _in_rows(sizes, needs, for_rows)
+    if not in_tiles or not needs & WEIGHT:
+        if rows is None:  # as few bytes as may be
+            return Plan(sizes.classes, max(1, for_rows // sizes.row_bytes if max_memory_bytes is None else 1), needs)
+        return rows.plan
+    tiles = _in_tiles(sizes, needs, max_memory_bytes or share)
+    if max_memory_bytes is None and share < _KEPT_BYTES:
+        all_kept = _in_tiles(sizes, needs, _KEPT_BYTES)
+        tiles = all_kept if all_kept.cost == 1 else tiles
+    return rows.plan if rows is not None and rows.cost < tiles.cost else tiles.plan
