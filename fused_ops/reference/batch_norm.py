@@ -62,6 +62,8 @@ def per_channel(values: Tensor, input: Tensor) -> Tensor:
 
 def group_size(batch: int, groups: int) -> int:
     """Batch entries in each ghost batch but the last, which has what is left."""
+    if groups < 1:
+        raise ValueError(f"batch_norm: expected groups to be at least 1, got {groups}")
     return max(1, -(-batch // groups))
 
 
