@@ -28,7 +28,11 @@ FORMULA = (
 ALL = ("forward", "backward", "both")
 FULL, BOTH = ("full",), ("quick", "full")  # suites that weigh a case
 EPS = 1e-5
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "leaky_relu": partial(F.leaky_relu, inplace=True),
+    "tanh": torch.tanh,
+}
 
 
 def draw(
@@ -73,8 +77,8 @@ def _eager(activation: str | None, training: bool) -> Callable[..., Tensor]:
     return function
 
 
-def _ours(activation: str | None, training: bool) -> Callable[..., Tensor]:
-    fused = {"activation": activation} if activation else {}
+def _ours(activation: str | None, training: bool, **options: Any) -> Callable[..., Tensor]:
+    fused = {"activation": activation, **options} if activation else {}
 
     def function(
         input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, **residual: Tensor
@@ -145,8 +149,9 @@ def _block_inputs(layout: str, residual: bool, device: str) -> Inputs:
     return Inputs(tensors, (*inputs.leaves, "kernel"), inputs.fresh, inputs.upstream)
 
 
-def block_case(device: str, layout: str, residual: bool) -> Case:
-    """conv, batch norm, (add,) relu: what the saved tensors cost in a network."""
+def block_case(device: str, layout: str, residual: bool, inplace: bool = False) -> Case:
+    """conv, batch norm, (add,) relu (or leaky relu, its output kept): what the saved tensors cost in a network."""
+    activation, options = ("leaky_relu", {"inplace_activated": True}) if inplace else ("relu", {})
     shape = (32, 64, 56, 56)
 
     def behind_convolution(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -155,11 +160,11 @@ def block_case(device: str, layout: str, residual: bool) -> Case:
 
         return function
 
-    eager, fused = behind_convolution(_eager("relu", True)), behind_convolution(_ours("relu", True))
-    reason = _missing("relu", residual)
+    eager, fused = (behind_convolution(norm) for norm in (_eager(activation, True), _ours(activation, True, **options)))
+    reason = _missing(activation, residual)
     return Case(
         op=OP,
-        name=f"conv-bn{'-add' * residual}-relu block {layout}",
+        name=f"conv-bn{'-add' * residual}-{activation} block {layout}" + ", output kept" * inplace,
         shape=shape,
         dtype=torch.float32,
         inputs=partial(_block_inputs, layout, residual),
@@ -211,6 +216,7 @@ def cases(device: str) -> list[Case]:
     ]
     found += [block_case(device, layout, residual) for layout in ("contiguous", "channels_last")
               for residual in (False, True)]  # fmt: skip
+    found += [block_case(device, layout, False, inplace=True) for layout in ("contiguous", "channels_last")]
     for layout in ("contiguous", "channels_last"):
         for channels in (8, 32, 128, 512, 2048):
             fields = {"part": "sweep", "sweep": f"channels {layout}", "size": channels}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_ops import _batch_norm_inplace as inplace
 from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing
 
 # The options that the modules have beyond PyTorch's.
@@ -17,7 +18,10 @@ DEFAULTS: dict[str, Any] = {
     "alpha": 1.0,
     "groups": 1,
     "frozen": False,
+    "inplace_activated": False,
 }
+
+_OPTIONS = ["correction", "activation", "residual", "negative_slope", "alpha", "valid", "groups", "inplace_activated"]
 
 
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -29,6 +33,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     frozen: bool
     negative_slope: float
     alpha: float
+    inplace_activated: bool
 
     def __init__(
         self,
@@ -39,14 +44,17 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         alpha: float = 1.0,
         groups: int = 1,
         frozen: bool = False,
+        inplace_activated: bool = False,
         **kwargs: Any,
     ) -> None:
-        _code(activation)
+        code = _code(activation)
+        if inplace_activated:
+            inplace.check(activation, code, alpha if activation == "elu" else negative_slope, None)
         super().__init__(*args, **kwargs)
         if groups > 1 and self.momentum is None:
             raise ValueError("BatchNorm: groups needs a momentum; a cumulative average takes one batch at a time")
         self.correction, self.activation, self.groups, self.frozen = correction, activation, groups, frozen
-        self.negative_slope, self.alpha = negative_slope, alpha
+        self.negative_slope, self.alpha, self.inplace_activated = negative_slope, alpha, inplace_activated
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**DEFAULTS, **state})  # what a module of PyTorch pickled lacks
@@ -84,11 +92,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 activation[1],
             )
         )
-        options = (self.correction, name, residual, *slopes, valid, self.groups)
+        options = (self.correction, name, residual, *slopes, valid, self.groups, self.inplace_activated)
         if self.momentum is None and counted:
             return self._cumulative(input, options)
         momentum = 0.0 if self.momentum is None else self.momentum
-        names = ("correction", "activation", "residual", "negative_slope", "alpha", "valid", "groups")
         return batch_norm(
             input,
             *running,
@@ -97,7 +104,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             batch_statistics,
             momentum,
             self.eps,
-            **dict(zip(names, options, strict=True)),  # type: ignore[arg-type]
+            **dict(zip(_OPTIONS, options, strict=True)),  # type: ignore[arg-type]
         )
 
     def _cumulative(self, input: Tensor, options: tuple[Any, ...]) -> Tensor:
@@ -117,8 +124,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         """PyTorch's, then what differs from its defaults."""
         text: str = super().extra_repr()
-        for name, default in (("correction", 0), ("activation", None), ("groups", 1), ("frozen", False)):
-            if getattr(self, name) != default:
+        for name in ("correction", "activation", "groups", "frozen", "inplace_activated"):
+            if getattr(self, name) != DEFAULTS[name]:
                 text += f", {name}={getattr(self, name)}"
         return text
 
@@ -134,11 +141,12 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         alpha: Of elu.
         groups: Ghost batches.
         frozen: Use the running statistics in training too, and leave them as they are.
+        inplace_activated: Keep the output for the backward instead of the input.
         **kwargs: As of ``torch.nn.BatchNorm1d``.
 
     Raises:
-        ValueError: an unknown activation, an input of the wrong number of dimensions, or ``groups`` above 1 with
-            ``momentum=None``.
+        ValueError: an unknown activation, ``inplace_activated`` with one that cannot be inverted, an input of the
+            wrong number of dimensions, or ``groups`` above 1 with ``momentum=None``.
 
     Note:
         state_dict is PyTorch's, both ways. ``forward`` takes ``residual`` and ``valid`` besides the input.

@@ -447,6 +447,12 @@ def _positions(valid: Tensor, input: Tensor) -> Tensor:
     return torch.arange(spatial[0], device=input.device) < valid.unsqueeze(1)
 
 
+def _checked(input: Tensor, valid: Tensor | None, options: Options) -> Tensor | None:
+    if options.groups < 1:
+        raise ValueError(f"batch_norm: expected groups to be at least 1, got {options.groups}")
+    return None if valid is None else _positions(valid, input)
+
+
 def _act_apply(
     input: Tensor,
     running: tuple[Tensor | None, Tensor | None],
@@ -462,9 +468,7 @@ def _act_apply(
             f"batch_norm: expected residual of input's shape and dtype, {expected}, got {list(residual.shape)} and "
             f"{residual.dtype}"
         )
-    if options.groups < 1:
-        raise ValueError(f"batch_norm: expected groups to be at least 1, got {options.groups}")
-    valid = None if valid is None else _positions(valid, input)
+    valid = _checked(input, valid, options)
     function = _CompiledActFunction if torch.compiler.is_compiling() else BatchNormActFunction
     return function.apply(input, residual, *running, *params, valid, momentum, *options)[:5]
 
@@ -491,6 +495,7 @@ def batch_norm(
     alpha: float = 1.0,
     valid: Tensor | None = None,
     groups: int = 1,
+    inplace_activated: bool = False,
 ) -> Tensor:
     """Batch normalisation, as ``torch.nn.functional.batch_norm``, with what usually follows it in the same op.
 
@@ -515,13 +520,17 @@ def batch_norm(
             statistics nor in any gradient, and the result there is 0.
         groups: Ghost batches: the batch is cut into this many parts of equal size (the last may be smaller, a small
             batch gives fewer), each normalised by its own statistics; the running statistics take them in turn.
+        inplace_activated: Keep the output for the backward instead of the input, whose memory is then free once
+            nobody else holds it; for activation None, ``"leaky_relu"`` or ``"elu"`` (with a positive slope), without a
+            residual. The output is a new tensor all the same.
 
     Returns:
         The normalised tensor, shape and dtype of ``input``.
 
     Raises:
         ValueError: one value per channel in training, ``eps`` not positive in training, one of the running statistics
-            without the other, an unknown ``activation``, or ``groups`` below 1.
+            without the other, an unknown ``activation``, ``groups`` below 1, or ``inplace_activated`` where the output
+            does not tell the input.
         RuntimeError: no running statistics in evaluation, parameters of a wrong size or of mixed dtypes, a
             ``residual`` or ``valid`` of a wrong shape, or running statistics that require grad.
         IndexError: ``input`` has fewer than two dimensions.
@@ -531,7 +540,9 @@ def batch_norm(
     Note:
         Statistics are accumulated blockwise and merged in float64, in an order that does not depend on the number of
         threads. Differentiable any number of times, in both modes. Running statistics are not updated by a forward
-        that runs inside a backward pass, so that activation checkpointing counts each batch once.
+        that runs inside a backward pass, so that activation checkpointing counts each batch once. With
+        ``inplace_activated`` a channel of small weight keeps its input besides, so that gradients stay as exact; under
+        torch.func, forward-mode AD and torch.compile the option changes nothing.
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
@@ -540,7 +551,7 @@ def batch_norm(
         return input.clone()  # one dimension of no values: PyTorch lets it through
     output, _, _, new_mean, new_var = _with_statistics(
         *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
-        *(activation, residual, negative_slope, alpha, valid, groups),
+        *(activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
     )
     if training and running_mean is not None and running_var is not None and not recomputing():
         running_mean.copy_(new_mean)
@@ -565,13 +576,21 @@ def _with_statistics(
     alpha: float,
     valid: Tensor | None,
     groups: int,
+    inplace_activated: bool,
 ) -> Any:
     """``batch_norm`` that changes nothing: (output, mean, invstd, new_running_mean, new_running_var)."""
     _check(input, running_mean, running_var, training, eps)
-    if activation is None and residual is None and valid is None and groups == 1:
+    if activation is None and residual is None and valid is None and groups == 1 and not inplace_activated:
         function = _CompiledFunction if torch.compiler.is_compiling() else BatchNormFunction
         return function.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
     code = _code(activation)
     slope = alpha if code == _activation.ELU else negative_slope if code == _activation.LEAKY_RELU else 0.0
     options = Options(training, eps, correction, code, slope, groups)
-    return _act_apply(input, (running_mean, running_var), (weight, bias), momentum, options, residual, valid)
+    running, params = (running_mean, running_var), (weight, bias)
+    if inplace_activated:
+        from fused_ops import _batch_norm_inplace as inplace  # it needs this module
+
+        inplace.check(activation, code, slope, residual)
+        if inplace.available(input, weight, bias):
+            return inplace.apply(input, running, params, _checked(input, valid, options), momentum, options)
+    return _act_apply(input, running, params, momentum, options, residual, valid)

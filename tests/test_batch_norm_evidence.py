@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fused_ops
+from fused_ops.reference import _activation
 from fused_ops.testing import assert_no_worse_than
 
 SHAPES = {
@@ -43,3 +44,114 @@ def test_running_mean_of_float64():
     torch.nn.functional.batch_norm(x, eager, torch.ones(7).double(), training=True, momentum=1.0)
     truth = torch.tensor([math.fsum(x[:, c].tolist()) / 20000 for c in range(7)], dtype=torch.float64)
     assert_no_worse_than(found, eager, truth, "running_mean")
+
+
+def test_accuracy_table_is_up_to_date():
+    """The page names what the command measures, and our figures on it are today's, up to another processor's."""
+    from benchmarks import batch_norm_accuracy as page
+
+    written = page.MARKER.search(page.PAGE.read_text(encoding="utf-8"))[0].splitlines()[1:-1]
+    made = page.table().splitlines()
+    assert [line.split(" | ")[:4] for line in written] == [line.split(" | ")[:4] for line in made]
+    for old, new in zip(written[2:], made[2:], strict=True):
+        for a, b in zip(old.strip("| ").split(" | ")[4:], new.strip("| ").split(" | ")[4:], strict=True):
+            ours, before = (float(cell.split(" / ")[0]) for cell in (b, a))
+            assert ours <= 2 * before + 6e-8, (old, new)
+
+
+def test_a_large_mean_leaves_errors_of_the_order_of_a_rounding():
+    """At mean 1e3 and standard deviation 1e-2, in float32 and every layout."""
+    from benchmarks import batch_norm_accuracy as page
+
+    checked = 0
+    for name, pairs in page.rows():
+        if name[2:] == ("float32", "100000"):
+            errors = dict(zip(page.QUANTITIES, pairs, strict=True))
+            del errors["eval output"]  # as exact as float32 running statistics can be
+            assert all(ours < 1e-6 for ours, _ in errors.values()), (name, errors)
+            checked += 1
+    assert checked == 5
+
+
+DDP = """
+import copy, os, socket, torch, torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+import fused_ops
+
+def model(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+def worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    ours = nn.parallel.DistributedDataParallel(model(fused_ops.BatchNorm2d), broadcast_buffers=BROADCAST)
+    (ours(a) * ours(b)).sum().backward()
+    plain = model(nn.BatchNorm2d)
+    (plain(a) * plain(b)).sum().backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        mean = theirs.grad.clone()
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mine.grad, mean / 2, rtol=1e-4, atol=1e-5)
+    assert ours.module[1].num_batches_tracked == 2
+    with open(f"agrees{rank}", "w") as file:
+        file.write("yes")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+
+if __name__ == "__main__":
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_two_forwards_before_one_backward_under_ddp(tmp_path, run_python, broadcast):
+    """Nothing that the first backward needs is changed by the second forward, or by the buffers' broadcast."""
+    script = tmp_path / "two.py"
+    script.write_text(DDP.replace("BROADCAST", str(broadcast)))
+    run_python(str(script), cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert (tmp_path / "agrees0").exists() and (tmp_path / "agrees1").exists()
+
+
+@pytest.mark.parametrize("activation", [*_activation.CODES])
+@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [False, True])
+def test_derivatives_of_every_activation_layout_and_mode(activation, layout, training, residual):
+    shape = {"rows": (4, 2), "planes": (2, 2, 5, 7), "channels last": (2, 2, 2, 2)}[layout]
+    x, r = (lay_out(torch.randn(shape, dtype=torch.float64), layout) for _ in range(2))
+    w, b = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    mean, var = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+
+    def function(x, w, b, r):
+        options = {"activation": activation, "residual": r if residual else None}
+        return fused_ops.batch_norm(x, mean.clone(), var.clone(), w, b, training, **options)
+
+    inputs = [t.requires_grad_() for t in (x, w, b, r)]
+    inputs[3].requires_grad_(residual)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (1, 1, 2, 1), (6, 1), (2, 3, 1, 1), (1, 40, 33)])
+def test_one_sample_or_one_channel(shape, activation):
+    x, g = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    found = []
+    for fused in (False, True):
+        leaf = x.clone().requires_grad_()
+        if fused:
+            y = fused_ops.batch_norm(leaf, None, None, training=True, activation=activation)
+        else:
+            y = torch.nn.functional.batch_norm(leaf, None, None, training=True)
+            y = y if activation is None else getattr(torch.nn.functional, activation)(y)
+        found.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
+    torch.testing.assert_close(found[1], found[0])

@@ -26,7 +26,8 @@ LAYOUTS = {
     "volume channels last": (2, 6, 4, 5, 3),
     "transposed": (5, 4, 6, 7),
 }
-# In float32 these kernels round a few times more than eager's, so they miss the error rule by up to about 6e-7.
+# In float32 each value takes several roundings, and eager's largest error over a handful of channels is a matter of
+# luck: these are judged over several draws at once, plus one rounding of the largest value instead of each.
 SEVERAL_ROUNDINGS = ("silu", "gelu", "tanh", "sigmoid")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,16 +65,23 @@ def fused(x, mean, var, w, b, training, r, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_worse_than_composed_eager(dtype, activation, layout, training):
-    torch.manual_seed(3)
-    x, r, g = (lay_out((torch.randn(LAYOUTS[layout]) * s + m).to(dtype), layout) for s, m in [(2, 3), (1, 0), (1, 0)])
-    wide = torch.float32
-    ours, eager = (results(f, x, r, g, wide, training, activation) for f in (fused, composed))
-    truth = results(composed, x.double(), r.double(), g.double(), torch.float64, training, activation)
-    for name, value in ours.items():
-        if dtype == torch.float32 and activation in SEVERAL_ROUNDINGS:
-            assert (value.double() - truth[name]).abs().max() <= 2e-6 * truth[name].abs().max().clamp(min=1)
+    several = dtype == torch.float32 and activation in SEVERAL_ROUNDINGS
+    drawn = []
+    for seed in range(3, 7 if several else 4):
+        torch.manual_seed(seed)
+        x, r, g = (
+            lay_out((torch.randn(LAYOUTS[layout]) * s + m).to(dtype), layout) for s, m in [(2, 3), (1, 0), (1, 0)]
+        )
+        ours, eager = (results(f, x, r, g, torch.float32, training, activation) for f in (fused, composed))
+        truth = results(composed, x.double(), r.double(), g.double(), torch.float64, training, activation)
+        drawn.append((ours, eager, truth))
+    for name in ours:
+        value, other, exact = (torch.stack([d[i][name] for d in drawn]) for i in range(3))
+        if several:
+            allowed = (other.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            assert (value.double() - exact).abs().max() <= allowed, name
         else:
-            assert_no_worse_than(value, eager[name], truth[name], name)
+            assert_no_worse_than(value, other, exact, name)
     if layout != "transposed":
         assert ours["output"].stride() == x.stride() == ours["grad_input"].stride()
 

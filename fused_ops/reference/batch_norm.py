@@ -62,6 +62,8 @@ def per_channel(values: Tensor, input: Tensor) -> Tensor:
 
 def group_size(batch: int, groups: int) -> int:
     """Batch entries in each ghost batch but the last, which has what is left."""
+    if groups < 1:
+        raise ValueError(f"batch_norm: expected groups to be at least 1, got {groups}")
     return max(1, -(-batch // groups))
 
 
@@ -89,7 +91,8 @@ def mask_bytes(input: Tensor) -> int:
     return rows * ((length + 7) // 8)
 
 
-def _pack(positive: Tensor, input: Tensor) -> Tensor:
+def pack(positive: Tensor, input: Tensor) -> Tensor:
+    """The mask from a bool tensor of the input's shape."""
     rows, length = _mask_rows(input)
     ordered = positive.movedim(1, -1) if is_channels_last(input) else positive
     bits = torch.nn.functional.pad(ordered.reshape(rows, length).to(torch.uint8), (0, -length % 8))
@@ -340,7 +343,7 @@ def act_forward(
         z = z + per_channel(bias.double(), z)
     if residual is not None:
         z = z + residual.double()
-    mask = _pack(~(z <= 0), input) if has_mask(residual, valid, activation) else z.new_empty(0, dtype=torch.uint8)
+    mask = pack(~(z <= 0), input) if has_mask(residual, valid, activation) else z.new_empty(0, dtype=torch.uint8)
     y = _activation.apply(activation, z, slope)
     if valid is not None:
         y = torch.where(_keep(valid, input).bool(), y, 0.0)
@@ -502,4 +505,15 @@ def samples() -> list[Sample]:
         add("valid rows", (5, 2), training, valid=rows, activation="relu", residual=True)
     add("ghost batches", (7, 2), True, groups=2)
     add("ragged ghost batches, gelu after residual", (5, 2, 2), True, groups=2, activation="gelu", residual=True)
+    kinds = itertools.product((None, "leaky_relu", "elu"), ("rows", "image", "channels last"), (True, False))
+    for activation, name, training in kinds:
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": 0.2,
+            "alpha": 1.3,
+            "inplace_activated": True,
+        }
+        add(f"{name}, output of {activation} kept", shapes[name], training, **options)
+    add("ghost batches, output kept", (5, 2, 2), True, groups=2, activation="elu", inplace_activated=True)
+    add("lengths, output kept", (3, 2, 4), True, valid=lengths, activation="leaky_relu", inplace_activated=True)
     return found

@@ -1,0 +1,331 @@
+// Schema, checks, allocation and dispatch of batch norm that keeps its output instead of its input. Tensors stop here.
+#include "batch_norm_inplace.h"
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "batch_norm_tensors.h"
+#include "checks.h"
+
+namespace fused_ops {
+namespace {
+
+struct Options {
+  Activation activation;
+  double slope;
+};
+
+Options options_of(int64_t activation, double slope) {
+  const Activation kind = activation_of(activation);
+  const bool sloped = kind == Activation::leaky_relu || kind == Activation::elu;
+  if (!sloped && kind != Activation::none)
+    raise(kOp, ": the activation of a kept output must be none, leaky_relu or elu, got code ", activation);
+  if (sloped && !(slope > 0 && slope <= std::numeric_limits<float>::max()))
+    raise(kOp, ": the slope of a kept output must be positive, got ", slope);
+  return {kind, slope};
+}
+
+// The smallest normal number of the dtype: below it the output's rounding is no longer relative.
+double smallest_normal(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return std::numeric_limits<double>::min();
+    case DType::float16: return 6.103515625e-5;
+    default: return static_cast<double>(std::numeric_limits<float>::min());
+  }
+}
+
+enum Row { kBias, kMean, kFactor, kShift, kLimit, kScale, kGradMean, kGradSlope, kRows };
+
+// Per column of one group's walk: what the kernels read. Short rows of columns are taken several at a time.
+class Columns {
+ public:
+  Columns(const View& part, DType dtype)
+      : layout(part.layout),
+        fused_(fused_rows(part.layout)),
+        channels_(part.channels),
+        repeat_(part.repeat),
+        keep_(static_cast<size_t>(part.layout.channels * fused_)),
+        values_(dtype, part.layout.channels * fused_, kRows) {
+    layout.batch /= fused_, layout.channels *= fused_;
+  }
+
+  void set(int64_t which, int64_t channel, double value) {
+    each(channel, [&](int64_t column) { values_.set(which, column, value); });
+  }
+  // Returns which of the channel's x are kept.
+  Keep set_keep(int64_t channel, double weight, double bias, const Options& o, DType dtype) {
+    const double flat = o.activation == Activation::leaky_relu ? std::min(1.0, o.slope) : 1.0;
+    const double size = std::fabs(weight), reach = kMaxAmplification * size;
+    Keep keep = Keep::none;
+    double limit = 0;
+    if (!(std::fabs(bias) + smallest_normal(dtype) / flat <= reach)) {  // NaN too
+      keep = Keep::all;
+    } else if (o.activation == Activation::elu) {
+      keep = Keep::below, limit = -o.slope * reach / (1 + reach);
+    }
+    each(channel, [&](int64_t column) { keep_[static_cast<size_t>(column)] = keep; });
+    set(kLimit, channel, limit);
+    any_ |= keep != Keep::none;
+    return keep;
+  }
+  bool any() const { return any_; }
+
+  BatchNormInplace args(DType dtype, const Options& o) {
+    BatchNormInplace a{};
+    a.dtype = dtype, a.layout = layout, a.activation = o.activation, a.slope = o.slope;
+    a.keep = keep_.data();
+    a.bias = values_.row(kBias), a.mean = values_.row(kMean), a.factor = values_.row(kFactor);
+    a.shift = values_.row(kShift), a.limit = values_.row(kLimit), a.scale = values_.row(kScale);
+    a.grad_mean = values_.row(kGradMean), a.grad_slope = values_.row(kGradSlope);
+    return a;
+  }
+  // Calls body(partial) for what the kernels wrote for a channel, in a fixed order.
+  template <class Body>
+  void for_partials(const Partial* partials, int64_t items, int64_t channel, const Body& body) const {
+    if (!layout.columns()) {
+      for (int64_t item = channel; item < items; item += channels_) body(partials[item]);
+      return;
+    }
+    for (int64_t item = 0; item < items; ++item)
+      each(channel, [&](int64_t column) { body(partials[item * layout.channels + column]); });
+  }
+
+  ChannelLayout layout;
+
+ private:
+  static int64_t fused_rows(const ChannelLayout& l) {
+    int64_t rows = 1;
+    while (l.columns() && !l.valid && l.batch % (2 * rows) == 0 && l.batch > 0 && 2 * rows * l.channels <= 256)
+      rows *= 2;
+    return rows;
+  }
+  template <class Body>
+  void each(int64_t channel, const Body& body) const {
+    for (int64_t row = 0; row < fused_; ++row)
+      for (int64_t i = 0; i < repeat_; ++i) body((row * channels_ + channel) * repeat_ + i);
+  }
+
+  // Accumulators of the dtype's width.
+  class Table {
+   public:
+    Table(DType dtype, int64_t columns, int64_t rows)
+        : wide_(dtype == DType::float64), columns_(columns), memory_(static_cast<size_t>(rows * columns)) {}
+    void set(int64_t which, int64_t column, double value) {
+      if (wide_)
+        static_cast<double*>(row(which))[column] = value;
+      else
+        static_cast<float*>(row(which))[column] = static_cast<float>(value);
+    }
+    void* row(int64_t which) { return memory_.data() + which * columns_; }
+
+   private:
+    bool wide_;
+    int64_t columns_;
+    std::vector<double> memory_;
+  };
+
+  int64_t fused_, channels_, repeat_;
+  std::vector<Keep> keep_;
+  Table values_;
+  bool any_ = false;
+};
+
+std::tuple<Tensor, Tensor> batch_norm_keep(const Tensor& output_, const Tensor& input_, const MaybeTensor& weight,
+                                           const MaybeTensor& bias, const MaybeTensor& valid_, int64_t activation,
+                                           double slope, int64_t groups) {
+  check_input(output_);
+  const Options o = options_of(activation, slope);
+  check_parameters(output_, {{"weight", &weight}, {"bias", &bias}});
+  const bool last = is_channels_last(output_);
+  const Tensor output = last ? output_ : dense(output_);
+  const Tensor input = *matching("input", input_, output);
+  const MaybeTensor valid = valid_positions(valid_, output);
+  const View view = view_of(output, last, valid, groups);
+  const DType dtype = float_dtype(kOp, "output", output);
+  const Values w(weight, 1), b(bias, 0);
+  std::vector<Columns> columns;
+  int64_t items = 0;
+  for (int64_t group = 0; group < view.groups; ++group) {
+    columns.emplace_back(view.group(group), dtype);
+    for (int64_t c = 0; c < view.channels; ++c) columns.back().set_keep(c, w[c], b[c], o, dtype);
+    items += columns.back().args(dtype, o).items();
+  }
+  const int64_t size = items + 1;
+  const Tensor begins = empty(output, {&size, 1}, ScalarType::Long);
+  int64_t* begin = static_cast<int64_t*>(begins.mutable_data_ptr());
+  std::fill_n(begin, size, 0);
+  const auto each_group = [&](void (*kernel)(const BatchNormInplace&, int64_t, int64_t), void* kept) {
+    int64_t done = 0;
+    for (int64_t group = 0; group < view.groups; ++group) {
+      Columns& part = columns[static_cast<size_t>(group)];
+      const int64_t offset = view.group_offset(group) * element_size(dtype);
+      BatchNormInplace args = part.args(dtype, o);
+      args.output = at(output.const_data_ptr(), offset), args.input = at(input.const_data_ptr(), offset);
+      args.begins = begin + done, args.kept = kept;
+      if (part.any())
+        for_items(part.layout, args.items(), [&](int64_t first, int64_t end) { kernel(args, first, end); });
+      done += args.items();
+    }
+  };
+  each_group(FUSED_OPS_SELECT(batch_norm_keep_count), nullptr);
+  for (int64_t item = 0; item < items; ++item) begin[item + 1] += begin[item];
+  const Tensor kept = empty(output, {begin + items, 1}, output.scalar_type());
+  if (begin[items]) each_group(FUSED_OPS_SELECT(batch_norm_keep_copy), kept.mutable_data_ptr());
+  return {kept, begins};
+}
+
+double rounded(double value, DType dtype) {
+  return dtype == DType::float64 ? value : static_cast<double>(static_cast<float>(value));
+}
+
+// What rounding a mean to the accumulator loses.
+double lost(double mean, DType dtype) {
+  const double low = mean - rounded(mean, dtype);
+  return low == low ? low : 0;  // inf - inf
+}
+
+// What the backward relies on when it reads `kept`; the kernels stop at an item's end by themselves.
+void check_begins(const Tensor& begins, int64_t items, int64_t kept) {
+  check_cpu(kOp, "begins", begins);
+  check_dtype(kOp, "begins", begins, ScalarType::Long, "int64");
+  check_numel(kOp, "begins", begins, items + 1);
+  const int64_t* b = static_cast<const int64_t*>(begins.const_data_ptr());
+  bool ordered = b[0] == 0 && b[items] == kept;
+  for (int64_t i = 0; i < items; ++i) ordered &= b[i] <= b[i + 1];
+  if (!ordered) raise(kOp, ": begins must rise from 0 to the ", kept, " values of kept");
+}
+
+struct Backward {
+  bool training;
+  int64_t correction;
+  bool need_input, need_params;
+};
+
+// One group: sums, coefficients, and the gradient of the input, channel by channel where there are many planes.
+template <class Finish>
+void run_group(const BatchNormInplace& args, const View& part, const Backward& o, const Finish& finish) {
+  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
+  const bool reduces = o.need_params || (o.training && o.need_input);
+  const int64_t channels = part.channels, items = args.items();
+  if (!args.layout.columns() && channels >= kMinItems) {
+    for_items(args.layout, channels, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t item = c; reduces && item < items; item += channels) sums(args, item, item + 1);
+        finish(c);
+        for (int64_t item = items - channels + c; o.need_input && item >= 0; item -= channels)
+          grads(args, item, item + 1);
+      }
+    });
+    return;
+  }
+  if (reduces) for_items(args.layout, items, [&](int64_t begin, int64_t end) { sums(args, begin, end); });
+  for (int64_t c = 0; c < channels; ++c) finish(c);
+  if (o.need_input) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& grad_output_, const Tensor& output_,
+                                                               const MaybeTensor& weight, const MaybeTensor& bias,
+                                                               const Tensor& mean_, const Tensor& invstd_,
+                                                               const Tensor& kept_, const Tensor& begins_,
+                                                               const MaybeTensor& valid_, bool training,
+                                                               int64_t correction, int64_t activation, double slope,
+                                                               int64_t groups, bool need_input, bool need_params) {
+  const Backward o{training, correction, need_input, need_params};
+  check_input(output_);
+  const Options options = options_of(activation, slope);
+  check_parameters(output_, {{"weight", &weight}, {"bias", &bias}});
+  const bool last = is_channels_last(output_);
+  const Tensor output = last ? output_ : dense(output_);
+  const Tensor grad_output = *matching("grad_output", grad_output_, output);
+  const MaybeTensor valid = valid_positions(valid_, output);
+  const View view = view_of(output, last, valid, groups);
+  const int64_t channels = view.channels, none = 0;
+  const DType dtype = float_dtype(kOp, "output", output);
+  for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
+    check_cpu(kOp, name, *t);
+    check_dtype(kOp, name, *t, ScalarType::Double, "float64");
+    check_numel(kOp, name, *t, view.groups * channels);
+  }
+  check_cpu(kOp, "kept", kept_);
+  check_same_dtype(kOp, "kept", kept_, "output", output);
+  const Tensor mean = dense(mean_), invstd = dense(invstd_), kept = dense(kept_), begins = dense(begins_);
+  const Values w(weight, 1), b(bias, 0);
+  std::vector<Columns> columns;
+  int64_t items = 0, most = 0;
+  for (int64_t group = 0; group < view.groups; ++group) {
+    columns.emplace_back(view.group(group), dtype);
+    const BatchNormInplace args = columns.back().args(dtype, options);
+    items += args.items();
+    most = std::max(most, args.items() * (args.layout.columns() ? args.layout.channels : 1));
+  }
+  check_begins(begins, items, kept.numel());
+
+  const ScalarType like = weight ? weight->scalar_type() : bias ? bias->scalar_type() : output.scalar_type();
+  const Tensor grad_input =
+      need_input ? empty_huge(kOp, output, output.strides()) : empty(output, {&none, 1}, output.scalar_type());
+  const Tensor grad_weight = empty(output, {need_params ? &channels : &none, 1}, like);
+  const Tensor grad_bias = empty(output, {need_params ? &channels : &none, 1}, like);
+  std::vector<double> params(static_cast<size_t>(2 * channels));
+  std::vector<double> inverse(static_cast<size_t>(channels));
+  std::vector<Partial> partials(static_cast<size_t>(most));
+  int64_t done = 0;
+  for (int64_t group = 0; group < view.groups; ++group) {
+    const View part = view.group(group);
+    Columns& table = columns[static_cast<size_t>(group)];
+    const double* m = doubles(mean) + group * channels;
+    const double* inv = doubles(invstd) + group * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      // As the forward multiplied: with the scale rounded to the accumulator.
+      const double scale = rounded(w[c] * inv[c], dtype);
+      const bool all = table.set_keep(c, w[c], b[c], options, dtype) == Keep::all;
+      const double factor = all ? 1 : scale;
+      inverse[static_cast<size_t>(c)] = inv[c] / factor;
+      table.set(kBias, c, b[c]), table.set(kMean, c, m[c]), table.set(kFactor, c, factor);
+      table.set(kShift, c, -factor * lost(m[c], dtype)), table.set(kScale, c, w[c] * inv[c]);
+    }
+    BatchNormInplace args = table.args(dtype, options);
+    const int64_t offset = view.group_offset(group) * element_size(dtype);
+    args.frozen = !training;
+    args.output = at(output.const_data_ptr(), offset), args.grad_output = at(grad_output.const_data_ptr(), offset);
+    args.begins = static_cast<int64_t*>(begins.mutable_data_ptr()) + done, args.kept = kept.mutable_data_ptr();
+    args.grad_input = need_input ? at(grad_input.mutable_data_ptr(), offset) : nullptr;
+    args.partials = partials.data();
+    run_group(args, part, o, [&](int64_t c) {
+      double sum = 0, dot = 0;
+      int64_t counted = 0;
+      table.for_partials(partials.data(), args.items(), c,
+                         [&](const Partial& p) { sum += p.a, dot += p.b, counted += p.n; });
+      const double n = static_cast<double>(counted), slope = inverse[static_cast<size_t>(c)];
+      dot *= slope;
+      if (counted) params[static_cast<size_t>(2 * c)] += dot, params[static_cast<size_t>(2 * c + 1)] += sum;
+      table.set(kGradMean, c, sum / n), table.set(kGradSlope, c, dot * slope / (n - static_cast<double>(correction)));
+    });
+    done += args.items();
+  }
+  if (need_params) {
+    set_every_second(grad_weight, params.data(), channels);
+    set_every_second(grad_bias, params.data() + 1, channels);
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace fused_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
+  m.def(
+      "batch_norm_keep(Tensor output, Tensor input, Tensor? weight, Tensor? bias, Tensor? valid, int activation, "
+      "float slope, int groups) -> (Tensor kept, Tensor begins)");
+  m.def(
+      "batch_norm_inplace_backward(Tensor grad_output, Tensor output, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, Tensor kept, Tensor begins, Tensor? valid, bool training, int correction, int activation, "
+      "float slope, int groups, bool need_input, bool need_params) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+  m.impl("batch_norm_keep", TORCH_BOX(&fused_ops::batch_norm_keep));
+  m.impl("batch_norm_inplace_backward", TORCH_BOX(&fused_ops::batch_norm_inplace_backward));
+}
