@@ -111,7 +111,7 @@ struct SplitLse {
 };
 
 // The target's gradient over the upstream one: p - 1, or minus the others' p where that would cancel.
-inline double target_residual(double p, double others) { return p < 0.5 ? p - 1.0 : -others; }
+inline double target_residual(double p, double others) { return p >= 0.5 ? -others : p - 1.0; }
 
 // grad[0, n) = exp(x - lse) * scale; returns the sum of the exponentials but the target's, if kSum.
 template <bool kSum, class T>
