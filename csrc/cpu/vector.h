@@ -56,7 +56,7 @@ constexpr int64_t kWidth = kVectorBytes / 4;
 
 inline float_vec splat(float v) { return float_vec{} + v; }
 // b where either is NaN.
-inline float_vec max_vec(float_vec a, float_vec b) {
+__attribute__((always_inline)) inline float_vec max_vec(float_vec a, float_vec b) {
 #if defined(__AVX512F__)
   return bit_copy<float_vec>(_mm512_max_ps(bit_copy<__m512>(a), bit_copy<__m512>(b)));
 #elif defined(__AVX2__)
@@ -124,7 +124,7 @@ inline void store_vec(float16_t* p, float_vec v) {
 }
 
 // exp_ for a register, for x below 88; -inf gives 0, NaN gives NaN.
-inline float_vec exp_vec(float_vec x) {
+__attribute__((always_inline)) inline float_vec exp_vec(float_vec x) {
   x = max_vec(splat(-110.0f), x);
 #if defined(__AVX512F__)
   // x = (n + f/16) ln2 + r with |r| <= ln2/32: a table of 2^(f/16) in one register leaves a cubic.
