@@ -4,9 +4,10 @@
 // Backward, per row: grad_x_j = (exp(x_j - lse) - [j == target]) * grad_loss.
 //
 // Memory: forward reads every logit once and writes 8 bytes per row (lse); backward reads every logit once and writes
-// every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Three
-// walks: rows whose classes are adjacent (one register of classes at a time), rows that are adjacent themselves, as in
-// (batch, classes, height, width) (one register of rows at a time, a tile of rows in L2), and any strides, gathered.
+// every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Four
+// walks: rows whose classes are adjacent (one register of classes at a time; few classes: cross_entropy_small.h), rows
+// that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time, a tile of rows in
+// L2), and any strides, gathered.
 //
 // Stability: the sum is taken over classes other than the target, relative to the running maximum, so that a confident
 // right row keeps its loss (log1p of the rest) and the target's gradient is minus the sum of the others instead of
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cross_entropy_small.h"
 #include "cross_entropy_targets.h"
 #include "cross_entropy_walks.h"
 
@@ -30,17 +32,15 @@ struct TargetTile {
   int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
 
   TargetTile(const Targets& t, int64_t begin, int64_t n, int64_t classes) {
+    read_targets(t, begin, n, target);
+    bool bad = false;
     for (int64_t r = 0; r < n; ++r) {
-      target[r] = target_at(t, begin + r);
-      if (target[r] == t.ignore_index) {
-        target[r] = kIgnored;
-      } else if (target[r] < 0 || target[r] >= classes) {
-        bad_row = begin + r;
-        return;
-      } else {
-        ++count;
-      }
+      const bool ignored = target[r] == t.ignore_index;
+      target[r] = ignored ? kIgnored : target[r];
+      bad |= !ignored && (target[r] < 0 || target[r] >= classes);
+      count += !ignored;
     }
+    if (bad) bad_row = cross_entropy_bad_target(t, begin, begin + n, classes);
   }
 };
 
@@ -54,23 +54,38 @@ int64_t rows_of_step(const RowLayout& l, int64_t row, int64_t end, int64_t eleme
   return std::min(n, l.spatial - row % l.spatial);
 }
 
+// In an order of its own, which the rows before the first do not change.
+double sum_of(const double* x, int64_t n) {
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int64_t l = 0; l < std::min(kLanes, n - i); ++l) lanes[l] += x[i + l];
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
 template <class T>
-void step_forward(const CrossEntropyForward& a, int64_t row, int64_t n, const int64_t* target, RowSums& sums) {
-  const T* logits = static_cast<const T*>(a.logits) + a.layout.offset(row);
-  if constexpr (!std::is_same_v<T, double>) {
-    if (a.layout.adjacent_rows()) return lanes_sums(logits, a.layout.class_stride, a.layout.classes, n, target, sums);
+constexpr bool kFloats = !std::is_same_v<T, double>;
+
+template <class T>
+void step_forward(const CrossEntropyForward& a, int64_t row, int64_t n, const int64_t* target, PackedRows<T>& packed,
+                  RowSums& sums) {
+  const RowLayout& l = a.layout;
+  const T* logits = static_cast<const T*>(a.logits);
+  if constexpr (kFloats<T>) {
+    if (l.adjacent_rows()) return lanes_sums(logits + l.offset(row), l.class_stride, l.classes, n, target, sums);
+    if (is_small(l)) return small_sums(packed, RowsAt<const T>(logits, l, row), n, target, sums);
   }
   for (int64_t r = 0; r < n; ++r) {
     if (target[r] == kIgnored) continue;
-    const T* x = static_cast<const T*>(a.logits) + a.layout.offset(row + r);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (a.layout.adjacent_classes()) {
-        row_sums(x, a.layout.classes, target[r], &sums.max[r], &sums.others[r], &sums.below[r]);
+    const T* x = logits + l.offset(row + r);
+    if constexpr (kFloats<T>) {
+      if (l.adjacent_classes()) {
+        row_sums(x, l.classes, target[r], &sums.max[r], &sums.others[r], &sums.below[r]);
         continue;
       }
     }
-    strided_row_sums(x, a.layout.class_stride, a.layout.classes, target[r], &sums.max[r], &sums.others[r],
-                     &sums.below[r]);
+    strided_row_sums(x, l.class_stride, l.classes, target[r], &sums.max[r], &sums.others[r], &sums.below[r]);
   }
 }
 
@@ -78,6 +93,7 @@ template <class T>
 BlockResult forward_rows(const CrossEntropyForward& a, int64_t begin, int64_t end) {
   BlockResult result{0.0, 0, -1};
   RowSums sums;
+  PackedRows<T> packed(a.layout.classes);
   double loss[kRowTile];
   for (int64_t row = begin, n = 0; row < end; row += n) {
     n = rows_of_step(a.layout, row, end, sizeof(T));
@@ -86,14 +102,14 @@ BlockResult forward_rows(const CrossEntropyForward& a, int64_t begin, int64_t en
       result.bad_row = targets.bad_row;
       break;
     }
-    for (int64_t r = 0; r < n; ++r) sums.max[r] = sums.others[r] = sums.below[r] = 0;
-    step_forward<T>(a, row, n, targets.target, sums);
-    sums.finish<std::is_same_v<T, double>>(n, a.lse + row, loss);
-    for (int64_t r = 0; r < n; ++r) {
+    if (targets.count < n)
+      for (int64_t r = 0; r < n; ++r) sums.max[r] = sums.others[r] = sums.below[r] = 0;
+    step_forward<T>(a, row, n, targets.target, packed, sums);
+    sums.finish<!kFloats<T>>(n, a.lse + row, loss);
+    for (int64_t r = 0; targets.count < n && r < n; ++r)
       if (targets.target[r] == kIgnored) a.lse[row + r] = loss[r] = 0;  // lse never read: its gradient is zero
-      result.loss_sum += loss[r];
-      if (a.row_loss) a.row_loss[row + r] = loss[r];
-    }
+    result.loss_sum += sum_of(loss, n);
+    for (int64_t r = 0; a.row_loss && r < n; ++r) a.row_loss[row + r] = loss[r];
     result.count += targets.count;
     for (int64_t r = 0; a.loss && r < n; ++r) store(static_cast<T*>(a.loss) + row + r, static_cast<acc_t<T>>(loss[r]));
   }
@@ -101,21 +117,30 @@ BlockResult forward_rows(const CrossEntropyForward& a, int64_t begin, int64_t en
 }
 
 template <class T>
-void step_backward(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target) {
+void read_scales(const CrossEntropyBackward& a, int64_t row, int64_t n, double* scale) {
+  if (a.row_scale)
+    std::copy_n(a.row_scale + (row - a.row_scale_begin), n, scale);
+  else if (!a.grad_loss)
+    std::fill_n(scale, n, a.scale);
+  else
+    for (int64_t r = 0; r < n; ++r) scale[r] = static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row + r]));
+}
+
+template <class T>
+void step_backward(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target,
+                   PackedRows<T>& packed) {
   const T* logits = static_cast<const T*>(a.logits);
   T* grads = static_cast<T*>(a.grad_logits);
   const RowLayout &l = a.layout, &g = a.grad_layout;
-  const auto scale_of = [&](int64_t r) {
-    if (a.row_scale) return a.row_scale[row + r - a.row_scale_begin];
-    return a.grad_loss ? static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row + r])) : a.scale;
-  };
-  if constexpr (!std::is_same_v<T, double>) {
-    if (l.adjacent_rows() && g.adjacent_rows()) {
-      double scale[kRowTile];
-      for (int64_t r = 0; r < n; ++r) scale[r] = scale_of(r);
+  double scale[kRowTile];
+  read_scales<T>(a, row, n, scale);
+  if constexpr (kFloats<T>) {
+    if (l.adjacent_rows() && g.adjacent_rows())
       return lanes_backward(logits + l.offset(row), l.class_stride, grads + g.offset(row), g.class_stride, l.classes, n,
                             target, a.lse + row, scale);
-    }
+    if (is_small(l) && is_small(g))
+      return small_backward(packed, RowsAt<const T>(logits, l, row), RowsAt<T>(grads, g, row), n, target, a.lse + row,
+                            scale);
   }
   for (int64_t r = 0; r < n; ++r) {
     const T* x = logits + l.offset(row + r);
@@ -124,23 +149,24 @@ void step_backward(const CrossEntropyBackward& a, int64_t row, int64_t n, const 
       for (int64_t c = 0; c < l.classes; ++c) store(grad + c * g.class_stride, acc_t<T>(0));
       continue;
     }
-    if constexpr (!std::is_same_v<T, double>) {
+    if constexpr (kFloats<T>) {
       if (l.adjacent_classes() && g.adjacent_classes()) {
-        row_backward(x, grad, l.classes, target[r], a.lse[row + r], scale_of(r));
+        row_backward(x, grad, l.classes, target[r], a.lse[row + r], scale[r]);
         continue;
       }
     }
-    strided_row_backward(x, l.class_stride, grad, g.class_stride, l.classes, target[r], a.lse[row + r], scale_of(r));
+    strided_row_backward(x, l.class_stride, grad, g.class_stride, l.classes, target[r], a.lse[row + r], scale[r]);
   }
 }
 
 template <class T>
 int64_t backward_rows(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
+  PackedRows<T> packed(a.layout.classes);
   for (int64_t row = begin, n = 0; row < end; row += n) {
     n = std::min(rows_of_step(a.layout, row, end, sizeof(T)), rows_of_step(a.grad_layout, row, end, sizeof(T)));
     const TargetTile targets(a.targets, row, n, a.layout.classes);
     if (targets.bad_row >= 0) return targets.bad_row;
-    step_backward<T>(a, row, n, targets.target);
+    step_backward<T>(a, row, n, targets.target, packed);
   }
   return -1;
 }

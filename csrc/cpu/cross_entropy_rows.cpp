@@ -502,7 +502,7 @@ struct Backward {
   // The target's gradient, with p - 1 as minus the others' p where that would cancel.
   void set_target(int64_t row, int64_t r, const RowTarget& target, A u, A q) {
     const Coefficients& k = coefficient[r];
-    const double p = p_target[r], residual = p < 0.5 ? p - 1.0 : -others[r];
+    const double p = p_target[r], residual = p >= 0.5 ? -others[r] : p - 1.0;
     const double own = k.nll * (p * k.mass - static_cast<double>(q));
     const double rest = k.slope == 0 || p == 0 ? k.rest : k.rest + k.slope * static_cast<double>(u);
     const double value = k.target * residual + own + p * rest;

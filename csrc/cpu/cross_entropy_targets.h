@@ -16,6 +16,20 @@ inline int64_t target_at(const Targets& t, int64_t row) {
   return -1;
 }
 
+// The targets of rows [begin, begin + n).
+inline void read_targets(const Targets& t, int64_t begin, int64_t n, int64_t* to) {
+  const auto read = [&](const auto* from) {
+    for (int64_t r = 0; r < n; ++r) to[r] = from[begin + r];
+  };
+  switch (t.type) {
+    case TargetType::int64: return read(static_cast<const int64_t*>(t.data));
+    case TargetType::int32: return read(static_cast<const int32_t*>(t.data));
+    case TargetType::int16: return read(static_cast<const int16_t*>(t.data));
+    case TargetType::int8: return read(static_cast<const int8_t*>(t.data));
+    case TargetType::uint8: return read(static_cast<const uint8_t*>(t.data));
+  }
+}
+
 // One row's target: its indices, or none where it is a distribution over all classes.
 class RowTarget {
  public:

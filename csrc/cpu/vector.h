@@ -56,7 +56,15 @@ constexpr int64_t kWidth = kVectorBytes / 4;
 
 inline float_vec splat(float v) { return float_vec{} + v; }
 // b where either is NaN.
-inline float_vec max_vec(float_vec a, float_vec b) { return a > b ? a : b; }
+__attribute__((always_inline)) inline float_vec max_vec(float_vec a, float_vec b) {
+#if defined(__AVX512F__)
+  return bit_copy<float_vec>(_mm512_max_ps(bit_copy<__m512>(a), bit_copy<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_copy<float_vec>(_mm256_max_ps(bit_copy<__m256>(a), bit_copy<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 template <class V, class E>
 inline V load_bits(const E* p) {
@@ -116,8 +124,29 @@ inline void store_vec(float16_t* p, float_vec v) {
 }
 
 // exp_ for a register, for x below 88; -inf gives 0, NaN gives NaN.
-inline float_vec exp_vec(float_vec x) {
-  x = x < -110.0f ? splat(-110.0f) : x;
+__attribute__((always_inline)) inline float_vec exp_vec(float_vec x) {
+  x = max_vec(splat(-110.0f), x);
+#if defined(__AVX512F__)
+  // x = (n + f/16) ln2 + r with |r| <= ln2/32: a table of 2^(f/16) in one register leaves a cubic.
+  const float_vec shifted = x * 1.44269504088896341f + 786432.0f;  // 1.5 * 2^19: rounds to the nearest sixteenth
+  const float_vec n = shifted - 786432.0f;
+  float_vec r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  const float_vec power = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                           1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                           1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  const float_vec rounded_away = {0.00000000e+00f,  4.62854697e-08f,  -1.19921572e-08f,
+                                  4.72978225e-08f,  3.19341804e-08f,  3.62105725e-08f,
+                                  -3.09907212e-08f, -7.47521319e-09f, 1.71142712e-08f,
+                                  -3.04768347e-08f, 5.23333424e-09f,  6.10759160e-09f,
+                                  -1.47196055e-08f, -5.25879514e-09f, -6.12825984e-09f,
+                                  5.14060920e-09f};  // by them: log of the exact power over the float
+  const __m512i f = bit_copy<__m512i>(shifted);
+  const float_vec t = bit_copy<float_vec>(_mm512_permutexvar_ps(f, bit_copy<__m512>(power)));
+  const float_vec rest = r + bit_copy<float_vec>(_mm512_permutexvar_ps(f, bit_copy<__m512>(rounded_away)));
+  const float_vec poly = (r * 0.16666667f + 0.5f) * (r * r) + rest;
+  return bit_copy<float_vec>(_mm512_scalef_ps(bit_copy<__m512>(t * poly + t), bit_copy<__m512>(n)));
+#else
   const float_vec shifted = x * 1.44269504088896341f + 12582912.0f;
   const float_vec n = shifted - 12582912.0f;
   float_vec r = x - n * 0.693145751953125f;
@@ -127,9 +156,6 @@ inline float_vec exp_vec(float_vec x) {
   poly = poly * r + 1.6666667e-1f;
   poly = poly * r + 0.5f;
   poly = poly * r * r + r + 1.0f;
-#if defined(__AVX512F__)
-  return bit_copy<float_vec>(_mm512_scalef_ps(bit_copy<__m512>(poly), bit_copy<__m512>(n)));
-#else
   using bits_vec = vec_t<int32_t>;
   const bits_vec k = bit_copy<bits_vec>(shifted) - 0x4b400000;
   const bits_vec half = k >> 1;
@@ -206,6 +232,68 @@ inline float reduce_add(float_vec v) {
   return lanes[0];
 #endif
 }
+// v[index[l]] in each lane l.
+inline float_vec permute(float_vec v, int_vec index) {
+#if defined(__AVX512F__)
+  return bit_copy<float_vec>(_mm512_permutexvar_ps(bit_copy<__m512i>(index), bit_copy<__m512>(v)));
+#elif defined(__AVX2__)
+  return bit_copy<float_vec>(_mm256_permutevar8x32_ps(bit_copy<__m256>(v), bit_copy<__m256i>(index)));
+#else
+  return float_vec{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
+#endif
+}
+
+// The lanes of p whose bit is set, and `fill` in the others.
+inline float_vec load_where(const float* p, uint64_t bits, float fill) {
+#if defined(__AVX512F__)
+  return bit_copy<float_vec>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(bits), p));
+#else
+  const int_vec set = ((int_vec{} + static_cast<int32_t>(bits & 0xff)) >> iota()) & 1;
+  return set != 0 ? load_vec(p) : splat(fill);
+#endif
+}
+
+// kWidth registers become one: lane l is `op` over all lanes of rows(l), in one order for every l.
+template <class Rows, class Op>
+inline float_vec reduce_each(const Rows& rows, const Op& op) {
+  const auto four = [&](int64_t l) {  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
+    const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
+#if defined(__AVX512F__)
+    const auto halves = [&](float_vec x, float_vec y) {
+      const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
+      return op(bit_copy<float_vec>(_mm512_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm512_unpackhi_ps(u, v)));
+    };
+    const __m512d ab = bit_copy<__m512d>(halves(a, b)), cd = bit_copy<__m512d>(halves(c, d));
+    return op(bit_copy<float_vec>(_mm512_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm512_unpackhi_pd(ab, cd)));
+#elif defined(__AVX2__)
+    const auto halves = [&](float_vec x, float_vec y) {
+      const __m256 u = bit_copy<__m256>(x), v = bit_copy<__m256>(y);
+      return op(bit_copy<float_vec>(_mm256_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm256_unpackhi_ps(u, v)));
+    };
+    const __m256d ab = bit_copy<__m256d>(halves(a, b)), cd = bit_copy<__m256d>(halves(c, d));
+    return op(bit_copy<float_vec>(_mm256_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm256_unpackhi_pd(ab, cd)));
+#else
+    return op(op(float_vec{a[0], b[0], c[0], d[0]}, float_vec{a[2], b[2], c[2], d[2]}),
+              op(float_vec{a[1], b[1], c[1], d[1]}, float_vec{a[3], b[3], c[3], d[3]}));
+#endif
+  };
+#if defined(__AVX512F__)
+  const auto fours = [&](float_vec x, float_vec y) {
+    const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
+    return op(bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0x88)),
+              bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0xdd)));
+  };
+  const float_vec low = fours(four(0), four(4));
+  return fours(low, fours(four(8), four(12)));
+#elif defined(__AVX2__)
+  const __m256 u = bit_copy<__m256>(four(0)), v = bit_copy<__m256>(four(4));
+  return op(bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x20)),
+            bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x31)));
+#else
+  return four(0);
+#endif
+}
+
 inline float reduce_max(float_vec v) {  // of values without NaN
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(bit_copy<__m512>(v));

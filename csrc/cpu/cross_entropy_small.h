@@ -1,0 +1,223 @@
+// Rows of few classes that are adjacent in memory: kWidth rows together, so that no register is half empty.
+//
+// kWidth packed rows of C classes are exactly C registers: what is done to each logit runs over those, and permutes
+// spread a row's value over its logits. Maxima and sums load each row by itself, under a mask, and kWidth of them are
+// reduced together.
+#pragma once
+#include <algorithm>
+
+#include "cross_entropy_walks.h"
+
+namespace fused_ops {
+namespace FUSED_OPS_ISA {
+
+constexpr int64_t kSmallClasses = 64;      // at most
+constexpr int64_t kSmallFloats = 1 << 11;  // of a pass: 8 KiB stay in L1
+
+inline bool is_small(const RowLayout& l) { return l.adjacent_classes() && l.classes > 0 && l.classes <= kSmallClasses; }
+
+// Rows of a tensor, from one of them on.
+template <class T>
+struct RowsAt {
+  T* data;
+  const RowLayout& layout;
+  int64_t row;
+  bool packed;  // each begins in memory where the one before ends
+
+  RowsAt(T* data, const RowLayout& l, int64_t row)
+      : data(data),
+        layout(l),
+        row(row),
+        packed((l.spatial == 1 || l.spatial_stride == l.classes) &&
+               (l.batch == 1 || l.batch_stride == l.spatial * l.classes)) {}
+
+  T* at(int64_t r) const { return data + (packed ? (row + r) * layout.classes : layout.offset(row + r)); }
+};
+
+// Packed rows in floats, `count` of them and what is missing to whole registers.
+template <class T>
+class PackedRows {
+ public:
+  // Of no use for more than kSmallClasses.
+  explicit PackedRows(int64_t classes) : classes_(classes) {
+    if (classes > kSmallClasses) return;
+    int32_t* next = row_of_;
+    for (int64_t r = 0; r < kWidth; ++r, next += classes) std::fill(next, next + classes, static_cast<int32_t>(r));
+  }
+
+  int64_t rows_of_pass() const { return std::min(kRowTile, kSmallFloats / classes_ / kWidth * kWidth); }
+
+  // The `count` rows from `begin` on.
+  const float* load(const RowsAt<const T>& x, int64_t begin, int64_t count) {
+    const int64_t n = count * classes_;
+    if (is_direct(x.packed, count)) return reinterpret_cast<const float*>(x.at(begin));
+    if (x.packed)
+      copy(x.at(begin), n, values_);
+    else
+      for (int64_t r = 0; r < count; ++r) copy(x.at(begin + r), classes_, values_ + r * classes_);
+    std::fill(values_ + n, values_ + (count + kWidth - 1) / kWidth * kWidth * classes_ + kWidth, 0.0f);
+    return values_;
+  }
+
+  // The registers of rows [r, r + kWidth), r a multiple of kWidth: f(i, row) with the first float's index i from r on.
+  template <class F>
+  void each_register(const F& f) const {
+    for (int64_t i = 0; i < classes_ * kWidth; i += kWidth) f(i, load_bits<int_vec>(row_of_ + i));
+  }
+
+  // One row, reduced to a register with `op`: the classes of `keep`, from `none` on.
+  template <class Op>
+  float_vec row(const float* x, uint64_t keep, float none, const Op& op) const {
+    float_vec v = load_where(x, keep, none);
+    for (int64_t c = kWidth; c < classes_; c += kWidth) v = op(load_where(x + c, keep >> c, none), v);
+    return v;
+  }
+
+  uint64_t all() const { return ~uint64_t{0} >> (64 - classes_); }
+
+ private:
+  // AVX-512 loads no byte that its masks leave out; the others would read behind the last row.
+  static bool is_direct(bool packed, int64_t count) {
+#if defined(__AVX512F__)
+    return std::is_same_v<T, float> && packed && count % kWidth == 0;
+#else
+    return false;
+#endif
+  }
+
+  static void copy(const T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store_vec(to + i, load_vec(from + i));
+    for (; i < n; ++i) to[i] = to_acc(from[i]);
+  }
+
+  const int64_t classes_;
+  alignas(64) int32_t row_of_[kSmallClasses * kWidth];
+  alignas(64) float values_[kSmallFloats + kWidth];
+};
+
+// Types, so that they are inlined.
+struct Add {
+  float_vec operator()(float_vec a, float_vec b) const { return a + b; }
+};
+struct Max {
+  float_vec operator()(float_vec a, float_vec b) const { return max_vec(a, b); }
+};
+
+// sums[r] of `count` packed rows of exponentials, without each row's target.
+template <class T>
+void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, int64_t count, const int64_t* target,
+                    float* sums) {
+  for (int64_t r = 0; r < count; r += kWidth)
+    store_vec(sums + r, reduce_each(
+                            [&](int64_t l) {
+                              const int64_t at = std::min(r + l, count - 1), t = target[at];
+                              const uint64_t drop = t < 0 ? 0 : uint64_t{1} << t;
+                              return rows.row(e + at * classes, rows.all() & ~drop, 0.0f, Add());
+                            },
+                            Add()));
+}
+
+// Fills out.max, others and below of n <= kRowTile rows.
+template <class T>
+void small_sums(PackedRows<T>& rows, const RowsAt<const T>& x, int64_t n, const int64_t* target, RowSums& out) {
+  const int64_t classes = x.layout.classes;
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  alignas(64) float e[kSmallFloats + kWidth], max[kRowTile], sums[kRowTile];
+  for (int64_t begin = 0, m = 0; begin < n; begin += m) {
+    m = std::min(rows.rows_of_pass(), n - begin);
+    const float* u = rows.load(x, begin, m);
+    const T* next = x.at(begin) + m * classes;  // the next pass'; behind the last row too, as it is but a hint
+    for (int64_t r = 0; r < m; r += kWidth) {
+      const float_vec best = reduce_each(
+          [&](int64_t l) { return max_vec(rows.row(u + (r + l) * classes, rows.all(), kNone, Max()), splat(kNone)); },
+          Max());
+      store_vec(max + r, best);
+      const float_vec shift = best == kNone ? float_vec{} : best;
+      rows.each_register([&](int64_t i, int_vec row) {
+        __builtin_prefetch(next + r * classes + i, 0, kSecondLevel);
+        store_vec(e + r * classes + i, exp_vec(load_vec(u + r * classes + i) - permute(shift, row)));
+      });
+    }
+    sums_of_others(rows, e, classes, m, target + begin, sums);
+    for (int64_t r = 0; r < m; ++r) {
+      const int64_t t = std::max<int64_t>(target[begin + r], 0);
+      out.max[begin + r] = static_cast<double>(max[r]), out.others[begin + r] = static_cast<double>(sums[r]);
+      out.below[begin + r] = static_cast<double>(u[r * classes + t]) - static_cast<double>(max[r]);
+    }
+  }
+}
+
+template <class T>
+void store_values(const float* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; i += kWidth) store_up_to(to + i, std::min(kWidth, n - i), load_vec(from + i));
+}
+
+// What a pass of the backward needs of each row.
+struct SmallRows {
+  alignas(64) float high[kRowTile], low[kRowTile], factor[kRowTile], p_target[kRowTile], others[kRowTile];
+  bool confident = false;  // some target's p is 0.5 or more
+
+  SmallRows(const float* u, int64_t classes, int64_t n, const int64_t* target, const double* lse, const double* scale) {
+    bool far = false;
+    for (int64_t r = 0; r < n; ++r) p_target[r] = u[r * classes + std::max<int64_t>(target[r], 0)];
+    for (int64_t r = n; r % kWidth; ++r) high[r] = low[r] = factor[r] = p_target[r] = 0;
+#pragma omp simd reduction(| : far)
+    for (int64_t r = 0; r < n; ++r) {
+      high[r] = static_cast<float>(lse[r]), low[r] = static_cast<float>(lse[r] - static_cast<double>(high[r]));
+      factor[r] = static_cast<float>(scale[r]);
+      far |= std::fabs(lse[r]) >= kFar;
+    }
+    for (int64_t r = 0; far && r < n; ++r)
+      if (target[r] != kIgnored) low[r] = SplitLse<float>(u + r * classes, 1, classes, lse[r]).low;
+    for (int64_t r = 0; r < n; r += kWidth) {
+      const float_vec p = exp_vec((load_vec(p_target + r) - load_vec(high + r)) - load_vec(low + r));
+      store_vec(p_target + r, p);
+    }
+    for (int64_t r = 0; r < n; ++r) confident |= p_target[r] >= 0.5f;
+  }
+};
+
+// In place where grad is x.
+template <class T>
+void small_backward(PackedRows<T>& rows, const RowsAt<const T>& x, const RowsAt<T>& grad, int64_t n,
+                    const int64_t* target_, const double* lse, const double* scale_) {
+  const int64_t classes = x.layout.classes;
+  alignas(64) float e[kSmallFloats + kWidth], out[kSmallFloats + kWidth];
+  for (int64_t begin = 0, m = 0; begin < n; begin += m) {
+    m = std::min(rows.rows_of_pass(), n - begin);
+    const int64_t* target = target_ + begin;
+    const double* scale = scale_ + begin;
+    const float* u = rows.load(x, begin, m);
+    SmallRows row(u, classes, m, target, lse + begin, scale);
+    const T* next = x.at(begin) + m * classes;
+    T* whole = grad.packed && m % kWidth == 0 ? grad.at(begin) : nullptr;
+    for (int64_t r = 0; r < m; r += kWidth) {
+      const float_vec high = load_vec(row.high + r), low = load_vec(row.low + r), factor = load_vec(row.factor + r);
+      rows.each_register([&](int64_t i, int_vec of) {
+        const int64_t at = r * classes + i;
+        __builtin_prefetch(next + at, 0, kSecondLevel);
+        const float_vec p = exp_vec((load_vec(u + at) - permute(high, of)) - permute(low, of));
+        if (row.confident) store_vec(e + at, p);
+        if (whole)
+          store_vec(whole + at, p * permute(factor, of));
+        else
+          store_vec(out + at, p * permute(factor, of));
+      });
+    }
+    if (row.confident) sums_of_others(rows, e, classes, m, target, row.others);
+    for (int64_t r = 0; r < m; ++r) {
+      T* to = grad.at(begin + r);
+      if (!whole) store_values(out + r * classes, classes, to);
+      if (target[r] == kIgnored)
+        std::fill(to, to + classes, T{});
+      else
+        store(to + target[r], static_cast<float>(target_residual(static_cast<double>(row.p_target[r]),
+                                                                 static_cast<double>(row.others[r])) *
+                                                 scale[r]));
+    }
+  }
+}
+
+}  // namespace FUSED_OPS_ISA
+}  // namespace fused_ops
