@@ -6,8 +6,8 @@
 // Memory: forward reads every logit once and writes 8 bytes per row (lse); backward reads every logit once and writes
 // every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Four
 // walks: rows whose classes are adjacent (one register of classes at a time; few classes: cross_entropy_small.h), rows
-// that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time, a tile of rows in
-// L2), and any strides, gathered.
+// that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time, a tile of rows
+// in L2), and any strides, gathered.
 //
 // Stability: the sum is taken over classes other than the target, relative to the running maximum, so that a confident
 // right row keeps its loss (log1p of the rest) and the target's gradient is minus the sum of the others instead of
