@@ -206,7 +206,7 @@ def test_garbage_is_a_result_or_an_exception(op):
             right += 1
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             for output in outputs:
-                if isinstance(output, torch.Tensor) and output.device.type == "cpu":
+                if isinstance(output, torch.Tensor) and output.device.type == "cpu" and output.numel() < 1 << 24:
                     output.double().sum().item()  # reads every element
             if given is not None:
                 compared += check_against_reference(function, given, args, result)
