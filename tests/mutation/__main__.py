@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -272,7 +273,9 @@ def main() -> int:
         if by:
             raise SystemExit(f"{suite}: {by} fails without any fault")
     end = time.monotonic() + options.minutes * 60
-    for mutant in tqdm([m for m in chosen if repr(m) not in found], disable=not sys.stderr.isatty()):
+    todo = [m for m in chosen if repr(m) not in found]
+    random.Random(0).shuffle(todo)  # so that a run that stops early has seen something of everything
+    for mutant in tqdm(todo, disable=not sys.stderr.isatty()):
         if time.monotonic() > end:
             break
         by = found[repr(mutant)] = try_one(build, mutant)

@@ -143,9 +143,6 @@ PYTHON = [
         "invstd once instead of squared",
     ),
     Mutant(
-        BN, "mask = _pack(~(z <= 0), input)", "mask = _pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
-    ),
-    Mutant(
         OPTIONS,
         "z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0)).square()",
         "z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0))",
@@ -188,20 +185,6 @@ PYTHON = [
         "ctx.mark_non_differentiable(lse)",
         "ce",
         "the count is differentiable",
-    ),
-    Mutant(
-        CHUNKS,
-        "self.accumulated[bit].addmm_(left, right)",
-        "self.accumulated[bit] = left @ right",
-        "lce",
-        "only the last chunk's weight gradient",
-    ),
-    Mutant(
-        CHUNKS,
-        "self.accumulated[bit] = product.float() if wide else product",
-        "self.accumulated[bit] = product",
-        "lce",
-        "weight gradient summed in 16 bit",
     ),
     Mutant(
         CHUNKS,
@@ -256,6 +239,16 @@ PYTHON = [
     Mutant(
         NORM, "found[1] = grad_output\n", "found[1] = grad_output * 2\n", "bn", "gradient of a plain residual doubled"
     ),
+    Mutant(
+        BN, "mask = pack(~(z <= 0), input)", "mask = pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
+    ),
+    Mutant(
+        CHUNKS,
+        "torch.mm(left, right, out=total) if first else total.addmm_(left, right)",
+        "torch.mm(left, right, out=total)",
+        "lce",
+        "only the last chunk's weight gradient",
+    ),
 ]
 
 NCPU, NBACK, NWALK, NACT, MOM = (
@@ -293,39 +286,10 @@ NATIVE = [
     ),
     Mutant(
         MOM,
-        "sum_tail_ += v, dot_tail_ += v * (static_cast<double>(x[i]) - mean_);",
-        "sum_tail_ += v, dot_tail_ += v * static_cast<double>(x[i]);",
-        "bn",
-        "tail not centred",
-    ),
-    Mutant(MOM, "- off * off * count;", "- off * count;", "bn", "deviation from the pilot not squared"),
-    Mutant(
-        MOM,
         "for (; i + 8 <= n; i += 8) step(g + i, x + i, s0, d0);",
         "for (; i + 8 < n; i += 8) step(g + i, x + i, s0, d0);",
         "equivalent",
         "the last eight one by one (equivalent)",
-    ),
-    Mutant(
-        MOM,
-        "const Wide sums = (values[0] + values[1]) + (values[2] + values[3]);",
-        "const Wide sums = (values[0] + values[1]) + values[2];",
-        "bn",
-        "one of four accumulators dropped",
-    ),
-    Mutant(
-        NCPU,
-        "z[i] = (v[i] - mean[i]) * scale[i] + shift[i];\n  }\n  if (mask)",
-        "z[i] = v[i] * scale[i] + (shift[i] - mean[i] * scale[i]);\n  }\n  if (mask)",
-        "bn",
-        "alpha x + beta instead of (x - mean) invstd",
-    ),
-    Mutant(
-        NCPU,
-        "z[i] = (v[i] - mean[i]) * scale[i] + (shift[i] + r[i]);",
-        "z[i] = (v[i] - mean[i]) * scale[i] + shift[i];",
-        "bn",
-        "residual dropped",
     ),
     Mutant(
         NCPU,
@@ -336,24 +300,10 @@ NATIVE = [
     ),
     Mutant(
         NCPU,
-        "const double share = n / total, cross = static_cast<double>(done) * n / total;",
-        "const double share = n / total, cross = 0;",
-        "bn",
-        "merge of blocks of rows",
-    ),
-    Mutant(
-        NCPU,
         "a.mask + row * row_bytes + position % l.spatial / 8",
         "a.mask + row * row_bytes",
         "bn",
         "mask of a plane's second run",
-    ),
-    Mutant(
-        NCPU,
-        "if (l.valid && !l.valid[r]) return;\n    counted += count;",
-        "counted += count;\n    if (l.valid && !l.valid[r]) return;",
-        "bn",
-        "padded rows counted",
     ),
     Mutant(
         NWALK,
@@ -383,64 +333,13 @@ NATIVE = [
         "bn",
         "every run the first",
     ),
-    Mutant(NBACK, "out[i] = scale[i] * g[i];", "out[i] = g[i];", "bn", "frozen gradient not scaled"),
-    Mutant(
-        NBACK,
-        "out[i] = scale[i] * ((g[i] - grad_mean[i]) - (v[i] - mean[i]) * slope[i]);",
-        "out[i] = scale[i] * (g[i] - (v[i] - mean[i]) * slope[i]);",
-        "bn",
-        "mean of the gradient not subtracted",
-    ),
-    Mutant(
-        NBACK,
-        "a.exact_mean[(t.column + i) / a.repeat]",
-        "a.exact_mean[t.column + i]",
-        "bn",
-        "mean of another channel, and beyond the last",
-    ),
-    Mutant(
-        NBACK,
-        "return a.mask ? a.mask + row * ((length + 7) / 8) + at / 8 : nullptr;",
-        "return a.mask ? a.mask + row * (length / 8) + at / 8 : nullptr;",
-        "bn",
-        "rows of the mask without padding",
-    ),
-    Mutant(
-        NBACK,
-        "s += v, d += v * (static_cast<double>(x[k][i]) - mean[i]);",
-        "s += v, d += static_cast<float>(v * (static_cast<double>(x[k][i]) - mean[i]) * 16777217.0) / 16777216.0;",
-        "bn",
-        "products a little too large",
-    ),
     Mutant(NACT, "return s * (A(1) + z * (A(1) - s));", "return s * (A(1) + z * s);", "bn", "silu'"),
-    Mutant(
-        NACT,
-        "+ z * kInvSqrt2Pi<A> * exp_(A(-0.5) * z * z);",
-        "- z * kInvSqrt2Pi<A> * exp_(A(-0.5) * z * z);",
-        "bn",
-        "gelu'",
-    ),
-    Mutant(NACT, "return A(4) * e * r * r;", "return A(4) * e * r;", "bn", "tanh'"),
     Mutant(
         NACT,
         "return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);",
         "return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) : A(1);",
         "bn",
         "hardswish'",
-    ),
-    Mutant(
-        NACT,
-        "return z > A(0) ? A(1) : slope * exp_(z > A(0) ? A(0) : z);",
-        "return z > A(0) ? A(1) : exp_(z > A(0) ? A(0) : z);",
-        "bn",
-        "elu' without alpha",
-    ),
-    Mutant(
-        NACT,
-        "for (; i < n; ++i) out[i] = (bits[i / 8] >> (i % 8)) & 1u",
-        "for (; i < n; ++i) out[i] = (bits[i / 8] >> (7 - i % 8)) & 1u",
-        "bn",
-        "bits of the tail backwards",
     ),
     Mutant(
         NBIND,
@@ -500,20 +399,6 @@ NATIVE = [
     ),
     Mutant(
         CCPU,
-        "if (target[r] == t.ignore_index) {",
-        "if (target[r] == t.ignore_index && r) {",
-        "ce",
-        "ignore_index dropped in the first row",
-    ),
-    Mutant(
-        CCPU,
-        "} else if (target[r] < 0 || target[r] >= classes) {",
-        "} else if (target[r] < 0 || target[r] > classes) {",
-        "ce",
-        "target = classes accepted",
-    ),
-    Mutant(
-        CCPU,
         "static_cast<const T*>(a.grad_loss)[row + r]",
         "static_cast<const T*>(a.grad_loss)[row]",
         "ce",
@@ -548,7 +433,6 @@ NATIVE = [
         "ce",
         "low part of lse dropped",
     ),
-    Mutant(CWALK, "return p < 0.5 ? p - 1.0 : -others;", "return p - 1.0;", "ce", "p - 1 cancels"),
     Mutant(
         CWALK,
         "if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));",
@@ -647,9 +531,6 @@ NATIVE = [
         "entropy's gradient",
     ),
     Mutant(
-        CROWS, "residual = p < 0.5 ? p - 1.0 : -others[r];", "residual = p - 1.0;", "ce", "p - 1 cancels, with options"
-    ),
-    Mutant(
         CROWS,
         "if (a_.has_dense && a_.label_smoothing != 0)\n        for",
         "if (false)\n        for",
@@ -721,6 +602,100 @@ NATIVE = [
         "if (stride < 0) return false;",
         "ce",
         "in place on logits that share memory",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_moments.cpp",
+        "cross = static_cast<double>(done) * n / total, inverse",
+        "cross = 0, inverse",
+        "bn",
+        "merge of blocks of rows",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_moments.cpp",
+        "squares[i] - sums[i] * sums[i] * inverse",
+        "squares[i] - sums[i] * inverse",
+        "bn",
+        "deviation from the pilot not squared",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_moments.cpp",
+        "if (l.valid && !l.valid[r]) return;",
+        "if (l.valid && !l.valid[r] && r) return;",
+        "bn",
+        "a padded first row counted",
+    ),
+    Mutant(
+        MOM,
+        "low += (v[0] + v[1]) + (v[2] + v[3]);",
+        "low += (v[0] + v[1]) + v[2];",
+        "bn",
+        "one of four accumulators dropped",
+    ),
+    Mutant(MOM, "padded_ += L::kSize - (n - i);", "padded_ += 0;", "bn", "padding of the tail counted"),
+    Mutant(NCPU, "if constexpr (kResidual) shift += r.v[k];", "", "bn", "residual dropped"),
+    Mutant(
+        NCPU,
+        "z.v[k] = (z.v[k] - c.mean.at(i)) * c.scale.at(i) + shift;",
+        "z.v[k] = z.v[k] * c.scale.at(i) + (shift - c.mean.at(i) * c.scale.at(i));",
+        "bn",
+        "alpha x + beta instead of (x - mean) invstd",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_grads.h",
+        "h.v[k] = z <= 0 ? V{} : h.v[k];",
+        "h.v[k] = z < -1 ? V{} : h.v[k];",
+        "bn",
+        "relu' of another point",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_grads.h",
+        "h.v[k] = z > 0 ? h.v[k] : h.v[k] * run.slope;",
+        "h.v[k] = z > 0 ? h.v[k] : h.v[k] + run.slope;",
+        "bn",
+        "leaky_relu'",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_sums.cpp",
+        "a.exact_mean[(t.column + i) / a.repeat]",
+        "a.exact_mean[t.column / a.repeat]",
+        "bn",
+        "mean of the first channel",
+    ),
+    Mutant(
+        "csrc/cpu/batch_norm_sums.cpp",
+        "dot[i] - (exact_mean(i) - static_cast<double>(center[i])) * sum[i]",
+        "dot[i]",
+        "bn",
+        "sums around the rounded mean",
+    ),
+    Mutant(
+        NACT,
+        "+ z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
+        "- z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
+        "bn",
+        "gelu'",
+    ),
+    Mutant(NACT, "return A(2) * gap - gap * gap;", "return A(2) * gap;", "bn", "tanh'"),
+    Mutant(
+        NACT, "slope * exp_close(z > A(0) ? A(0) : z);", "exp_close(z > A(0) ? A(0) : z);", "bn", "elu' without alpha"
+    ),
+    Mutant(
+        CCPU,
+        "const bool ignored = target[r] == t.ignore_index;",
+        "const bool ignored = target[r] == t.ignore_index && r;",
+        "ce",
+        "ignore_index dropped in the first row",
+    ),
+    Mutant(
+        CCPU,
+        "bad |= !ignored && (target[r] < 0 || target[r] >= classes);",
+        "bad |= !ignored && (target[r] < 0 || target[r] > classes);",
+        "ce",
+        "target = classes accepted",
+    ),
+    Mutant(CWALK, "return p >= 0.5 ? -others : p - 1.0;", "return p - 1.0;", "ce", "p - 1 cancels"),
+    Mutant(
+        CROWS, "residual = p >= 0.5 ? -others[r] : p - 1.0;", "residual = p - 1.0;", "ce", "p - 1 cancels, with options"
     ),
 ]
 
