@@ -59,7 +59,8 @@ def valid_calls(names):
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
                 if wanted:
                     torch.autograd.backward(wanted, [torch.ones_like(o) for o in wanted])
-            calls += recorder.calls
+            # but for memory of any size that is asked for, which nobody should read
+            calls += [c for c in recorder.calls if c[0]._schema.name != "fused_ops::linear_cross_entropy_buffer"]
     return calls
 
 
