@@ -588,7 +588,7 @@ def _with_statistics(
     options = Options(training, eps, correction, code, slope, groups)
     running, params = (running_mean, running_var), (weight, bias)
     if inplace_activated:
-        from fused_ops import _batch_norm_inplace as inplace  # it needs this module
+        import fused_ops._batch_norm_inplace as inplace  # it needs this module
 
         inplace.check(activation, code, slope, residual)
         if inplace.available(input, weight, bias):
