@@ -55,7 +55,16 @@ def _native(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
 def _cut(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    loss: Tensor = linear_cross_entropy(input, linear_weight, target, impl="torch_compile")
+    impl = "cce" if input.is_cuda else "torch_compile"
+    loss: Tensor = linear_cross_entropy(input, linear_weight, target, impl=impl)
+    return loss
+
+
+def _liger(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    def loss(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = function(input, linear_weight, target)
+        return found
+
     return loss
 
 
@@ -107,6 +116,9 @@ def providers(small: bool, least: int, device: str) -> tuple[Provider, ...]:
         found.append(Provider(NATIVE, missing=absent) if absent else Provider(NATIVE, _native, directions=both))
         why = rivals.missing(CUT, device)
         found.append(Provider(CUT, missing=why) if why else Provider(CUT, _cut, directions=both))
+        if device == "cuda":
+            liger, why = rivals.call("liger-kernel", OP, device)
+            found.append(Provider("liger-kernel", None if liger is None else _liger(liger), None, why, directions=both))
     # not held to the error rule here, where sums of products have another order; tests/ hold it to a bound
     found.append(Provider(OURS, _ours, directions=both))
     if not small:
@@ -180,6 +192,8 @@ def cases(device: str) -> list[Case]:
         case(1024, 512, 32000, f32, device, "1024x512 x 32000 float32, half of the rows ignored", ignored=0.5),
         case(32, 64, 27, f32, device, quick=True, part="overhead", tiny=True),
     ]
+    if device == "cuda":  # what a training step of a language model has
+        found.append(case(8192, 4096, 128256, bf16, device, quick=True, memory=FULL))
     for dtype in (f32, bf16):
         logits = 1024 * 32000 * dtype.itemsize
         found += _sweep("chunk_rows", (16, 32, 64, 128, 256, 512, 1024), lambda n: {"chunk_rows": n}, dtype, device)

@@ -20,7 +20,10 @@ OPTIONAL = {
 ALWAYS = ("eager", "torch.compile")
 # what each calls on a GPU, "module:function": looked up here, so that a rival that changed says so in its row
 CALLS = {
-    "liger-kernel": {"cross_entropy": "liger_kernel.transformers.functional:liger_cross_entropy"},
+    "liger-kernel": {
+        "cross_entropy": "liger_kernel.transformers.functional:liger_cross_entropy",
+        "linear_cross_entropy": "liger_kernel.transformers.functional:liger_fused_linear_cross_entropy",
+    },
     "flash-attn": {"cross_entropy": "flash_attn.ops.triton.cross_entropy:cross_entropy_loss"},
     "quack-kernels": {"cross_entropy": "quack.cross_entropy:cross_entropy"},
     "apex": {"cross_entropy": "apex.contrib.xentropy:SoftmaxCrossEntropyLoss"},

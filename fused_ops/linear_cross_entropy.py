@@ -26,6 +26,7 @@ from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._function import _transforms_active, autocast_enabled
 from fused_ops._linear_cross_entropy_chunks import Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
+from fused_ops._linear_cross_entropy_gpu import gpu_rows
 from fused_ops._linear_cross_entropy_plan import SMALL_BYTES, Sizes, choose
 from fused_ops._linear_cross_entropy_tiles import suits
 from fused_ops.reference import linear_cross_entropy as reference
@@ -178,6 +179,8 @@ class _Memory(NamedTuple):
     def plan(self, call: Call, head: Head, classes: int, needs: int) -> Plan:
         x, outputs = head.input, head.weight.size(0)
         sizes = Sizes(x.size(0), x.size(1), classes, outputs // max(classes, 1), x.element_size())
+        if self == (None, None) and x.is_cuda:
+            return Plan(classes, gpu_rows(x, sizes.row_bytes), needs)
         in_tiles = outputs == classes and suits(head, call.args, call.options)
         return choose(sizes, needs, in_tiles, *self)
 

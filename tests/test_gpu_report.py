@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from benchmarks import __main__ as command_line
 from benchmarks import cases, harness, rivals
+from fused_ops._linear_cross_entropy_gpu import chosen_rows
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +97,20 @@ class Apex:
         ).float()
 
 
+def linear(input, weight, target):
+    return F.cross_entropy(F.linear(input, weight), target)
+
+
 FAKES = {
     ("liger-kernel", "cross_entropy"): liger,
     ("flash-attn", "cross_entropy"): flash,
     ("quack-kernels", "cross_entropy"): quack,
     ("apex", "cross_entropy"): Apex,
+    ("liger-kernel", "linear_cross_entropy"): linear,
 }
 
 
-@pytest.mark.parametrize("op", ["cross_entropy"])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 def test_adapters_call_the_rivals_as_they_are_called(op, monkeypatch):
     monkeypatch.setattr(rivals, "missing", lambda name, device: "not here" if name == "jax" else "")
     wanted = {name: path for name, calls in rivals.CALLS.items() for o, path in calls.items() if o == op}
@@ -116,7 +122,7 @@ def test_adapters_call_the_rivals_as_they_are_called(op, monkeypatch):
         if not small and "=" not in case.name:
             continue
         by_name = {p.name: p for p in case.providers}
-        tiny = len(case.shape) == 2 and case.shape[0] <= 256
+        tiny = len(case.shape) == 2 and (case.shape[0] <= 256 or case.shape == (1024, 512))
         for name in wanted:
             provider = by_name.get(name)
             if provider is None or provider.missing or not tiny:
@@ -137,3 +143,13 @@ def test_a_rival_without_an_option_or_a_function_says_so(monkeypatch):
     fake(monkeypatch, rivals.CALLS["flash-attn"]["cross_entropy"], flash)
     weighted = cases.find("cross_entropy", "1024x32000 float32 weight", "cuda")
     assert {p.name: p.missing for p in weighted.providers}["flash-attn"] == "has no weight"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 1000, 1025, 8192, 100_003])
+@pytest.mark.parametrize("row_bytes", [0, 54, 64_000, 256_512])
+def test_chunks_on_a_gpu_are_alike_and_enough_for_the_products(rows, row_bytes):
+    chosen = chosen_rows(rows, row_bytes, 50 << 20)
+    chunks = -(-rows // chosen)
+    assert 1 <= chosen <= max(rows, 1) and chunks <= 8
+    assert chunks <= 1 or chosen >= 1024 // 2
+    assert chosen * (chunks - 1) < rows or rows == 0
