@@ -146,6 +146,8 @@ def assert_no_worse_than(ours: Tensor, eager: Tensor, truth: Tensor, name: str =
 
 
 CHECKS = ("gradcheck", "forward AD", "gradgradcheck", "opcheck")
+_NO_VALUES = {"fused_ops::linear_cross_entropy_buffer"}  # fresh memory: there is nothing in it to compare
+_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @dataclass(frozen=True)
@@ -247,5 +249,6 @@ def _opcheck(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
         raise AssertionError("expected the function to call a raw op of the package, it called none")
     for func, args, kwargs in recorder.calls:
         detached = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        torch.library.opcheck(func, *detached)
+        compared = () if func.name() in _NO_VALUES else ("test_aot_dispatch_dynamic",)
+        torch.library.opcheck(func, *detached, test_utils=(*_OPCHECKS, *compared))
     return True

@@ -123,3 +123,13 @@ def cuda_host(tmp_path_factory):
     if library is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     return library
+
+
+@pytest.fixture(scope="session")
+def host_ops(cuda_host):
+    """The raw ops of the CUDA bindings on the CPU, by name."""
+    from cuda_host import OPS, define_ops
+
+    library = define_ops()
+    yield {name: getattr(torch.ops.fused_ops_host, name).default for names in OPS.values() for name in names}
+    library._destroy()

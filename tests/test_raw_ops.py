@@ -20,7 +20,7 @@ from fused_ops.reference import Sample
 from fused_ops.testing import _RecordRawOps, op_names
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
-COMPARED = 0.25  # of the calls that can be
+COMPARED = 0.5  # of the calls that can be
 SEED = int(os.environ.get("FUSED_OPS_FUZZ_SEED", "0"))
 # AttributeError: None for a tensor without a default goes to the reference, which has nothing to read a shape from.
 CLEAN = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AttributeError)
