@@ -12,7 +12,6 @@ constexpr int64_t kRowTile = 256;                 // rows whose logarithms are t
 constexpr int64_t kTileBytes = int64_t{1} << 17;  // logits of a tile of adjacent rows: read from memory once
 constexpr int64_t kClassesPerFold = 8;            // terms that are added in float before they are folded into double
 constexpr int64_t kIgnored = -1;
-constexpr int kSecondLevel = 2;  // the cache that a prefetch reads into
 
 // Per row: the maximum, the sum of exp(x_j - max) over the classes but the target, and x_target - max.
 struct RowSums {
@@ -66,10 +65,7 @@ float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target) {
   };
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int64_t k = 0; k < 4; ++k) {
-      __builtin_prefetch(x + i + k * kWidth + kChunk, 0, kSecondLevel);  // the next chunk, or row
-      s[k] += term(load_vec(x + i + k * kWidth));
-    }
+    for (int64_t k = 0; k < 4; ++k) s[k] += term(load_vec(x + i + k * kWidth));
   for (; i + kWidth <= n; i += kWidth) s[0] += term(load_vec(x + i));
   if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));
   return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
