@@ -87,10 +87,14 @@ def best(folder: Path) -> tuple[str, Tables] | None:
 
 
 def _merged(full: Tables, quick: Tables) -> Tables:
-    """``full``, with the rows of ``quick`` for each op and part that it has not, and for rivals that did not run."""
-    done = {(r["op"], r["part"]) for r in full["timings"]}
+    """``full``, with the rows of ``quick`` for each case and sweep that it has not, and for rivals that did not run."""
+
+    def what(row: Row) -> tuple[object, ...]:
+        return row["op"], row["part"], None if row["part"] == "sweep" else row["case"]
+
+    done = {what(r) for r in full["timings"]}
     merged = {name: rows or quick.get(name, []) for name, rows in {**quick, **full}.items()}
-    merged["timings"] = full["timings"] + [r for r in quick["timings"] if (r["op"], r["part"]) not in done]
+    merged["timings"] = full["timings"] + [r for r in quick["timings"] if what(r) not in done]
     ran = {r["rival"]: r for r in full["rivals"] + [r for r in quick["rivals"] if r["status"] == "ran"]}
     merged["rivals"] = list(ran.values())
     return merged
