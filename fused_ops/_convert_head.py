@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 from fused_ops import _convert_report as limits
 from fused_ops._convert_fuse import NotTraceable, Rewritten, _arity, _become, _trace, hooked
 from fused_ops._deferred_logits import DeferredLogits, HeadTensors
-from fused_ops._function import _transforms_active
+from fused_ops._function import _transforms_active, autocast_enabled
 
 
 class HeadLinear(nn.Linear):
@@ -33,7 +33,7 @@ class HeadLinear(nn.Linear):
         if input.dim() < 2 or type(weight) not in (nn.Parameter, Tensor):
             return None
         tensors = [input, weight] if bias is None else [input, weight, bias]
-        if torch.is_autocast_enabled(input.device.type):
+        if autocast_enabled(input):
             dtype = torch.get_autocast_dtype(input.device.type)
             tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         if len({(t.dtype, t.device) for t in tensors}) > 1 or input.size(-1) != self.in_features:

@@ -61,11 +61,6 @@ class Call(NamedTuple):
     loss_dtype: torch.dtype
 
 
-def autocast_to_float32(input: Tensor) -> bool:
-    """Whether autocast runs the loss of this input in float32, as it does PyTorch's."""
-    return autocast_enabled(input)
-
-
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
@@ -234,7 +229,7 @@ def prepare(
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
-    autocast = autocast_to_float32(input)
+    autocast = autocast_enabled(input)
     kind, indices, probabilities = _target(target, input, given.ignore_index)
     if weight is not None:
         _check_weight(weight, input, kind, autocast)

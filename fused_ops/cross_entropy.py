@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fused_ops._cross_entropy_options import (
     Numbers,
-    autocast_to_float32,
     check_ignore_index,
     check_logits,
     class_indices,
@@ -20,7 +19,7 @@ from fused_ops._cross_entropy_options import (
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._deferred_logits import DeferredLogits
-from fused_ops._function import _transforms_active
+from fused_ops._function import _transforms_active, autocast_enabled
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
@@ -54,7 +53,7 @@ def _is_plain(input: Tensor, target: object) -> bool:
         return not isinstance(target, (tuple, list))  # _check says what is wrong
     if target.shape == input.shape and input.dim():
         return False
-    return input.dtype.itemsize != 2 or not autocast_to_float32(input)
+    return input.dtype.itemsize != 2 or not autocast_enabled(input)
 
 
 def cross_entropy(
