@@ -247,6 +247,15 @@ def test_modules_keep_what_their_functions_keep():
     assert saved(lambda: block(x)) == sizes(x, block[0].weight) + 4 * x.numel() + 2 * 4 * 5 + 2 * 8 * 5
 
 
+def test_the_suite_watches_every_raw_op(monkeypatch):
+    """The fixture of conftest.py knows each op that the library registers, but for the one that only allocates."""
+    from conftest import raw_ops
+
+    monkeypatch.undo()  # the fixture's own replacements
+    found = {op._schema.name.split("::")[1] for _, _, op in raw_ops()}
+    assert found >= {*fused_ops._library._registered}
+
+
 def test_the_suite_would_notice_a_change_of_an_input(monkeypatch):
     """The check of conftest.py, on an op that does change one."""
     from fused_ops import _cross_entropy_plain as plain

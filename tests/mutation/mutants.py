@@ -1,5 +1,6 @@
 """The seeded faults: (file, exact text that stands there once, what it becomes, the tests that should notice, name)."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -462,7 +463,13 @@ NATIVE = [
         "NaN of an ignored row in the gradient",
     ),
     Mutant(CWALK, "low = static_cast<A>(std::log(sum));", "low = 0;", "ce", "equal maxima at 1e30"),
-    Mutant(CWALK, "shift = shift == kNone ? float_vec{} : shift;", "", "ce", "a row of -inf, among adjacent rows"),
+    Mutant(
+        CWALK,
+        "shift = shift == kNone ? float_vec{} : shift;",
+        "shift = float_vec{};",
+        "ce",
+        "maximum not taken off, among adjacent rows",
+    ),
     Mutant(
         CTARGET,
         "first_ = row / step_ * step_ * a.per_row + row % step_;",
@@ -700,3 +707,14 @@ NATIVE = [
 ]
 
 MUTANTS = PYTHON + [m for m in NATIVE if m.suite != "equivalent"]
+
+
+def misplaced(tree: Path) -> list[str]:
+    """What the list says that is no longer so, after a change of the sources."""
+    wrong = []
+    for m in MUTANTS:
+        path = tree / m.file
+        times = path.read_text().count(m.old) if path.exists() else 0
+        if times != 1:
+            wrong.append(f"{m.file}, {m.name}: found {times} times instead of once: {m.old!r}")
+    return wrong
