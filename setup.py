@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -128,6 +129,7 @@ def native_extension() -> dict[str, object]:
             super().build_extensions()
 
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+    limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python knows no wheels for all versions
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "fused_ops._C",
         [source for source in sources if with_cuda or not source.endswith("_cuda.cpp")],
@@ -136,12 +138,12 @@ def native_extension() -> dict[str, object]:
         depends=[
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")
         ],
-        py_limited_api=True,
+        py_limited_api=limited,
     )
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildPerIsa},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
     }
 
 

@@ -25,7 +25,8 @@ inline float exp_close(float x) {
   poly = poly * r * r + r + 1.0f;
   const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000;
   const int32_t half = k >> 1;
-  return poly * bit_copy<float>((half + 127) << 23) * bit_copy<float>((k - half + 127) << 23);
+  return poly * bit_copy<float>(static_cast<uint32_t>(half + 127) << 23) *
+         bit_copy<float>(static_cast<uint32_t>(k - half + 127) << 23);
 }
 inline double exp_close(double x) { return std::exp(x); }
 
@@ -43,7 +44,7 @@ inline float expm1_(float x) {
   poly = poly * r + 1.6666667e-1f;
   poly = poly * r + 0.5f;
   poly = poly * r * r + r;
-  const float scale = bit_copy<float>((bit_copy<int32_t>(shifted) - 0x4b400000 + 127) << 23);
+  const float scale = bit_copy<float>((bit_copy<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
   return poly * scale + (scale - 1.0f);
 }
 inline double expm1_(double x) { return std::expm1(x); }

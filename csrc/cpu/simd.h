@@ -49,8 +49,8 @@ inline float exp_(float x) {
   poly = poly * r * r + r + 1.0f;
   const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000;
   const int32_t half = k >> 1;
-  const float scale_a = bit_copy<float>((half + 127) << 23);
-  const float scale_b = bit_copy<float>((k - half + 127) << 23);
+  const float scale_a = bit_copy<float>(static_cast<uint32_t>(half + 127) << 23);  // of a NaN, anything
+  const float scale_b = bit_copy<float>(static_cast<uint32_t>(k - half + 127) << 23);
   return poly * scale_a * scale_b;
 }
 inline double exp_(double x) { return std::exp(x); }

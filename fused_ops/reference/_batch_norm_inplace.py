@@ -42,7 +42,8 @@ def kept_mask(output: Tensor, weight: Tensor | None, bias: Tensor | None, activa
     shift = none if bias is None else bias.double().abs()
     flat = min(1.0, slope) if activation == _activation.LEAKY_RELU else 1.0
     reach = MAX_AMPLIFICATION * size
-    mask = per_channel(~(shift + torch.finfo(output.dtype).smallest_normal / flat <= reach), output)
+    smallest = torch.finfo(output.dtype).smallest_normal / flat if flat else torch.inf
+    mask = per_channel(~(shift + smallest <= reach), output)
     mask = mask.expand(output.shape)
     if activation == _activation.ELU:
         y = output.to(acc_dtype(output.dtype))
