@@ -475,7 +475,8 @@ def returning(result):
 )
 def test_found(model, path):
     report = fused_ops.convert(model, loss=F.cross_entropy)
-    assert [(e.path, e.what) for e in report.fused] == [(path, "cross-entropy")] and report.notes == []
+    assert [(e.path, e.what) for e in report.fused] == [(path, "cross-entropy")]
+    assert not report.notes or (fused_ops._library.missing_reason and "plain PyTorch" in report.notes[0])
     assert type(model.get_submodule(path)) is HeadLinear
     assert "cross-entropy" in str(report)
 

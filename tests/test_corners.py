@@ -121,6 +121,13 @@ def test_moments_of_rows_that_drift(channels, dtype):
     torch.testing.assert_close(var.double(), around.square().sum(0) / 8999, rtol=tolerance, atol=0)
 
 
+def test_a_flat_leaky_relu_keeps_every_input():
+    """What the output says nothing about; the reference used to divide by the slope."""
+    output, one = torch.randn(4, 3), torch.ones(3)
+    leaky_relu = fused_ops.reference._activation.LEAKY_RELU
+    assert fused_ops.reference._batch_norm_inplace.kept_mask(output, one, one, leaky_relu, 0.0).all()
+
+
 @pytest.mark.parametrize("layout", ["rows", "small planes", "planes", "channels last"])
 def test_ghost_batches_have_masks_of_their_own(layout):
     """relu behind a residual keeps a sign a value; each ghost batch is what it would be alone."""

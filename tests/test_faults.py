@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import fused_ops
+from fused_ops import _linear_cross_entropy_chunks as linear_chunks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resource limits and fork as on Linux")
 
@@ -108,6 +109,72 @@ print(hit)
 """
     )
     assert int(run_python("-c", code, timeout=200).stdout) == 40
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_keyboard_interrupt_between_two_chunks_of_linear_cross_entropy(reduction, monkeypatch):
+    """In whichever chunk it comes, forward or backward: no gradient is left, and the next call is right."""
+    x, w = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    target = torch.randint(0, 30, (40,))
+    kept = [t.detach().clone() for t in (x, w, target)]
+
+    def step():
+        for t in (x, w):
+            t.grad = None
+        loss = fused_ops.linear_cross_entropy(x, w, target, chunk_rows=6, z_loss=0.1, reduction=reduction)
+        loss.sum().backward()
+        return loss.detach(), x.grad, w.grad
+
+    expected, chunk_op, chunks = step(), linear_chunks._chunk_op, itertools.count()
+
+    def interrupted(*args):
+        if next(chunks) == stop:
+            raise KeyboardInterrupt
+        return chunk_op(*args)
+
+    monkeypatch.setattr(linear_chunks, "_chunk_op", interrupted)
+    hit = 0
+    for stop in range(50):
+        chunks = itertools.count()
+        try:
+            step()
+        except KeyboardInterrupt:
+            hit += 1
+            assert x.grad is None and w.grad is None
+        else:
+            break
+        stop = -1
+        for found, right in zip(step(), expected, strict=True):
+            assert torch.equal(found, right)
+    assert hit >= 7  # 40 rows in chunks of 6
+    assert all(torch.equal(t, k) for t, k in zip((x, w, target), kept, strict=True))
+
+
+def test_exceptions_in_hooks_of_tensors_and_nodes():
+    """Behind, between and before our backwards: the graph can be used again, and gives what it would have given."""
+    x, image = torch.randn(6, 5, requires_grad=True), torch.randn(4, 3, 5, requires_grad=True)
+    head, target = torch.randn(5, 5, requires_grad=True), torch.randint(0, 5, (6,))
+
+    def fail(*_):
+        raise ZeroDivisionError("from the hook")
+
+    for where in ("input", "output", "node"):
+        hidden, picture = x * 1, image * 1
+        y = fused_ops.batch_norm(picture, None, None, training=True, activation="silu")
+        losses = [
+            fused_ops.cross_entropy(hidden, target),
+            fused_ops.linear_cross_entropy(hidden, head, target, chunk_rows=2, reduction="none").sum(),
+            y.square().sum(),
+        ]
+        for loss, watched in zip(losses, (hidden, hidden, picture), strict=True):
+            leaves = (image,) if loss is losses[2] else (x,)
+            expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+            place = {"input": watched, "output": loss, "node": loss.grad_fn}[where]
+            hook = place.register_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                torch.autograd.grad(loss, leaves, retain_graph=True)
+            hook.remove()
+            assert torch.equal(torch.autograd.grad(loss, leaves, retain_graph=True)[0], expected[0])
 
 
 @pytest.mark.parametrize("where", ["pack", "unpack"])
@@ -278,6 +345,21 @@ def test_a_python_callback_while_others_wait():
         done.set()
         thread.join(20)
     assert not thread.is_alive() and next(ticks) > 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_from_the_threads_of_another_pool():
+    """Raw ops, which use PyTorch's threads within, called at once from the threads that its interpreter forks onto."""
+    torch.set_num_threads(2)
+    x, target = torch.randn(300, 64), torch.randint(0, 64, (300,))
+
+    @torch.jit.script
+    def at_once(x: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+        waiting = [torch.jit.fork(torch.ops.fused_ops.cross_entropy_forward, x, target, -100, 0) for _ in range(8)]
+        return [torch.jit.wait(f)[0] for f in waiting]
+
+    expected = fused_ops.cross_entropy(x, target, reduction="none")
+    assert all(torch.equal(found, expected) for found in at_once(x, target))
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")

@@ -130,8 +130,9 @@ def spoil_tensor(t, rng):
         "offset by one": lambda: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
         "overlapping": lambda: t.as_strided(t.shape, [1] * t.dim()),
         "other values": lambda: torch.full_like(t, rng.choice([-1, 0, 1, 5, 100])),
+        "far integers": lambda: torch.full_like(t, rng.choice([2**31, -(2**31), 2**62, -(2**63), 2**63 - 1])),
         "huge": lambda: torch.full_like(t, rng.choice([1e30, -1e30, float("nan"), float("inf"), -float("inf")])),
-        "negated view": lambda: torch._neg_view(t) if t.is_floating_point() else t,
+        "negated view": lambda: torch._neg_view(t) if t.dtype in DTYPES[:4] else t,
         "sparse": lambda: t.to_sparse(),
         "no data": lambda: t.to("meta"),
         "one": lambda: t.flatten()[:1],
@@ -158,6 +159,14 @@ def spoil(value, rng):
         shape = [rng.choice([0, 1, 2, 3, 7]) for _ in range(rng.randrange(4))]
         return torch.randn(shape, dtype=rng.choice(DTYPES[:4])), False
     return value, True
+
+
+def share_memory(args, rng):
+    """Two of the arguments become one tensor, or two of one memory."""
+    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    if len(tensors) > 1:
+        i, j = rng.sample(tensors, 2)
+        args[i] = args[j] if rng.random() < 0.5 else args[j].detach()
 
 
 def copied(value):
@@ -195,9 +204,13 @@ def test_garbage_is_a_result_or_an_exception(op):
             i = rng.randrange(len(args))
             args[i], kept = spoil(args[i], rng)
             same_values &= kept
+        aliased = rng.random() < 0.05
+        if aliased:
+            share_memory(args, rng)
+            same_values = False
         mutable = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
         before = fingerprint(args)
-        comparable = same_values or "forward" in function._schema.name
+        comparable = same_values or ("forward" in function._schema.name and not aliased)
         given = [copied(a) for a in args] if comparable and rng.random() < COMPARED else None
         try:
             result = function(*args, **kwargs)
