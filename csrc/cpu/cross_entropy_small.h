@@ -6,14 +6,13 @@
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy_walks.h"
+#include "cross_entropy_lanes.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
 constexpr int64_t kSmallClasses = 64;      // at most
 constexpr int64_t kSmallFloats = 1 << 11;  // of a pass: 8 KiB stay in L1
-constexpr int kSecondLevel = 2;            // the cache that a prefetch reads into
 
 inline bool is_small(const RowLayout& l) { return l.adjacent_classes() && l.classes > 0 && l.classes <= kSmallClasses; }
 
