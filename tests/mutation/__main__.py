@@ -38,7 +38,11 @@ BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
 TIMEOUT_S = 400
 FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_contracts.py"]  # those first that see most the soonest
 SUITES = {
-    "ce": [*FIRST, "test_cross_entropy.py", "test_cross_entropy_options.py", "test_cross_entropy_numerics.py", *LAST],
+    "ce": [
+        *FIRST,
+        *(f"test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks")),
+        *LAST,
+    ],
     "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
     "lce": [*FIRST, "test_linear_cross_entropy.py", *LAST],
     "guard": ["test_guard_pages.py"],

@@ -461,8 +461,8 @@ NATIVE = [
     ),
     Mutant(
         CLANES,
-        "store_up_to(grad + c * grad_stride, whole ? kWidth : width, ignored ? float_vec{} : g);",
-        "store_up_to(grad + c * grad_stride, whole ? kWidth : width, g);",
+        "row[k].wanted == static_cast<int32_t>(kIgnored) ? float_vec{} : g);",
+        "g);",
         "ce",
         "NaN of an ignored row in the gradient",
     ),
