@@ -98,9 +98,11 @@ void block_sums(const T* x, int64_t stride, int64_t classes, int64_t rows, const
   }
 }
 
-// Fills out.max, others and below of `rows` rows; those of ignored rows are of no use.
+// Fills out.max, others and below of `rows` rows; those of ignored rows are of no use. Not inlined: what the compiler
+// may inline into the caller is the walk of few classes.
 template <class T>
-void lanes_sums(const T* x, int64_t stride, int64_t classes, int64_t rows, const int64_t* target, RowSums& out) {
+__attribute__((noinline)) void lanes_sums(const T* x, int64_t stride, int64_t classes, int64_t rows,
+                                          const int64_t* target, RowSums& out) {
   alignas(64) float max[kRowTile];
   each_block(rows, [&](auto registers, auto whole, int64_t r) {
     LaneSums sums[registers];
@@ -166,8 +168,9 @@ void block_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, in
 
 // In place where grad is x.
 template <class T>
-void lanes_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, int64_t classes, int64_t rows,
-                    const int64_t* target, const double* lse, const double* scale) {
+__attribute__((noinline)) void lanes_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, int64_t classes,
+                                              int64_t rows, const int64_t* target, const double* lse,
+                                              const double* scale) {
   each_block(rows, [&](auto registers, auto whole, int64_t begin) {
     const int64_t width = whole ? kWidth : rows - begin;
     const auto row_of = [&](int64_t k) {

@@ -110,7 +110,7 @@ void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, 
                     float* sums) {
   for (int64_t r = 0; r < count; r += kWidth)
     store_vec(sums + r, reduce_each(
-                            [&](int64_t l) {
+                            [&](int64_t l) FUSED_OPS_INLINE {
                               const int64_t at = std::min(r + l, count - 1), t = target[at];
                               const uint64_t drop = t < 0 ? 0 : uint64_t{1} << t;
                               return rows.row(e + at * classes, rows.all() & ~drop, 0.0f, Add());
