@@ -327,7 +327,7 @@ def instruction_cases() -> list[InstructionCase]:
         ((2048, 27), f32),
         ((2, 21, 32, 32), f32),
     ]
-    return [
+    plain = [
         InstructionCase(
             f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} {layout}",
             draw(shape, dtype, layout, "indices", "cpu"),
@@ -336,3 +336,12 @@ def instruction_cases() -> list[InstructionCase]:
         for shape, dtype in shapes
         for layout in ("contiguous", "channels_last")[: len(shape) // 2]
     ]
+    smoothing = [
+        InstructionCase(
+            f"{'x'.join(map(str, shape))} float32 label_smoothing",
+            draw(shape, f32, "contiguous", "indices", "cpu"),
+            _ours({"label_smoothing": 0.1}),
+        )
+        for shape in ((32, 1000), (2048, 27), (2, 21, 32, 32))
+    ]
+    return plain + smoothing

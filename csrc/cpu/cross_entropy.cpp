@@ -6,8 +6,8 @@
 // Memory: forward reads every logit once and writes 8 bytes per row (lse); backward reads every logit once and writes
 // every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Four
 // walks: rows whose classes are adjacent (one register of classes at a time; few classes: cross_entropy_small.h), rows
-// that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time, a tile of rows
-// in L2), and any strides, gathered.
+// that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time:
+// cross_entropy_lanes.h), and any strides, gathered.
 //
 // Stability: the sum is taken over classes other than the target, relative to the running maximum, so that a confident
 // right row keeps its loss (log1p of the rest) and the target's gradient is minus the sum of the others instead of
@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cross_entropy_lanes.h"
 #include "cross_entropy_small.h"
 #include "cross_entropy_targets.h"
 #include "cross_entropy_walks.h"
@@ -46,12 +47,9 @@ struct TargetTile {
 
 // Rows from `row` on that one step takes: not beyond `end`, nor beyond a batch entry where rows are walked in
 // registers.
-int64_t rows_of_step(const RowLayout& l, int64_t row, int64_t end, int64_t element_bytes) {
-  int64_t n = std::min(kRowTile, end - row);
-  if (l.adjacent_classes()) return n;
-  const int64_t fit = kTileBytes / std::max<int64_t>(1, l.classes * element_bytes) / kWidth * kWidth;
-  n = std::min(n, std::max(fit, kWidth));
-  return std::min(n, l.spatial - row % l.spatial);
+int64_t rows_of_step(const RowLayout& l, int64_t row, int64_t end) {
+  const int64_t n = std::min(kRowTile, end - row);
+  return l.adjacent_classes() ? n : std::min(n, l.spatial - row % l.spatial);
 }
 
 // In an order of its own, which the rows before the first do not change.
@@ -96,7 +94,7 @@ BlockResult forward_rows(const CrossEntropyForward& a, int64_t begin, int64_t en
   PackedRows<T> packed(a.layout.classes);
   double loss[kRowTile];
   for (int64_t row = begin, n = 0; row < end; row += n) {
-    n = rows_of_step(a.layout, row, end, sizeof(T));
+    n = rows_of_step(a.layout, row, end);
     const TargetTile targets(a.targets, row, n, a.layout.classes);
     if (targets.bad_row >= 0) {
       result.bad_row = targets.bad_row;
@@ -163,7 +161,7 @@ template <class T>
 int64_t backward_rows(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
   PackedRows<T> packed(a.layout.classes);
   for (int64_t row = begin, n = 0; row < end; row += n) {
-    n = std::min(rows_of_step(a.layout, row, end, sizeof(T)), rows_of_step(a.grad_layout, row, end, sizeof(T)));
+    n = std::min(rows_of_step(a.layout, row, end), rows_of_step(a.grad_layout, row, end));
     const TargetTile targets(a.targets, row, n, a.layout.classes);
     if (targets.bad_row >= 0) return targets.bad_row;
     step_backward<T>(a, row, n, targets.target, packed);

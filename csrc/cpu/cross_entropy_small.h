@@ -6,14 +6,13 @@
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy_walks.h"
+#include "cross_entropy_lanes.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
 constexpr int64_t kSmallClasses = 64;      // at most
 constexpr int64_t kSmallFloats = 1 << 11;  // of a pass: 8 KiB stay in L1
-constexpr int kSecondLevel = 2;            // the cache that a prefetch reads into
 
 inline bool is_small(const RowLayout& l) { return l.adjacent_classes() && l.classes > 0 && l.classes <= kSmallClasses; }
 
@@ -111,7 +110,7 @@ void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, 
                     float* sums) {
   for (int64_t r = 0; r < count; r += kWidth)
     store_vec(sums + r, reduce_each(
-                            [&](int64_t l) {
+                            [&](int64_t l) FUSED_OPS_INLINE {
                               const int64_t at = std::min(r + l, count - 1), t = target[at];
                               const uint64_t drop = t < 0 ? 0 : uint64_t{1} << t;
                               return rows.row(e + at * classes, rows.all() & ~drop, 0.0f, Add());

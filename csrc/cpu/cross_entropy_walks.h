@@ -1,4 +1,4 @@
-// One row, or one tile of adjacent rows, of cross-entropy: what cross_entropy.cpp walks over.
+// One row of cross-entropy, whatever its strides; see also cross_entropy_lanes.h and cross_entropy_small.h.
 #pragma once
 #include <algorithm>
 
@@ -8,9 +8,8 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-constexpr int64_t kRowTile = 256;                 // rows whose logarithms are taken together
-constexpr int64_t kTileBytes = int64_t{1} << 17;  // logits of a tile of adjacent rows: read from memory once
-constexpr int64_t kClassesPerFold = 8;            // terms that are added in float before they are folded into double
+constexpr int64_t kRowTile = 256;       // rows whose logarithms are taken together
+constexpr int64_t kClassesPerFold = 8;  // terms that are added in float before they are folded into double
 constexpr int64_t kIgnored = -1;
 
 // Per row: the maximum, the sum of exp(x_j - max) over the classes but the target, and x_target - max.
@@ -150,79 +149,6 @@ void row_backward(const T* x, T* grad, int64_t classes, int64_t target, double l
       others += static_cast<double>(grads_of_row<true>(x + c, grad + c, std::min(kChunk, classes - c), high, low,
                                                        factor, target >= c && target < c + kChunk ? target - c : -1));
   store(grad + target, static_cast<float>(target_residual(p_target, others) * scale));
-}
-
-// ---- rows adjacent in memory: a register of rows at a time. Lanes behind the last row hold anything finite.
-
-template <class T>
-void lanes_sums(const T* x, int64_t stride, int64_t classes, int64_t rows, const int64_t* target, RowSums& out) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  alignas(64) float max[kRowTile];
-  alignas(64) int32_t wanted[kRowTile];
-  const int64_t padded = (rows + kWidth - 1) / kWidth * kWidth;
-  for (int64_t r = 0; r < padded; ++r)
-    max[r] = kNone, wanted[r] = r < rows ? static_cast<int32_t>(target[r]) : static_cast<int32_t>(kIgnored);
-  for (int64_t c = 0; c < classes; ++c)
-    for (int64_t r = 0; r < rows; r += kWidth)
-      store_vec(max + r, max_vec(load_up_to(x + c * stride + r, std::min(kWidth, rows - r), kNone), load_vec(max + r)));
-  for (int64_t r = 0; r < rows; r += kWidth) {
-    const int64_t n = std::min(kWidth, rows - r);
-    float_vec shift = load_vec(max + r);
-    shift = shift == kNone ? float_vec{} : shift;
-    const int_vec t = load_bits<int_vec>(wanted + r);
-    double others[kWidth] = {};
-    for (int64_t begin = 0; begin < classes; begin += kClassesPerFold) {
-      const int64_t end = std::min(begin + kClassesPerFold, classes);
-      float_vec sum{};
-      for (int64_t c = begin; c < end; ++c) {
-        const float_vec e = exp_vec(load_up_to(x + c * stride + r, n, kNone) - shift);
-        sum += t == static_cast<int32_t>(c) ? float_vec{} : e;
-      }
-      for (int64_t l = 0; l < kWidth; ++l) others[l] += static_cast<double>(sum[l]);
-    }
-    for (int64_t l = 0; l < n; ++l) {
-      if (target[r + l] == kIgnored) continue;
-      out.max[r + l] = max[r + l], out.others[r + l] = others[l];
-      out.below[r + l] = static_cast<double>(to_acc(x[target[r + l] * stride + r + l])) - max[r + l];
-    }
-  }
-}
-
-// In place where grad is x.
-template <class T>
-void lanes_backward(const T* x, int64_t stride, T* grad, int64_t grad_stride, int64_t classes, int64_t rows,
-                    const int64_t* target, const double* lse, const double* scale) {
-  alignas(64) float high[kRowTile], low[kRowTile], factor[kRowTile], sum[kRowTile] = {};
-  alignas(64) int32_t wanted[kRowTile];
-  double p_target[kRowTile], others[kRowTile] = {};
-  const int64_t padded = (rows + kWidth - 1) / kWidth * kWidth;
-  for (int64_t r = 0; r < padded; ++r) {
-    const bool counts = r < rows && target[r] != kIgnored;
-    high[r] = low[r] = 0;
-    if (counts) {
-      const SplitLse<T> split(x + r, stride, classes, lse[r]);
-      high[r] = split.high, low[r] = split.low;
-    }
-    factor[r] = counts ? static_cast<float>(scale[r]) : 0.0f;
-    wanted[r] = counts ? static_cast<int32_t>(target[r]) : static_cast<int32_t>(kIgnored);
-    if (counts) p_target[r] = static_cast<double>(exp_((to_acc(x[target[r] * stride + r]) - high[r]) - low[r]));
-  }
-  for (int64_t c = 0; c < classes; ++c) {
-    for (int64_t r = 0; r < rows; r += kWidth) {
-      const int64_t n = std::min(kWidth, rows - r);
-      const float_vec v = load_up_to(x + c * stride + r, n, 0.0f);
-      const int_vec t = load_bits<int_vec>(wanted + r);
-      const float_vec p = exp_vec((v - load_vec(high + r)) - load_vec(low + r));
-      store_vec(sum + r, load_vec(sum + r) + (t == static_cast<int32_t>(c) ? float_vec{} : p));
-      const float_vec g = p * load_vec(factor + r);
-      store_up_to(grad + c * grad_stride + r, n, t == static_cast<int32_t>(kIgnored) ? float_vec{} : g);
-    }
-    if (c % kClassesPerFold == kClassesPerFold - 1 || c == classes - 1)
-      for (int64_t r = 0; r < rows; ++r) others[r] += static_cast<double>(sum[r]), sum[r] = 0;
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    if (target[r] != kIgnored)
-      store(grad + target[r] * grad_stride + r, static_cast<float>(target_residual(p_target[r], others[r]) * scale[r]));
 }
 
 // ---- any strides, and float64

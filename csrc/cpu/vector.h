@@ -255,8 +255,9 @@ inline float_vec load_where(const float* p, uint64_t bits, float fill) {
 
 // kWidth registers become one: lane l is `op` over all lanes of rows(l), in one order for every l.
 template <class Rows, class Op>
-inline float_vec reduce_each(const Rows& rows, const Op& op) {
-  const auto four = [&](int64_t l) {  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
+__attribute__((always_inline)) inline float_vec reduce_each(const Rows& rows, const Op& op) {
+  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
+  const auto four = [&](int64_t l) __attribute__((always_inline)) {
     const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
 #if defined(__AVX512F__)
     const auto halves = [&](float_vec x, float_vec y) {

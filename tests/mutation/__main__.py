@@ -39,7 +39,11 @@ TIMEOUT_S = 400
 # those first that see most the soonest
 FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_corners.py", "test_contracts.py"]
 SUITES = {
-    "ce": [*FIRST, "test_cross_entropy.py", "test_cross_entropy_options.py", "test_cross_entropy_numerics.py", *LAST],
+    "ce": [
+        *FIRST,
+        *(f"test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks")),
+        *LAST,
+    ],
     "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
     "lce": [*FIRST, "test_linear_cross_entropy.py", *LAST],
     "guard": ["test_guard_pages.py"],

@@ -256,13 +256,18 @@ NCPU, NBACK, NWALK, NACT, MOM = (
     f"csrc/cpu/{n}"
     for n in ("batch_norm.cpp", "batch_norm_backward.cpp", "batch_norm_walk.h", "activation.h", "moments.h")
 )
-CCPU, CWALK, CTARGET, CROWS, CLIN, SIMD, VECTOR = (
+CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, SIMD, VECTOR = (
     f"csrc/cpu/{n}"
     for n in (
         "cross_entropy.cpp",
         "cross_entropy_walks.h",
+        "cross_entropy_lanes.h",
         "cross_entropy_targets.h",
         "cross_entropy_rows.cpp",
+        "cross_entropy_rows_backward.cpp",
+        "cross_entropy_sums.h",
+        "cross_entropy_tile.h",
+        "cross_entropy_option_lanes.h",
         "linear_cross_entropy.cpp",
         "simd.h",
         "vector.h",
@@ -456,19 +461,33 @@ NATIVE = [
         "target counted among the others",
     ),
     Mutant(
-        CWALK,
-        "store_up_to(grad + c * grad_stride + r, n, t == static_cast<int32_t>(kIgnored) ? float_vec{} : g);",
-        "store_up_to(grad + c * grad_stride + r, n, g);",
+        CLANES,
+        "row[k].wanted == static_cast<int32_t>(kIgnored) ? float_vec{} : g);",
+        "g);",
         "ce",
         "NaN of an ignored row in the gradient",
     ),
     Mutant(CWALK, "low = static_cast<A>(std::log(sum));", "low = 0;", "ce", "equal maxima at 1e30"),
     Mutant(
-        CWALK,
-        "shift = shift == kNone ? float_vec{} : shift;",
-        "shift = float_vec{};",
+        CLANES,
+        "const float_vec shift = max == kNone ? float_vec{} : max;",
+        "const float_vec shift = float_vec{};",
         "ce",
         "maximum not taken off, among adjacent rows",
+    ),
+    Mutant(
+        CLANES,
+        "others.low *= factor.low, others.high *= factor.high;",
+        "others.low *= factor.low;",
+        "ce",
+        "a register's second half at a larger maximum",
+    ),
+    Mutant(
+        COPTLANES,
+        "f == 0.0 ? double_vec{} : f * (w + fall * sum);",
+        "f == 0.0 ? double_vec{} : f * w;",
+        "ce",
+        "entropy over several passes of adjacent rows",
     ),
     Mutant(
         CTARGET,
@@ -492,7 +511,7 @@ NATIVE = [
         "int16 indices without a sign",
     ),
     Mutant(
-        CROWS,
+        CSUMS,
         "if (kEntropy) weighted = shrink == 0 ? 0 : shrink * (weighted + fall * others);",
         "if (kEntropy) weighted = shrink * weighted;",
         "ce",
@@ -500,47 +519,54 @@ NATIVE = [
     ),
     Mutant(
         CROWS,
-        "nll += soft * share * (log_sum + away);",
-        "nll += share * (log_sum + away);",
+        "share = soft * weight;",
+        "share = weight;",
         "ce",
         "the index' share under smoothing",
     ),
-    Mutant(CROWS, "grad[i] *= scale_ * (1 - t * t);", "grad[i] *= scale_ * (1 + t * t);", "ce", "slope of softcap"),
+    Mutant(CTILE, "grad[i] *= scale * (1 - t * t);", "grad[i] *= scale * (1 + t * t);", "ce", "slope of softcap"),
     Mutant(
         CROWS,
+        "if (share != 0) *nll += share * (log_sum + away);",
+        "*nll += share * (log_sum + away);",
+        "ce",
+        "0 times the loss of a logit of -inf",
+    ),
+    Mutant(
+        CSUMS,
         "prediction = c + first_of(u, n, chunk_max);",
         "prediction = first_of(u, n, chunk_max);",
         "ce",
         "prediction in a later chunk",
     ),
     Mutant(
-        CROWS, "allowed_[r] += m[c * l.class_stride] != 0;", "allowed_[r] += 1;", "ce", "smoothing over masked classes"
+        CTILE, "allowed_[r] += m[c * l.class_stride] != 0;", "allowed_[r] += 1;", "ce", "smoothing over masked classes"
     ),
     Mutant(
         CROWS,
-        "mass += one ? 0 : soft * share, target_weight += share;",
-        "mass += one ? 0 : share, target_weight += share;",
+        "if (!target.one()) *mass += share;",
+        "if (!target.one()) *mass += weight;",
         "ce",
         "mass without smoothing",
     ),
     Mutant(
-        CROWS,
+        CROWSBACK,
         "scale[r] = args.grad_nll[row + r] * weight_of_row(a, row + r);",
         "scale[r] = args.grad_nll[row + r] * weight_of_row(a, row);",
         "ce",
         "class weight of another row",
     ),
     Mutant(
-        CROWS,
-        "if (h != 0) rest += h * (args.lse[row] - args.entropy[row]);",
-        "if (h != 0) rest += h * args.lse[row];",
+        CROWSBACK,
+        "h != 0 ? args.entropy[row] : 0",
+        "0",
         "ce",
         "entropy's gradient",
     ),
     Mutant(
-        CROWS,
-        "if (a_.has_dense && a_.label_smoothing != 0)\n        for",
-        "if (false)\n        for",
+        CTILE,
+        "if (a_.has_dense && a_.label_smoothing != 0)\n      for",
+        "if (false)\n      for",
         "ce",
         "probabilities not smoothed",
     ),
@@ -702,7 +728,11 @@ NATIVE = [
     ),
     Mutant(CWALK, "return p >= 0.5 ? -others : p - 1.0;", "return p - 1.0;", "ce", "p - 1 cancels"),
     Mutant(
-        CROWS, "residual = p >= 0.5 ? -others[r] : p - 1.0;", "residual = p - 1.0;", "ce", "p - 1 cancels, with options"
+        CROWSBACK,
+        "residual = p >= 0.5 ? -others[r] : p - 1.0;",
+        "residual = p - 1.0;",
+        "ce",
+        "p - 1 cancels, with options",
     ),
 ]
 
