@@ -25,6 +25,10 @@ COLOURS = {
     OURS: "#1f6fb4",
     IN_PLACE: "#2a9d6f",
     f"{OURS} + compile": "#123f66",
+    "F.linear_cross_entropy": "#b5651d",
+    "cut-cross-entropy": "#a03060",
+    f"{OURS} in 3 %": "#74a9d8",
+    "three products": "#404040",
     COPY: "#000000",
 }
 _STYLE = {
@@ -62,7 +66,7 @@ def draw_all(folder: Path) -> list[Path]:
 def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
     timings = by_default(tables["timings"])
     found: dict[str, Callable[[], Figure | None]] = {}
-    for op in ("cross_entropy", "batch_norm", "training"):
+    for op in ("cross_entropy", "linear_cross_entropy", "batch_norm", "training"):
         found[f"speedup_{op}"] = lambda op=op: speedup_bars(timings, op)
     for op, sweep in dict.fromkeys((r["op"], r["sweep"]) for r in timings if r["sweep"]):
         found[f"sweep_{op}_{sweep.replace(' ', '_')}"] = lambda op=op, sweep=sweep: sweep_lines(timings, op, sweep)
