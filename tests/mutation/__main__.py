@@ -40,7 +40,7 @@ FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_contracts.py"]  
 SUITES = {
     "ce": [*FIRST, "test_cross_entropy.py", "test_cross_entropy_options.py", "test_cross_entropy_numerics.py", *LAST],
     "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
-    "lce": [*FIRST, "test_linear_cross_entropy.py", *LAST],
+    "lce": [*FIRST, "test_linear_cross_entropy.py", "test_linear_cross_entropy_transforms.py", *LAST],
     "guard": ["test_guard_pages.py"],
 }
 SLOW = "not isa and not ISA and not compiled and not compile and not export and not under_the_guard and not notices"
