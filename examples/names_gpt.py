@@ -136,11 +136,13 @@ def plot(path: Path, curves: dict[str, list[float]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for (backend, losses), style in zip(curves.items(), ("-", "--"), strict=False):
-        (line,) = axes.plot(losses, style, linewidth=0.5, alpha=0.5, label=None if len(losses) > 50 else backend)
-        if len(losses) > 50:
+    for (backend, losses), (style, width) in zip(curves.items(), (("-", 3.0), ("--", 1.2)), strict=False):
+        short = len(losses) <= 50
+        (line,) = axes.plot(losses, style, linewidth=width if short else 0.5, label=backend if short else None)
+        if not short:
             means = torch.tensor(losses).unfold(0, 50, 1).mean(1)
-            axes.plot(range(49, len(losses)), means, style, linewidth=2, color=line.get_color(), label=backend)
+            line.set_alpha(0.5)
+            axes.plot(range(49, len(losses)), means, style, linewidth=width, color=line.get_color(), label=backend)
     axes.legend()
     axes.set(title="names", xlabel="step", ylabel="loss (nats per token)")
     figure.savefig(path, dpi=130)
