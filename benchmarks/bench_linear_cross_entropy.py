@@ -171,6 +171,7 @@ def _sweep(
             sweep=f"{by} {word}",
             size=size,
             memory=FULL,
+            rounds=FEW,
         )
         function: Callable[..., Tensor] = partial(_ours, **option(size))
         ours = [Provider(OURS, function, directions=("both",)) if p.name == OURS else p for p in one.providers]
