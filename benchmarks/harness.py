@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 TRUTH, COPY, COMPILE, OURS = "eager", "copy", "torch.compile", "fused_ops"
+HEAVY_S = 0.5  # a run that takes longer is its own block, with no warm-up before each
+LIMIT_S = 30.0  # for all the rounds of one provider whose runs are heavy: one that is far slower takes part in fewer
 LOOSE = 16  # a rival may be this many times further from the truth than eager, or off by sqrt(eps), and still be timed
 
 
@@ -26,6 +28,7 @@ class Inputs:
     leaves: tuple[str, ...]  # those that are differentiated
     fresh: tuple[str, ...] = ()  # those written anew, untimed, before every run, as the layer before would
     upstream: Tensor | None = None  # gradient of the output; None for a scalar loss
+    shared: bool = False  # large, and changed by nobody: all providers take the same memory
 
 
 class Runner(Protocol):
@@ -73,6 +76,7 @@ class Case:
     sweep: str = ""  # what a sweep varies
     size: int = 0  # its value
     quick: bool = False
+    rounds: tuple[int, int] | None = None  # fewest and most; None: as the suite says
     memory: tuple[str, ...] = ()  # suites in which its peak memory is measured
 
     @property
@@ -112,7 +116,7 @@ class AutogradRunner:
 
     def __init__(self, function: Callable[..., Tensor], inputs: Inputs) -> None:
         self._function = function
-        self._tensors = {name: t.clone() for name, t in inputs.tensors.items()}
+        self._tensors = {name: t if inputs.shared else t.clone() for name, t in inputs.tensors.items()}
         self._base = {name: inputs.tensors[name] for name in inputs.fresh}
         self._leaves, self._upstream = inputs.leaves, inputs.upstream
         self._arguments: dict[str, Tensor] = {}
@@ -216,7 +220,8 @@ def in_float64(inputs: Inputs) -> Inputs:
         return t.double() if t.is_floating_point() else t
 
     tensors = {name: widen(t) for name, t in inputs.tensors.items()}
-    return Inputs(tensors, inputs.leaves, inputs.fresh, None if inputs.upstream is None else widen(inputs.upstream))
+    upstream = None if inputs.upstream is None else widen(inputs.upstream)
+    return Inputs(tensors, inputs.leaves, inputs.fresh, upstream, inputs.shared)
 
 
 def no_worse(ours: Tensor, eager: Tensor, truth: Tensor) -> bool:
@@ -259,7 +264,18 @@ def verify(case: Case, runners: Mapping[str, Runner], inputs: Inputs, threads: i
     by_name = {p.name: p for p in case.providers}
     truth = make_runner(case, by_name[TRUTH], in_float64(inputs), threads).results()
     eager = make_runner(case, by_name[TRUTH], inputs, threads).results()
-    return {name: check(by_name[name].strict, case.dtype, r.results(), eager, truth) for name, r in runners.items()}
+    found = {}
+    for name, runner in runners.items():
+        try:
+            found[name] = check(by_name[name].strict, case.dtype, runner.results(), eager, truth)
+        except Exception as error:  # one provider that fails must not hide the others; its row says what happened
+            found[name] = Check(False, failure(error))
+    return found
+
+
+def failure(error: Exception) -> str:
+    """What a row says of a provider that raised."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def time_interleaved(
@@ -274,6 +290,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times the runners in turn, one block of runs each per round, so that a drift of the machine meets them all.
 
+    A run of more than HEAVY_S is timed alone, and no more often than LIMIT_S allows.
+
     Args:
         runners: By provider name.
         direction: What to run.
@@ -287,7 +305,7 @@ def time_interleaved(
         One sample (ms per run) per round and runner; sample i of all runners is of the same round.
     """
     clock = Clock(device)
-    timers = {}
+    timers, steps = {}, {}
     for name, runner in runners.items():
 
         def step(runner: Runner = runner) -> None:
@@ -296,23 +314,38 @@ def time_interleaved(
             clock.resume()
             runner.run(direction)
 
+        steps[name] = step
         timers[name] = Timer("step()", globals={"step": step}, timer=clock, num_threads=threads)
-    repeats, cost = {}, 0.0
+    timings = {name: Timing() for name in runners}
+    repeats, limit, cost = {}, {}, 0.0  # repeats 0: heavy
     for name, timer in timers.items():  # warm-up and first estimate
-        timer.timeit(1)
+        estimate = _once(steps[name], clock)
+        if estimate >= HEAVY_S:
+            repeats[name], limit[name] = 0, max(1, int(LIMIT_S / estimate))
+            timings[name].samples_ms.append(estimate * 1e3)  # the first round: the check before has warmed up
+            cost += estimate
+            continue
         start = time.perf_counter()
         estimate = max(timer.timeit(1).median, 1e-6)
         wall = (time.perf_counter() - start) / 3  # timeit(1) is two warm-ups and one run
         repeats[name] = max(1, min(math.ceil(block_s / estimate), 2000))
         cost += wall * (repeats[name] + 2)
     count = max(rounds[0], min(rounds[1], int(budget_s / max(cost, 1e-9))))
-    timings = {name: Timing() for name in runners}
     names = list(runners)
     for i in range(count):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            timings[name].samples_ms.append(timers[name].timeit(repeats[name]).median * 1e3)
+            if len(timings[name].samples_ms) >= limit.get(name, count) or (i == 0 and not repeats[name]):
+                continue
+            each = timers[name].timeit(repeats[name]).median if repeats[name] else _once(steps[name], clock)
+            timings[name].samples_ms.append(each * 1e3)
     return timings
+
+
+def _once(step: Callable[[], None], clock: Clock) -> float:
+    start = clock()
+    step()
+    return clock() - start
 
 
 def collect() -> None:

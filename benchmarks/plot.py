@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import results, targets
+from . import heads, results, targets
 from .harness import COMPILE, COPY, OURS, TRUTH
 from .results import Row, Tables
 from .tables import IN_PLACE, by_default, milliseconds, most_threads
@@ -25,6 +25,10 @@ COLOURS = {
     OURS: "#1f6fb4",
     IN_PLACE: "#2a9d6f",
     f"{OURS} + compile": "#123f66",
+    "F.linear_cross_entropy": "#b5651d",
+    "cut-cross-entropy": "#a03060",
+    f"{OURS} in 3 %": "#74a9d8",
+    "three products": "#404040",
     COPY: "#000000",
 }
 _STYLE = {
@@ -62,11 +66,12 @@ def draw_all(folder: Path) -> list[Path]:
 def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
     timings = by_default(tables["timings"])
     found: dict[str, Callable[[], Figure | None]] = {}
-    for op in ("cross_entropy", "batch_norm", "training"):
+    for op in ("cross_entropy", "linear_cross_entropy", "batch_norm", "training"):
         found[f"speedup_{op}"] = lambda op=op: speedup_bars(timings, op)
     for op, sweep in dict.fromkeys((r["op"], r["sweep"]) for r in timings if r["sweep"]):
         found[f"sweep_{op}_{sweep.replace(' ', '_')}"] = lambda op=op, sweep=sweep: sweep_lines(timings, op, sweep)
     found["memory"] = lambda: memory_bars(timings)
+    found["memory_linear_cross_entropy"] = lambda: head_memory(timings)
     found["accuracy"] = lambda: error_chart(tables["accuracy"])
     return found
 
@@ -212,7 +217,9 @@ def _order(rows: list[Row]) -> list[str]:
 def memory_bars(timings: list[Row]) -> Figure | None:
     """Peak extra memory over the size of the input, forward + backward (or one step)."""
     rows = [r for r in timings if r.get("extra_bytes") is not None and r["direction"] != "forward" and not r["sweep"]]
-    rows = [r for r in rows if r["op"] != "training"]  # an input's size says nothing about a model
+    rows = [
+        r for r in rows if r["op"] not in ("training", "models", "linear_cross_entropy")
+    ]  # not in their inputs' sizes
     names = list(dict.fromkeys((r["op"], r["case"]) for r in rows))
     providers = [p for p in _order(rows) if p != COPY]
     if not names:
@@ -235,6 +242,33 @@ def memory_bars(timings: list[Row]) -> Figure | None:
     axes.set_title("peak extra memory of forward + backward", loc="left", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=len(handles), fontsize=8)
+    return figure
+
+
+def head_memory(timings: list[Row]) -> Figure | None:
+    """Memory of linear cross-entropy beyond inputs and gradients, in percent of the logits."""
+    mine = [r for r in timings if r["op"] == "linear_cross_entropy" and not r["sweep"] and r["direction"] == "both"]
+    shares = {(r["case"], r["provider"]): heads.of_logits(r) for r in mine}
+    known = {key: 100 * share for key, share in shares.items() if share is not None}
+    names, providers = list(dict.fromkeys(case for case, _ in known)), [p for p in _order(mine) if p != COPY]
+    if not names:
+        return None
+    step = len(providers) + 0.8
+    figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
+    for (case, provider), share in known.items():
+        y = names.index(case) * step + providers.index(provider)
+        axes.barh(y, share, height=0.86, color=COLOURS[provider])
+        axes.text(max(share, 1) * 1.03, y, f"{share:.1f}", va="center", fontsize=6.5)
+    axes.axvline(3, color="#c03030", lw=1.2)
+    axes.set_xscale("log")
+    axes.set_xlim(left=1)
+    axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))], names)
+    axes.set_ylim(len(names) * step - 0.6, -0.9)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("% of the logits' bytes, beyond inputs and gradients (red: 3 %)")
+    axes.set_title("linear cross entropy: peak memory of forward + backward", loc="left", fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
     return figure
 
 

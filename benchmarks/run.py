@@ -105,12 +105,9 @@ def _runners(
             reasons[provider.name] = provider.missing
             continue
         try:
-            runner = harness.make_runner(case, provider, inputs, threads)
-            runner.results()
-            runners[provider.name] = runner
-        except Exception as error:  # one provider that fails must not hide the others; its row says what happened
-            first = (str(error).splitlines() or [""])[0]
-            reasons[provider.name] = f"failed: {type(error).__name__}: {first}"
+            runners[provider.name] = harness.make_runner(case, provider, inputs, threads)
+        except Exception as error:  # as in harness.verify
+            reasons[provider.name] = harness.failure(error)
     return reasons, runners
 
 
@@ -133,7 +130,7 @@ def _rows(
         threads=threads,
         device=options.device,
         budget_s=BUDGET_S[options.suite] * len(timed),
-        rounds=ROUNDS[options.suite],
+        rounds=case.rounds or ROUNDS[options.suite],
     )
     busy = others.busy_cores()
     run_id = f"{time.time():.0f}"

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import results, targets
+from . import heads, results, targets
 from .harness import COMPILE, OURS, TRUTH
 from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
 
 IN_PLACE = f"{OURS} in place"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "linear_cross_entropy.md")
 _MARKER = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 
 
@@ -340,6 +340,7 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "batch_norm": lambda t, f: speed_table(t, "batch_norm", "micro", ("forward", "backward", "both")),
     "cross_entropy_overhead": lambda t, f: speed_table(t, "cross_entropy", "overhead", ("forward", "both")),
     "batch_norm_overhead": lambda t, f: speed_table(t, "batch_norm", "overhead", ("forward", "both")),
+    "heads": lambda t, f: markdown(heads.COLUMNS, heads.lines(most_threads(t["timings"]))),
     "training": lambda t, f: speed_table(t, "training", "training", ("step",)),
     "models": lambda t, f: models_table(t),
     "threads": lambda t, f: threads_table(t),

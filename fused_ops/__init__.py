@@ -12,10 +12,11 @@ from fused_ops._batch_norm_modules import (
 from fused_ops._convert_patch import patch
 from fused_ops._cross_entropy_modules import CrossEntropyLoss
 from fused_ops._cross_entropy_options import CrossEntropyOutput
+from fused_ops._linear_cross_entropy_module import LinearCrossEntropyLoss
 from fused_ops.batch_norm import batch_norm
 from fused_ops.convert import convert, revert
 from fused_ops.cross_entropy import cross_entropy
-from fused_ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fused_ops.linear_cross_entropy import linear_cross_entropy
 
 __version__ = "0.1.0"
 __all__ = [

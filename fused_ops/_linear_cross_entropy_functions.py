@@ -20,6 +20,8 @@ from fused_ops.reference.linear_cross_entropy import Head
 # Arguments of the Functions: the 5 tensors of Head, then indices, probabilities, weight, class_mask, then numbers.
 _TENSORS = 9
 
+_MOST_LIFTED = 256  # as gradients of a mean are below 1, times an input, they stay far from float16's largest number
+
 
 def _split(tensors: Any) -> tuple[Head, RowArgs]:
     return Head(*tensors[:5]), RowArgs(tensors[0], *tensors[5:9])
@@ -273,7 +275,17 @@ def linear_rows(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> tuple[Tens
     return function.apply(*head, *a[1:], *o, *plan)  # type: ignore[no-any-return]
 
 
+def _lift(row_scale: Tensor) -> Tensor:
+    """A power of two for float16, whose small gradients would be lost before a loss scale comes to them."""
+    largest = row_scale.detach().abs().amax()
+    return torch.where(largest > 0, torch.exp2(torch.floor(-torch.log2(largest))), 1.0).clamp(1, _MOST_LIFTED)
+
+
 def linear_sum(head: Head, a: RowArgs, row_scale: Tensor, z_loss: float, o: RowOptions, plan: Plan) -> Tensor:
     """The weighted sum of the rows' losses."""
+    if head.input.dtype == torch.float16:
+        lift = _lift(row_scale)
+        found = LinearCrossEntropySumFunction.apply(*head, *a[1:], row_scale * lift, z_loss, *o, *plan)
+        return found[0] / lift  # type: ignore[no-any-return]
     found = LinearCrossEntropySumFunction.apply(*head, *a[1:], row_scale, z_loss, *o, *plan)
     return found[0]  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,42 @@ def test_names_gpt(run_python, tmp_path):
     ]
     assert losses[0] < 2.0  # untrained: ln 13 = 2.6
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("letters", [1, 2])
+def test_names_gpt_takes_the_same_steps_without_logits(letters):
+    """The loss of every step, with a head that is cut in chunks too: within rounding that grows from step to step."""
+    from fused_ops.examples import names_gpt
+    from fused_ops.examples.backprop_by_hand.data import Vocabulary
+
+    names = ["anna", "bob", "carla", "dora", "emma", "otto", "nina", "leo", "lena", "nora", "maximilian"] * 8
+    vocabulary = Vocabulary.of(names)
+    x, y = names_gpt.encode(names, vocabulary, letters)
+
+    def losses(dtype, linear, **options):
+        torch.manual_seed(0)
+        model = names_gpt.Gpt(len(vocabulary) ** letters, x.size(1), linear=linear).to(dtype)
+        if options:
+            whole = names_gpt.fused_ops.linear_cross_entropy
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(names_gpt.fused_ops, "linear_cross_entropy", partial(whole, **options))
+                return names_gpt.train(model, x, y, 20, "linear")[0]
+        return names_gpt.train(model, x, y, 20, "torch")[0]
+
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        expected = losses(dtype, False)
+        assert expected[-1] < 0.95 * expected[0]
+        for options in ({}, {"chunk_rows": 50}, {"max_memory_bytes": 10000}):
+            assert losses(dtype, True, **options) == pytest.approx(expected, rel=tolerance)
+
+
+def test_names_gpt_compares(run_python, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["anna", "bob", "carla", "dora"] * 4))
+    options = ["--names", str(names), "--steps", "5", "--letters", "2", "--out", str(tmp_path)]
+    text = run_python("-m", "examples.names_gpt", "--compare", *options, cwd=ROOT).stdout
+    assert float(re.search(r"largest difference of a step's loss: (\S+)", text)[1]) < 1e-4
+    assert (tmp_path / "names_gpt_compared.png").stat().st_size > 5000 and "MiB peak" in text
 
 
 def test_names_gpt_says_what_is_wrong(run_python, tmp_path):

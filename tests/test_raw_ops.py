@@ -73,7 +73,7 @@ REFERENCES = {
         ("batch_norm", "batch_norm"),
         ("linear_cross_entropy", "linear_cross_entropy"),
     )
-    for suffix in ("forward", "backward", "backward_", "act_forward", "act_backward", "chunk_")
+    for suffix in ("forward", "backward", "backward_", "act_forward", "act_backward", "chunk_", "small")
     if hasattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample
+from fused_ops.reference import Sample, cross_entropy
 from fused_ops.reference import _cross_entropy_rows as rows
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
 from fused_ops.reference._cross_entropy_samples import linear_samples
@@ -57,6 +57,26 @@ def chunk_(
         g = RowGrads(row_scale, grad_lse, None, None)
         logits.copy_(rows.grad_input(g, a, RowOptions(*options), torch.float64))  # type: ignore[arg-type]
     return results
+
+
+def small(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of input, weight and bias that ``needs`` asks for, one bit each; else empty."""
+    z = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    loss, lse, total = cross_entropy.forward(z, target, ignore_index, reduction)
+    found = [z.new_empty(0)] * 3
+    if needs:
+        grad_z = cross_entropy.backward(torch.ones_like(loss), z, target, lse, total, ignore_index, reduction)
+        found = [grad_z @ linear_weight, grad_z.t() @ input, grad_z.sum(0)]
+    wanted = [needs & 1, needs & 2, needs & 4 and linear_bias is not None]
+    return loss, *(g if want else z.new_empty(0) for g, want in zip(found, wanted, strict=True))
 
 
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:

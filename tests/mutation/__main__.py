@@ -45,7 +45,7 @@ SUITES = {
         *LAST,
     ],
     "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
-    "lce": [*FIRST, "test_linear_cross_entropy.py", *LAST],
+    "lce": [*FIRST, "test_linear_cross_entropy.py", "test_linear_cross_entropy_transforms.py", *LAST],
     "guard": ["test_guard_pages.py"],
 }
 SLOW = "not isa and not ISA and not compiled and not compile and not export and not under_the_guard and not notices"

@@ -217,7 +217,7 @@ PYTHON = [
         "second derivative of one chunk only",
     ),
     Mutant(
-        "fused_ops/linear_cross_entropy.py",
+        "fused_ops/_linear_cross_entropy_checks.py",
         "torch.cat((wide[..., 1:], torch.full_like(wide[..., :1], ignored)), -1)",
         "torch.cat((torch.full_like(wide[..., :1], ignored), wide[..., :-1]), -1)",
         "lce",

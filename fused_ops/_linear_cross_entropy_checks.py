@@ -1,0 +1,146 @@
+"""The arguments of linear cross-entropy: checked, and with the leading dimensions as one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops._function import autocast_enabled
+from fused_ops.reference.linear_cross_entropy import Head
+
+
+class Shape(NamedTuple):
+    lead: tuple[int, ...]  # of input without in_features
+    classes: int
+    outputs: tuple[int, ...]  # of linear_weight between classes and in_features
+
+    def rows(self, flat: bool) -> tuple[int, ...]:
+        """The shape of one value per row: as the caller sees it, or (rows,) or (rows, positions)."""
+        if not flat:
+            return (*self.lead, *self.outputs)
+        positions = math.prod(self.outputs)
+        return (math.prod(self.lead),) if positions == 1 else (math.prod(self.lead), positions)
+
+    def with_classes(self, k: int, flat: bool) -> tuple[int, ...]:
+        """The same with k values in the place of the classes."""
+        rows = self.rows(flat)
+        at = 1 if flat else len(self.lead)
+        return (*rows[:at], k, *rows[at:])
+
+
+def shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Shape:
+    for name, value in (("input", input), ("linear_weight", linear_weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"linear_cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality at least 1, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.size(-1) != linear_weight.size(-1):
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.size(-1)} and {linear_weight.size(-1)}, respectively"
+        )
+    shape = Shape(tuple(input.shape[:-1]), linear_weight.size(0), tuple(linear_weight.shape[1:-1]))
+    if linear_bias is not None and tuple(linear_bias.shape) != (shape.classes, *shape.outputs):
+        raise RuntimeError(
+            f"expected linear_bias shape {(shape.classes, *shape.outputs)}, got {tuple(linear_bias.shape)}"
+        )
+    if shape.outputs and not shape.lead:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.size(-1)}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    for name, matrix in {"linear_weight": linear_weight, "linear_bias": linear_bias}.items():
+        if matrix is not None and matrix.dtype != input.dtype and not autocast_enabled(input):
+            raise RuntimeError(f"linear_cross_entropy: expected {name} of dtype {input.dtype}, got {matrix.dtype}")
+    return shape
+
+
+def _low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor, float]:
+    """lora's (A, B, scale), checked."""
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError("linear_cross_entropy: expected lora to be (A, B, scale)")
+    a, b, scale = lora
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        raise TypeError("linear_cross_entropy: expected lora's A and B to be tensors")
+    outputs = shape.classes * math.prod(shape.outputs)
+    if a.dim() != 2 or a.size(1) != in_features or b.shape != (outputs, a.size(0)):
+        raise RuntimeError(
+            f"linear_cross_entropy: expected lora's A of shape [rank, {in_features}] and B of [{outputs}, rank], "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    return a, b, scale
+
+
+def head_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any, shape: Shape) -> Head:
+    """The matrices, in autocast's dtype where it is on."""
+    in_features = input.size(-1)
+    tensors = [input.reshape(math.prod(shape.lead), in_features), linear_weight.flatten(0, -2)]
+    tensors += [] if linear_bias is None else [linear_bias.reshape(-1)]
+    scale = 1.0
+    if lora is not None:
+        a, b, scale = _low_rank(lora, shape, in_features)
+        tensors += [a, b]
+    device = input.device.type
+    if autocast_enabled(input) and input.dtype != torch.float64:
+        tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    bias = tensors.pop(2) if linear_bias is not None else None
+    if lora is None:
+        return Head(tensors[0], tensors[1], bias, None, None)
+    return Head(tensors[0], tensors[1], bias, (tensors[0] @ tensors[2].t()) * scale, tensors[3])
+
+
+def flat(name: str, value: Any, shape: Shape, k: int | None) -> Any:
+    """A tensor per row (k None) or with k values in the place of the classes, with the leading dimensions as one."""
+    if not isinstance(value, Tensor):
+        return value
+    wanted = shape.rows(False) if k is None else shape.with_classes(k, False)
+    if tuple(value.shape) == wanted:
+        return value.reshape(shape.rows(True) if k is None else shape.with_classes(k, True))
+    if not shape.lead and k is None and value.shape == (1,):
+        return value
+    entries = value.size(0) if value.dim() else 0
+    if len(shape.lead) == 1 and entries != shape.lead[0]:
+        raise ValueError(f"Expected input batch_size ({shape.lead[0]}) to match target batch_size ({entries}).")
+    raise RuntimeError(f"linear_cross_entropy: expected {name} of shape {list(wanted)}, got {list(value.shape)}")
+
+
+def flat_target(target: Any, shape: Shape, ignore_index: int | None) -> Any:
+    if isinstance(target, (tuple, list)):
+        if len(target) == 3:
+            lam = target[2]
+            per_row = isinstance(lam, Tensor) and tuple(lam.shape) == shape.rows(False)
+            entries = [flat(f"target_{n}", t, shape, None) for n, t in zip("ab", target, strict=False)]
+            return *entries, flat("lam", lam, shape, None) if per_row else lam
+        at = len(shape.lead)
+        k = target[0].size(at) if target and isinstance(target[0], Tensor) and target[0].dim() > at else 1
+        return tuple(flat(n, t, shape, k) for n, t in zip(("indices", "probabilities"), target, strict=False))
+    if not isinstance(target, Tensor):
+        raise TypeError(f"linear_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
+    if tuple(target.shape) != shape.with_classes(shape.classes, False):
+        return flat("target", target, shape, None)
+    if ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    return flat("target", target, shape, shape.classes)
+
+
+def shifted(input: Tensor, target: Any, ignore_index: int | None) -> tuple[Tensor, int]:
+    """Each position's target is the next one's; the last has none."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() < 1 or input.dim() < 2:
+        raise RuntimeError(
+            "linear_cross_entropy: shift=True takes input (..., positions, in_features) and class indices of shape "
+            "(..., positions)"
+        )
+    ignored = -100 if ignore_index is None else ignore_index
+    wide = target if target.dtype != torch.uint8 or 0 <= ignored < 256 else target.short()
+    return torch.cat((wide[..., 1:], torch.full_like(wide[..., :1], ignored)), -1), ignored
+
+
+def check_memory(chunk_rows: object, max_memory_bytes: object) -> None:
+    for name, value in (("chunk_rows", chunk_rows), ("max_memory_bytes", max_memory_bytes)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"linear_cross_entropy: {name} must be an integer above 0, got {value!r}")
