@@ -114,12 +114,15 @@ def case(
     activation: str | None = None,
     residual: bool = False,
     training: bool = True,
+    kept: bool = False,
     **fields: Any,
 ) -> Case:
-    """One case; its name says what differs from a plain training step."""
+    """One case; its name says what differs from a plain training step. ``kept``: the output is, not the input."""
     words = ["x".join(map(str, shape)), str(dtype).removeprefix("torch.")]
     words += [layout] if layout != "contiguous" else []
     words += ["+ add"] * residual + [f"+ {activation}"] * bool(activation) + ["eval"] * (not training)
+    words += ["output kept"] * kept
+    options = {"inplace_activated": True} if kept else {}
     eager = _eager(activation, training)
     return Case(
         op=OP,
@@ -130,7 +133,7 @@ def case(
         providers=(
             Provider(TRUTH, eager),
             Provider(COMPILE, eager, compiled=True),
-            ours(_ours(activation, training), _missing(activation, residual)),
+            ours(_ours(activation, training, **options), _missing(activation, residual)),
         ),
         moved_bytes=bytes_that_move(math.prod(shape), dtype, residual, training),
         formula=FORMULA,
@@ -204,6 +207,8 @@ def cases(device: str) -> list[Case]:
             make(big, bf16, layout=layout, quick=layout == "contiguous", directions=ALL),
             make(big, f16, layout=layout),
             make(big, bf16, layout=layout, activation="relu"),
+            make(big, f32, layout=layout, activation="leaky_relu", directions=ALL),
+            make(big, f32, layout=layout, activation="leaky_relu", kept=True, directions=ALL),
             make(big, f32, layout=layout, training=False, quick=layout == "contiguous"),
         ]
     found += [

@@ -63,7 +63,9 @@ def measure(case: harness.Case, provider: harness.Provider, direction: str, thre
 def in_subprocess(case: harness.Case, provider: str, direction: str, threads: int, device: str) -> int | None:
     """``measure`` in a process of its own, so that no other provider's memory is there to be reused."""
     command = [sys.executable, "-m", "benchmarks.memory", case.op, case.name, provider, direction, str(threads), device]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])
+    # Large blocks straight from the system: else holes in malloc's heap decide, and the same run's figure varies.
+    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=machine.ROOT)
     if done.returncode:
         raise RuntimeError(f"memory of {case.op} {case.name}, {provider}: {done.stderr.strip().splitlines()[-1:]}")

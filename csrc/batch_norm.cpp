@@ -9,9 +9,9 @@
 #include <optional>
 #include <tuple>
 
+#include "batch_norm_passes.h"
 #include "batch_norm_tensors.h"
 #include "checks.h"
-#include "cpu/moments.h"
 
 namespace fused_ops {
 namespace {
@@ -28,66 +28,6 @@ struct ForwardOptions {
 struct ForwardTensors {
   Tensor output, mean, invstd, new_mean, new_var, mask;
 };
-
-// Merges the partials of channel c in a fixed order: parts (or row blocks), then the columns of a small plane.
-Partial merged_moments(const View& view, const Partial* partials, int64_t c) {
-  DEFAULT::Moments total;
-  const ChannelLayout& l = view.layout;
-  if (l.columns()) {
-    for (int64_t column = c * view.repeat; column < (c + 1) * view.repeat; ++column)
-      for (int64_t b = 0; b < l.row_blocks(); ++b) {
-        const Partial& p = partials[b * l.channels + column];
-        total.merge(p.a, p.b, p.n);
-      }
-  } else {
-    for (int64_t i = c * l.parts(); i < (c + 1) * l.parts(); ++i)
-      total.merge(partials[i].a, partials[i].b, partials[i].n);
-  }
-  return {total.mean, total.m2, total.n};
-}
-
-Partial summed(const View& view, const Partial* partials, int64_t c) {
-  Partial total{0, 0, 0};
-  const ChannelLayout& l = view.layout;
-  const auto add = [&](const Partial& p) { total.a += p.a, total.b += p.b, total.n += p.n; };
-  if (l.columns()) {
-    for (int64_t column = c * view.repeat; column < (c + 1) * view.repeat; ++column)
-      for (int64_t b = 0; b < l.row_blocks(); ++b) add(partials[b * l.channels + column]);
-  } else {
-    for (int64_t i = c * l.parts(); i < (c + 1) * l.parts(); ++i) add(partials[i]);
-  }
-  return total;
-}
-
-bool streams(const ChannelLayout& l, DType dtype) {
-  return !l.valid && l.numel() * element_size(dtype) >= kStreamBytes;
-}
-
-// Runs reduce -> finish(channel) -> write: channel by channel where a channel is one item, so that its second reading
-// comes from the cache; else one after the other over the whole input.
-template <class Args, class Finish>
-void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
-                void (*write)(const Args&, int64_t, int64_t), const Args& args, const Finish& finish) {
-  const ChannelLayout& l = view.layout;
-  if (args.by_plane) {
-    for (int64_t c = 0; c < view.channels; ++c) finish(c);
-    if (write) for_items(l, l.planes(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
-    return;
-  }
-  if (!l.columns() && l.parts() == 1) {
-    for_items(l, l.items(), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (reduce) reduce(args, c, c + 1);
-        finish(c);
-        if (write) write(args, c, c + 1);
-      }
-    });
-    return;
-  }
-  if (reduce) for_items(l, l.items(), [&](int64_t begin, int64_t end) { reduce(args, begin, end); });
-  for (int64_t c = 0; c < view.channels; ++c) finish(c);
-  if (write) for_items(l, l.items(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
-}
 
 ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const MaybeTensor& running_mean,
                        const MaybeTensor& running_var, const MaybeTensor& weight, const MaybeTensor& bias,

@@ -162,6 +162,46 @@ def test_fold_model(linear):
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
+FOLDED = {
+    "linear": (lambda: nn.Linear(24, 16), nn.BatchNorm1d, (64, 24)),
+    "linear without bias": (lambda: nn.Linear(24, 16, bias=False), nn.BatchNorm1d, (64, 24)),
+    "convolution": (lambda: nn.Conv2d(8, 16, 3), nn.BatchNorm2d, (4, 8, 9, 9)),
+    "convolution in groups": (lambda: nn.Conv1d(8, 16, 3, groups=4), nn.BatchNorm1d, (4, 8, 30)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(8, 16, 3, groups=2), nn.BatchNorm2d, (4, 8, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("layer", FOLDED)
+@pytest.mark.parametrize("ratio", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fold_rounds_once(layer, ratio, dtype):
+    """Weight and bias are the exact ones rounded; the output is no further from the truth than eager's two layers.
+
+    Plus what rounding the folded weight and bias costs: half a rounding of every product that is added.
+    """
+    torch.manual_seed(2)
+    make, kind, shape = FOLDED[layer]
+    model = nn.Sequential(make(), kind(16)).to(dtype).eval()
+    with torch.no_grad():
+        for t in (*model[1].parameters(), model[1].running_var):
+            t.copy_(torch.rand_like(t) + 0.5)
+        model[1].running_mean.copy_(ratio * torch.randn(16))
+        folded = fused_ops.fold(*model)
+        exact = fused_ops.fold(*copy.deepcopy(model).double())
+        for mine, truth in zip(folded.parameters(), exact.parameters(), strict=True):
+            assert torch.equal(mine, truth.to(dtype))
+        if dtype == torch.float64:
+            return
+        x = torch.randn(shape)
+        truth = copy.deepcopy(model).double()(x.double())
+        sizes = copy.deepcopy(exact)
+        for t in sizes.parameters():
+            t.abs_()
+        extra = torch.finfo(dtype).eps / 2 * sizes(x.double().abs())
+        error, eager = (f(x).double().sub(truth).abs() for f in (folded, model))
+        assert bool((error <= eager.max() + extra + torch.finfo(dtype).eps * truth.abs()).all())
+
+
 def test_fold_leaves_what_it_cannot_fold():
     class Shared(nn.Module):
         def __init__(self):

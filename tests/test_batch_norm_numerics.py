@@ -326,6 +326,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 limit = tolerance if a.dtype == dtype else 4e-6
                 error = (a.double() - c.double()).abs().max() / c.double().abs().max()
                 assert error < limit, (dtype, shape, act, float(error))
+bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)  # every bfloat16 and float16, NaNs with any payload among them
+for dtype in (torch.bfloat16, torch.float16):
+    for shape in ((1, 1, 256, 256), (256, 256), (1024, 64), (256, 4, 8, 8)):
+        x, scale = bits.view(dtype).reshape(shape), 1.00390625
+        n = shape[1]
+        params = (torch.zeros(n), torch.ones(n), torch.full((n,), scale), torch.zeros(n))
+        y = ops.batch_norm_forward(x, *params, False, 0.1, 0.0, 0)[0]
+        torch.testing.assert_close(y, (x.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
 print(fused_ops._library.isa())
 """
 

@@ -10,7 +10,9 @@ from fused_ops.testing import assert_no_worse_than
 SHAPES = {
     "planes": (6, 40, 96, 96),
     "planes that split lines": (3, 67, 103, 103),
+    "planes of parts of lines": (64, 520, 9, 9),
     "rows": (9000, 256),
+    "wide rows": (2050, 1030),
     "rows that split lines": (30011, 77),
     "few columns": (430003, 5),
     "channels last": (8, 24, 111, 111),
@@ -63,14 +65,16 @@ def test_large_tensors_by_the_error_rule(shape, dtype, activation, residual, tra
         assert torch.equal(ours[4], torch.where(ours[0] > 0, g, torch.zeros(())).to(dtype))
 
 
-def test_a_single_thread_gives_the_same_bits():
-    x, g = torch.randn(2, 300, 70, 71), torch.randn(2, 300, 70, 71)
+@pytest.mark.parametrize("shape", [(2, 300, 70, 71), (2050, 1030), (9000, 256)])
+def test_a_single_thread_gives_the_same_bits(shape):
+    """Eight threads are more than the second shape's tiles of columns, and share each; one takes them in turn."""
+    x, g = torch.randn(shape), torch.randn(shape)
     threads = torch.get_num_threads()
     try:
         found = []
-        for count in (1, 4):
+        for count in (1, 3, 8):
             torch.set_num_threads(count)
             found.append(step(fused, x, None, g, "relu", True, torch.float32))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -193,8 +193,10 @@ void apply_planes(const BatchNormForward& a, int64_t item) {
 
 template <class T>
 void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    if (a.layout.columns())
+  const bool columns = a.layout.columns();
+  for (int64_t k = begin; k < end; ++k) {  // columns from the end, which the first pass has left in the cache
+    const int64_t item = columns ? begin + (end - 1 - k) : k;
+    if (columns)
       apply_tile<T>(a, item);
     else
       apply_planes<T>(a, item);

@@ -140,8 +140,10 @@ void grad_planes(const BatchNormBackward& a, Before before, int64_t item) {
 template <class T>
 void grad_input(const BatchNormBackward& a, int64_t begin, int64_t end) {
   const Before before = before_of(a);
-  for (int64_t item = begin; item < end; ++item) {
-    if (a.layout.columns())
+  const bool columns = a.layout.columns();
+  for (int64_t k = begin; k < end; ++k) {  // columns from the end, which the first pass has left in the cache
+    const int64_t item = columns ? begin + (end - 1 - k) : k;
+    if (columns)
       grad_tile<T>(a, before, item);
     else
       grad_planes<T>(a, before, item);

@@ -126,21 +126,29 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(nullptr), Ordered<T>(nullptr)};
   Columns columns;
-  typename Columns::S center[kTile], natural[kTile];
-  double sum[kTile] = {}, dot[kTile] = {};
-  const auto exact_mean = [&](int64_t i) { return a.exact_mean[(t.column + i) / a.repeat]; };
+  typename Columns::S center[kTile];
+  const auto exact_mean = [&](int64_t i) {
+    return a.repeat == 1 ? a.exact_mean[t.column + i] : a.exact_mean[(t.column + i) / a.repeat];
+  };
   for (int64_t i = 0; i < t.n; ++i)
     center[i] = sizeof(T) == 2 ? center_of<T>(exact_mean(i)) : static_cast<typename Columns::S>(exact_mean(i));
   t.repeat_ordered<T>(center, columns.center);
   int64_t counted = 0;
-  const int64_t fold = sizeof(T) == 2 ? kRowsPerFold * t.fused : t.rows();  // rows that are summed in the accumulator
-  for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
-    add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
-    from_line_order<T>(columns.sum, natural, kTile);
-    for (int64_t i = 0; i < t.width; ++i) sum[i] += static_cast<double>(natural[i]);
-    from_line_order<T>(columns.dot, natural, kTile);
-    for (int64_t i = 0; i < t.width; ++i) dot[i] += static_cast<double>(natural[i]);
-    std::fill_n(columns.sum, kTile, 0), std::fill_n(columns.dot, kTile, 0);
+  double buffers[2][sizeof(T) == 2 ? kTile : 1] = {}, *sum = buffers[0], *dot = buffers[1];
+  if constexpr (sizeof(T) == 2) {
+    typename Columns::S natural[kTile];
+    const int64_t fold = kRowsPerFold * t.fused;  // rows that are summed in float
+    for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
+      add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
+      from_line_order<T>(columns.sum, natural, kTile);
+      for (int64_t i = 0; i < t.width; ++i) sum[i] += static_cast<double>(natural[i]);
+      from_line_order<T>(columns.dot, natural, kTile);
+      for (int64_t i = 0; i < t.width; ++i) dot[i] += static_cast<double>(natural[i]);
+      std::fill_n(columns.sum, kTile, 0), std::fill_n(columns.dot, kTile, 0);
+    }
+  } else {
+    add_tile_rows<T, kBefore>(a, t, t.row_begin, t.row_end, c, columns, &counted);
+    sum = columns.sum, dot = columns.dot;
   }
   t.fold(sum), t.fold(dot);
   Partial* partials = a.partials + t.block * l.channels + t.column;

@@ -85,10 +85,10 @@ inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t en
 struct Tile {
   int64_t block, row_begin, row_end, column, n, fused, width;
   explicit Tile(const ChannelLayout& l, int64_t item, bool may_fuse = true) {
-    block = item / l.tiles();
+    block = item % l.row_blocks();
     row_begin = block * l.rows_per_item();
     row_end = std::min(row_begin + l.rows_per_item(), l.batch);
-    column = item % l.tiles() * kTile;
+    column = item / l.row_blocks() * kTile;
     n = std::min(kTile, l.channels - column);
     fused = may_fuse && !l.valid ? std::max<int64_t>(1, kTile / l.channels) : 1;
     width = fused * n;

@@ -99,8 +99,7 @@ struct Line {
   template <bool kStream>
   inline FUSED_OPS_INLINE void store(T* p) const {
     if constexpr (kPairs) {
-      for (int k = 0; k < kVectors; k += 2)
-        put<kStream>(p + k * kLane, (rounded(v[k]) >> 16) | (rounded(v[k + 1]) & 0xffff0000u));
+      for (int k = 0; k < kVectors; k += 2) put<kStream>(p + k * kLane, rounded_pair(v[k], v[k + 1]));
     } else if constexpr (sizeof(T) == 2) {
       for (int k = 0; k < kVectors; ++k) {
 #if defined(__AVX512F__)
@@ -127,11 +126,33 @@ struct Line {
   }
 
  private:
+  // Every second value from `low`, the others from `high`. NaN, which rounding might carry away, is looked for in both
+  // at once.
+  static inline FUSED_OPS_INLINE bits_vec rounded_pair(float_vec low, float_vec high) {
+#if defined(__AVX512F__)
+    if (__builtin_expect(!_mm512_cmp_ps_mask(bit_copy<__m512>(low), bit_copy<__m512>(high), _CMP_UNORD_Q), 1)) {
+      const auto round = [](float_vec f) FUSED_OPS_INLINE {  // as nearest(), one instruction less
+        const __m512i u = bit_copy<__m512i>(f), r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+        const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+        return _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+      };
+      const __m512i l = _mm512_srli_epi32(round(low), 16);
+      return bit_copy<bits_vec>(_mm512_mask_blend_epi16(0xaaaaaaaau, l, round(high)));
+    }
+#elif defined(__AVX2__)
+    if (__builtin_expect(
+            !_mm256_movemask_ps(_mm256_cmp_ps(bit_copy<__m256>(low), bit_copy<__m256>(high), _CMP_UNORD_Q)), 1))
+      return (nearest(low) >> 16) | (nearest(high) & 0xffff0000u);
+#endif
+    return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
+  }
   // To the nearest bfloat16, ties to even, in the upper half.
-  static inline FUSED_OPS_INLINE bits_vec rounded(float_vec f) {
+  static inline FUSED_OPS_INLINE bits_vec nearest(float_vec f) {
     const bits_vec u = bit_copy<bits_vec>(f);
-    const bits_vec r = u + 0x7fffu + ((u >> 16) & 1u);
-    return f != f ? bits_vec{} + 0x7fc00000u : r;
+    return u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  static inline FUSED_OPS_INLINE bits_vec rounded(float_vec f) {
+    return f != f ? bits_vec{} + 0x7fc00000u : nearest(f);
   }
 };
 
@@ -240,13 +261,72 @@ inline int64_t values_before_line(const T* to, int64_t n) {
   return over == 0 ? 0 : std::min(n, (kLineBytes - over) / static_cast<int64_t>(sizeof(T)));
 }
 
-// A part of a line, with zeros behind it.
+// A part of a line, with `fill` behind it. A copy of a size that is not known is a call, and loading the line behind it
+// waits for its stores: with AVX-512, and to read four or eight bytes a value with AVX2, the lanes are masked instead.
 template <class T>
 struct PaddedLine {
   alignas(kLineBytes) T values[Line<T>::kSize] = {};
   PaddedLine() = default;
-  PaddedLine(const T* from, int64_t n) { std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T)); }
-  void write(T* to, int64_t n) const { std::memcpy(to, values, static_cast<size_t>(n) * sizeof(T)); }
+  PaddedLine(const T* from, int64_t n) {
+#if defined(__AVX512F__)
+    _mm512_store_si512(values, load_lanes(from, n, _mm512_setzero_si512()));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) >= 4) {
+      constexpr int64_t kHalf = Line<T>::kSize / 2;
+      store_half(values, load_half(from, n)), store_half(values + kHalf, load_half(from + kHalf, n - kHalf));
+    } else {
+      std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
+    }
+#else
+    std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
+#endif
+  }
+  PaddedLine(const T* from, int64_t n, T fill) {
+    for (T& value : values) value = fill;
+#if defined(__AVX512F__)
+    _mm512_store_si512(values, load_lanes(from, n, _mm512_load_si512(values)));
+#else
+    std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
+#endif
+  }
+  void write(T* to, int64_t n) const {
+#if defined(__AVX512F__)
+    const __m512i v = _mm512_load_si512(values);
+    if constexpr (sizeof(T) == 8)
+      _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(first(n)), v);
+    else if constexpr (sizeof(T) == 4)
+      _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(first(n)), v);
+    else
+      _mm512_mask_storeu_epi16(to, static_cast<__mmask32>(first(n)), v);
+#else
+    std::memcpy(to, values, static_cast<size_t>(n) * sizeof(T));
+#endif
+  }
+
+#if defined(__AVX512F__)
+ private:
+  static uint64_t first(int64_t n) { return (uint64_t{1} << n) - 1; }
+  static inline FUSED_OPS_INLINE __m512i load_lanes(const T* from, int64_t n, __m512i rest) {
+    if constexpr (sizeof(T) == 8) return _mm512_mask_loadu_epi64(rest, static_cast<__mmask8>(first(n)), from);
+    if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_epi32(rest, static_cast<__mmask16>(first(n)), from);
+    return _mm512_mask_loadu_epi16(rest, static_cast<__mmask32>(first(n)), from);
+  }
+#elif defined(__AVX2__)
+ private:
+  static inline FUSED_OPS_INLINE __m256i load_half(const T* from, int64_t n) {
+    if constexpr (sizeof(T) == 8) {
+      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3), count = _mm256_set1_epi64x(n);
+      return _mm256_maskload_epi64(reinterpret_cast<const long long*>(from), _mm256_cmpgt_epi64(count, lane));
+    } else {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i count = _mm256_set1_epi32(static_cast<int32_t>(n));
+      return _mm256_maskload_epi32(reinterpret_cast<const int*>(from), _mm256_cmpgt_epi32(count, lane));
+    }
+  }
+  static inline FUSED_OPS_INLINE void store_half(T* to, __m256i half) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), half);
+  }
+#endif
 };
 
 }  // namespace FUSED_OPS_ISA

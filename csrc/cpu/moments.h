@@ -81,9 +81,9 @@ class DeviationSums {
       for (int g = 0; g < kGroup; ++g) t.step(L::load(x + i + g * L::kSize), c, g * L::kVectors);
     for (; i + L::kSize <= n; i += L::kSize) t.step(L::load(x + i), c, 0);
     if (i < n) {  // padded with the center, which every T has
-      PaddedLine<T> last;
-      for (T& value : last.values) store(&value, center);
-      std::memcpy(last.values, x + i, static_cast<size_t>(n - i) * sizeof(T));
+      T fill;
+      store(&fill, center);
+      const PaddedLine<T> last(x + i, n - i, fill);
       t.step(L::load(last.values), c, 0);
       padded_ += L::kSize - (n - i);
     }
