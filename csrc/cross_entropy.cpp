@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cross_entropy_tensors.h"
@@ -12,6 +13,16 @@ namespace fused_ops {
 namespace {
 
 void on_cpu(const char* name, const Tensor& t) { check_cpu(kOp, name, t); }
+
+// The sum of the rows' losses, and how many of them count.
+std::pair<double, int64_t> sum_of_blocks(const std::vector<BlockResult>& results, const Tensor& target) {
+  std::pair<double, int64_t> sum{0, 0};
+  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
+    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
+    sum.first += r.loss_sum, sum.second += r.count;
+  }
+  return sum;
+}
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
                                                          int64_t ignore_index, int64_t reduction) {
@@ -22,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const RowLayout layout = layout_of(input);
   const int64_t rows = layout.rows();
 
-  const torch::headeronly::IntHeaderOnlyArrayRef scalar_shape{};
+  const IntHeaderOnlyArrayRef scalar_shape{};
   Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
   Tensor lse = empty(input, target.sizes(), ScalarType::Double);
   Tensor total = empty(input, scalar_shape, ScalarType::Double);
@@ -41,18 +52,45 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
-  double sum = 0;
-  int64_t count = 0;
-  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
-    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
-    sum += r.loss_sum;
-    count += r.count;
-  }
+  const auto [sum, count] = sum_of_blocks(results, target);
   const auto mode = static_cast<Reduction>(reduction);
   if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(count));
   if (mode == Reduction::sum) write_scalar(loss, sum);
   write_scalar(total, static_cast<double>(count));
   return {loss, lse, total};
+}
+
+// The reduced loss, its gradient for an upstream gradient of 1, and how many rows are ignored, on one thread: for
+// inputs so small that a second call of an op costs more than the arithmetic.
+std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& input_, const Tensor& target_,
+                                                                int64_t ignore_index, int64_t reduction) {
+  check_input_and_target(input_, target_, reduction, on_cpu);
+  const auto mode = static_cast<Reduction>(reduction);
+  if (mode == Reduction::none) raise(kOp, ": reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0");
+  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
+  const Tensor target = dense(target_);
+  const DType dtype = float_dtype(kOp, "input", input);
+  const RowLayout layout = layout_of(input);
+  const int64_t rows = layout.rows();
+  const Targets targets{target.const_data_ptr(), target_type(target), ignore_index};
+  Tensor loss = empty(input, {}, input.scalar_type());
+  Tensor gradient = grad_like(input);
+
+  const int64_t block_rows = rows_per_block(layout);
+  std::vector<double> lse(static_cast<size_t>(rows));
+  std::vector<BlockResult> results(static_cast<size_t>((rows + block_rows - 1) / block_rows));
+  const void* logits = input.const_data_ptr();
+  FUSED_OPS_SELECT(cross_entropy_forward)
+  ({dtype, logits, layout, targets, block_rows, lse.data(), nullptr, nullptr, results.data()}, 0,
+   static_cast<int64_t>(results.size()));
+  const auto [sum, count] = sum_of_blocks(results, target);
+  const double scale = mode == Reduction::mean ? 1 / static_cast<double>(count) : 1;
+  write_scalar(loss, mode == Reduction::mean ? sum / static_cast<double>(count) : sum);
+  FUSED_OPS_SELECT(cross_entropy_backward)
+  ({dtype, logits, layout, targets, lse.data(), nullptr, nullptr, 0, scale, gradient.mutable_data_ptr(),
+    layout_of(gradient)},
+   0, rows);
+  return {loss, gradient, rows - count};
 }
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
@@ -113,6 +151,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
       "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
       "-> (Tensor loss, Tensor lse, Tensor total)");
   m.def(
+      "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
+      "-> (Tensor loss, Tensor gradient, int ignored)");
+  m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
       "int ignore_index, int reduction) -> Tensor");
   m.def(
@@ -121,7 +162,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
+  m.impl("cross_entropy_forward", FUSED_OPS_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_with_gradient", FUSED_OPS_BOX(&fused_ops::cross_entropy_with_gradient));
+  m.impl("cross_entropy_backward", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward_));
 }
