@@ -76,8 +76,8 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
 
 // Uninitialised tensors on the device of `like`. torch::stable::new_empty and empty_like go through the boxed
 // dispatcher, about a microsecond each; this is the allocation alone.
-inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes,
-                            IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
+                            ScalarType dtype) {
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -101,7 +101,7 @@ inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType 
   return empty_strided(like, sizes, {strides, sizes.size()}, dtype);
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t)); }
 
 // Dense with the channel dimension last in memory (and not also contiguous).
 inline bool is_channels_last(const Tensor& t) {

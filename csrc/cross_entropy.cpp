@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cross_entropy_tensors.h"
@@ -13,16 +12,6 @@ namespace fused_ops {
 namespace {
 
 void on_cpu(const char* name, const Tensor& t) { check_cpu(kOp, name, t); }
-
-// The sum of the rows' losses, and how many of them count.
-std::pair<double, int64_t> sum_of_blocks(const std::vector<BlockResult>& results, const Tensor& target) {
-  std::pair<double, int64_t> sum{0, 0};
-  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
-    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
-    sum.first += r.loss_sum, sum.second += r.count;
-  }
-  return sum;
-}
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
                                                          int64_t ignore_index, int64_t reduction) {
@@ -52,12 +41,33 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
-  const auto [sum, count] = sum_of_blocks(results, target);
+  double sum = 0;
+  int64_t count = 0;
+  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
+    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
+    sum += r.loss_sum;
+    count += r.count;
+  }
   const auto mode = static_cast<Reduction>(reduction);
   if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(count));
   if (mode == Reduction::sum) write_scalar(loss, sum);
   write_scalar(total, static_cast<double>(count));
   return {loss, lse, total};
+}
+
+// The loss of all rows and, in the memory `args` names, the gradient of their mean or sum.
+BlockResult forward_then_backward(CrossEntropyBackward args, Reduction mode) {
+  const int64_t rows = args.layout.rows();
+  std::vector<double> lse(static_cast<size_t>(rows));
+  BlockResult found{0, 0, -1};
+  FUSED_OPS_SELECT(cross_entropy_forward)
+  ({args.dtype, args.logits, args.layout, args.targets, std::max<int64_t>(rows, 1), lse.data(), nullptr, nullptr,
+    &found},
+   0, rows > 0 ? 1 : 0);
+  if (found.bad_row >= 0) return found;
+  args.lse = lse.data(), args.scale = mode == Reduction::mean ? 1 / static_cast<double>(found.count) : 1;
+  FUSED_OPS_SELECT(cross_entropy_backward)(args, 0, rows);
+  return found;
 }
 
 // The reduced loss, its gradient for an upstream gradient of 1, and how many rows are ignored, on one thread: for
@@ -71,26 +81,24 @@ std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& in
   const Tensor target = dense(target_);
   const DType dtype = float_dtype(kOp, "input", input);
   const RowLayout layout = layout_of(input);
-  const int64_t rows = layout.rows();
   const Targets targets{target.const_data_ptr(), target_type(target), ignore_index};
   Tensor loss = empty(input, {}, input.scalar_type());
   Tensor gradient = grad_like(input);
 
-  const int64_t block_rows = rows_per_block(layout);
-  std::vector<double> lse(static_cast<size_t>(rows));
-  std::vector<BlockResult> results(static_cast<size_t>((rows + block_rows - 1) / block_rows));
-  const void* logits = input.const_data_ptr();
-  FUSED_OPS_SELECT(cross_entropy_forward)
-  ({dtype, logits, layout, targets, block_rows, lse.data(), nullptr, nullptr, results.data()}, 0,
-   static_cast<int64_t>(results.size()));
-  const auto [sum, count] = sum_of_blocks(results, target);
-  const double scale = mode == Reduction::mean ? 1 / static_cast<double>(count) : 1;
-  write_scalar(loss, mode == Reduction::mean ? sum / static_cast<double>(count) : sum);
-  FUSED_OPS_SELECT(cross_entropy_backward)
-  ({dtype, logits, layout, targets, lse.data(), nullptr, nullptr, 0, scale, gradient.mutable_data_ptr(),
-    layout_of(gradient)},
-   0, rows);
-  return {loss, gradient, rows - count};
+  const RowLayout gradient_layout = layout_of(gradient);
+  const bool in_one =
+      dtype == DType::float32 && layout.adjacent_classes() && gradient_layout.adjacent_classes() && layout.classes > 0;
+  const BlockResult found =
+      in_one ? FUSED_OPS_SELECT(cross_entropy_with_gradient)(
+                   {static_cast<const float*>(input.const_data_ptr()), layout, targets, mode == Reduction::mean,
+                    static_cast<float*>(gradient.mutable_data_ptr()), gradient_layout})
+             : forward_then_backward({dtype, input.const_data_ptr(), layout, targets, nullptr, nullptr, nullptr, 0, 1,
+                                      gradient.mutable_data_ptr(), gradient_layout},
+                                     mode);
+  if (found.bad_row >= 0) raise_bad_target(target, found.bad_row);
+  const double total = mode == Reduction::mean ? static_cast<double>(found.count) : 1;
+  write_scalar(loss, found.loss_sum / total);
+  return {loss, gradient, layout.rows() - found.count};
 }
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,

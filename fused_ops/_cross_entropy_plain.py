@@ -41,13 +41,13 @@ def _fake_backward_(*_: Any) -> None:
     return None
 
 
-_forward_op = register(
+_forward_op: Any = register(
     "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
     "-> (Tensor loss, Tensor lse, Tensor total)",
     reference.forward,
     _fake_forward,
 )
-_with_gradient_op = register(
+_with_gradient_op: Any = register(
     "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
     "-> (Tensor loss, Tensor gradient, int ignored)",
     reference.with_gradient,
@@ -153,6 +153,7 @@ class _SmallFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> Tensor:
+        loss: Tensor
         loss, gradient, ctx.ignored = _with_gradient_op(input, target, ignore_index, reduction)
         ctx.options = ignore_index, reduction
         ctx.save_for_backward(input, target, gradient)
@@ -180,7 +181,7 @@ _small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
     """The loss of checked class indices."""
     if torch.compiler.is_compiling():
-        function = _CompiledFunction
+        function: type[FusedFunction] = _CompiledFunction
     elif (
         input.requires_grad
         and input.numel() <= _SMALL

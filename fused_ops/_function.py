@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -49,8 +50,9 @@ def _of_first_output(function: type[FusedFunction]) -> Callable[..., Any]:
         return *function.backward(ctx, *grads), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": function.__module__}
-    made = type(Function)(function.__name__, (Function,), members)
-    return super(Function, made).apply  # type: ignore[misc, no-any-return]
+    made = types.new_class(function.__name__, (Function,), exec_body=lambda names: names.update(members))
+    apply: Callable[..., Any] = super(Function, made).apply  # type: ignore[misc]
+    return apply
 
 
 class FusedFunction(Function):
