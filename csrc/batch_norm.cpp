@@ -269,8 +269,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("batch_norm_forward", TORCH_BOX(&fused_ops::batch_norm_forward));
-  m.impl("batch_norm_backward", TORCH_BOX(&fused_ops::batch_norm_backward));
-  m.impl("batch_norm_act_forward", TORCH_BOX(&fused_ops::batch_norm_act_forward));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&fused_ops::batch_norm_act_backward));
+  m.impl("batch_norm_forward", FUSED_OPS_BOX(&fused_ops::batch_norm_forward));
+  m.impl("batch_norm_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_backward));
+  m.impl("batch_norm_act_forward", FUSED_OPS_BOX(&fused_ops::batch_norm_act_forward));
+  m.impl("batch_norm_act_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_act_backward));
 }

@@ -23,14 +23,14 @@ using MaybeTensor = std::optional<Tensor>;
 
 template <class... Results, size_t... kIndex>
 std::tuple<Results...> taken(StableIValue* stack, std::index_sequence<kIndex...>) {
-  return {torch::stable::detail::to<Results>(stack[kIndex])...};
+  return {torch::stable::detail::to<Stable<Results>>(stack[kIndex])...};
 }
 
 // Calls an op of this library by name, with the arguments as they came.
 template <class... Results, class... Args>
 std::tuple<Results...> call_op(const char* name, const Args&... args) {
   constexpr size_t kSlots = sizeof...(Args) > sizeof...(Results) ? sizeof...(Args) : sizeof...(Results);
-  std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
+  std::array<StableIValue, kSlots> stack{torch::stable::detail::from(static_cast<const Stable<Args>&>(args))...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return taken<Results...>(stack.data(), std::index_sequence_for<Results...>{});
 }
@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("batch_norm_forward", TORCH_BOX(&fused_ops::cuda::forward));
-  m.impl("batch_norm_backward", TORCH_BOX(&fused_ops::cuda::backward));
-  m.impl("batch_norm_act_forward", TORCH_BOX(&fused_ops::cuda::act_forward));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&fused_ops::cuda::act_backward));
+  m.impl("batch_norm_forward", FUSED_OPS_BOX(&fused_ops::cuda::forward));
+  m.impl("batch_norm_backward", FUSED_OPS_BOX(&fused_ops::cuda::backward));
+  m.impl("batch_norm_act_forward", FUSED_OPS_BOX(&fused_ops::cuda::act_forward));
+  m.impl("batch_norm_act_backward", FUSED_OPS_BOX(&fused_ops::cuda::act_backward));
 }

@@ -326,6 +326,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("batch_norm_keep", TORCH_BOX(&fused_ops::batch_norm_keep));
-  m.impl("batch_norm_inplace_backward", TORCH_BOX(&fused_ops::batch_norm_inplace_backward));
+  m.impl("batch_norm_keep", FUSED_OPS_BOX(&fused_ops::batch_norm_keep));
+  m.impl("batch_norm_inplace_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_inplace_backward));
 }

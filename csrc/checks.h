@@ -1,10 +1,6 @@
 // What every op's checking file shares: dtype mapping, messages that show the value seen, and tensor plumbing.
 #pragma once
 #include <sys/mman.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdlib>
 #include <sstream>
@@ -12,15 +8,13 @@
 #include <string>
 
 #include "dtype.h"
+#include "tensor.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
 namespace fused_ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class... Args>
 [[noreturn]] void raise(const Args&... args) {
@@ -86,8 +80,8 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
 
 // Uninitialised tensors on the device of `like`. torch::stable::new_empty and empty_like go through the boxed
 // dispatcher, about a microsecond each; this is the allocation alone.
-inline Tensor empty_strided(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                            torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
+                            ScalarType dtype) {
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -100,7 +94,7 @@ inline Tensor empty_strided(const Tensor& like, torch::headeronly::IntHeaderOnly
 
 constexpr size_t kMaxDims = 64;  // of any tensor, as in PyTorch
 
-inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   int64_t strides[kMaxDims];
   if (sizes.size() > kMaxDims) raise("fused_ops: expected at most ", kMaxDims, " dimensions, got ", sizes.size());
   int64_t next = 1;
@@ -111,7 +105,7 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return empty_strided(like, sizes, {strides, sizes.size()}, dtype);
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t)); }
 
 // Dense with the channel dimension last in memory (and not also contiguous).
 inline bool is_channels_last(const Tensor& t) {
@@ -152,7 +146,7 @@ inline void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 }
 
 // A fresh tensor of the shape and strides of `input`.
-inline Tensor empty_huge(const char* op, const Tensor& input, torch::headeronly::IntHeaderOnlyArrayRef strides) {
+inline Tensor empty_huge(const char* op, const Tensor& input, IntHeaderOnlyArrayRef strides) {
   Tensor t = empty_strided(input, input.sizes(), strides, input.scalar_type());
   advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(op, "input", t)));
   return t;

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const RowLayout layout = layout_of(input);
   const int64_t rows = layout.rows();
 
-  const torch::headeronly::IntHeaderOnlyArrayRef scalar_shape{};
+  const IntHeaderOnlyArrayRef scalar_shape{};
   Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
   Tensor lse = empty(input, target.sizes(), ScalarType::Double);
   Tensor total = empty(input, scalar_shape, ScalarType::Double);
@@ -53,6 +53,52 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   if (mode == Reduction::sum) write_scalar(loss, sum);
   write_scalar(total, static_cast<double>(count));
   return {loss, lse, total};
+}
+
+// The loss of all rows and, in the memory `args` names, the gradient of their mean or sum.
+BlockResult forward_then_backward(CrossEntropyBackward args, Reduction mode) {
+  const int64_t rows = args.layout.rows();
+  std::vector<double> lse(static_cast<size_t>(rows));
+  BlockResult found{0, 0, -1};
+  FUSED_OPS_SELECT(cross_entropy_forward)
+  ({args.dtype, args.logits, args.layout, args.targets, std::max<int64_t>(rows, 1), lse.data(), nullptr, nullptr,
+    &found},
+   0, rows > 0 ? 1 : 0);
+  if (found.bad_row >= 0) return found;
+  args.lse = lse.data(), args.scale = mode == Reduction::mean ? 1 / static_cast<double>(found.count) : 1;
+  FUSED_OPS_SELECT(cross_entropy_backward)(args, 0, rows);
+  return found;
+}
+
+// The reduced loss, its gradient for an upstream gradient of 1, and how many rows are ignored, on one thread: for
+// inputs so small that a second call of an op costs more than the arithmetic.
+std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& input_, const Tensor& target_,
+                                                                int64_t ignore_index, int64_t reduction) {
+  check_input_and_target(input_, target_, reduction, on_cpu);
+  const auto mode = static_cast<Reduction>(reduction);
+  if (mode == Reduction::none) raise(kOp, ": reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0");
+  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
+  const Tensor target = dense(target_);
+  const DType dtype = float_dtype(kOp, "input", input);
+  const RowLayout layout = layout_of(input);
+  const Targets targets{target.const_data_ptr(), target_type(target), ignore_index};
+  Tensor loss = empty(input, {}, input.scalar_type());
+  Tensor gradient = grad_like(input);
+
+  const RowLayout gradient_layout = layout_of(gradient);
+  const bool in_one =
+      dtype == DType::float32 && layout.adjacent_classes() && gradient_layout.adjacent_classes() && layout.classes > 0;
+  const BlockResult found =
+      in_one ? FUSED_OPS_SELECT(cross_entropy_with_gradient)(
+                   {static_cast<const float*>(input.const_data_ptr()), layout, targets, mode == Reduction::mean,
+                    static_cast<float*>(gradient.mutable_data_ptr()), gradient_layout})
+             : forward_then_backward({dtype, input.const_data_ptr(), layout, targets, nullptr, nullptr, nullptr, 0, 1,
+                                      gradient.mutable_data_ptr(), gradient_layout},
+                                     mode);
+  if (found.bad_row >= 0) raise_bad_target(target, found.bad_row);
+  const double total = mode == Reduction::mean ? static_cast<double>(found.count) : 1;
+  write_scalar(loss, found.loss_sum / total);
+  return {loss, gradient, layout.rows() - found.count};
 }
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
@@ -113,6 +159,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
       "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
       "-> (Tensor loss, Tensor lse, Tensor total)");
   m.def(
+      "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
+      "-> (Tensor loss, Tensor gradient, int ignored)");
+  m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
       "int ignore_index, int reduction) -> Tensor");
   m.def(
@@ -121,7 +170,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
+  m.impl("cross_entropy_forward", FUSED_OPS_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_with_gradient", FUSED_OPS_BOX(&fused_ops::cross_entropy_with_gradient));
+  m.impl("cross_entropy_backward", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward_));
 }

@@ -57,6 +57,15 @@ struct CrossEntropyBackward {
   RowLayout grad_layout;
 };
 
+struct CrossEntropyWithGradient {
+  const float* logits;  // of adjacent classes, as the gradient
+  RowLayout layout;
+  Targets targets;
+  bool mean;  // else the sum
+  float* grad_logits;
+  RowLayout grad_layout;
+};
+
 FUSED_OPS_PER_ISA(void cross_entropy_forward(const CrossEntropyForward& args, int64_t begin_block, int64_t end_block))
 // Any rows, outside the blocks.
 FUSED_OPS_PER_ISA(BlockResult cross_entropy_forward_rows(const CrossEntropyForward& args, int64_t begin_row,
@@ -64,5 +73,7 @@ FUSED_OPS_PER_ISA(BlockResult cross_entropy_forward_rows(const CrossEntropyForwa
 // The first row whose target is neither a class nor ignore_index, or -1.
 FUSED_OPS_PER_ISA(int64_t cross_entropy_bad_target(const Targets& targets, int64_t begin, int64_t end, int64_t classes))
 FUSED_OPS_PER_ISA(int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin_row, int64_t end_row))
+// All rows, as one block; nothing is written if a target is bad.
+FUSED_OPS_PER_ISA(BlockResult cross_entropy_with_gradient(const CrossEntropyWithGradient& args))
 
 }  // namespace fused_ops

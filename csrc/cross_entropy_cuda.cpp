@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_, const Tensor& t
   call.reduction = static_cast<Reduction>(reduction);
   call.targets = {target.const_data_ptr(), target_type(target), ignore_index};
 
-  const torch::headeronly::IntHeaderOnlyArrayRef scalar_shape{};
+  const IntHeaderOnlyArrayRef scalar_shape{};
   Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
   Tensor lse = empty(input, target.sizes(), ScalarType::Double);
   Tensor total = empty(input, scalar_shape, ScalarType::Double);
@@ -77,7 +77,7 @@ void backward_in_place(const Tensor& grad_loss, Tensor input, const Tensor& targ
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cuda::forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cuda::backward_fresh));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cuda::backward_in_place));
+  m.impl("cross_entropy_forward", FUSED_OPS_BOX(&fused_ops::cuda::forward));
+  m.impl("cross_entropy_backward", FUSED_OPS_BOX(&fused_ops::cuda::backward_fresh));
+  m.impl("cross_entropy_backward_", FUSED_OPS_BOX(&fused_ops::cuda::backward_in_place));
 }

@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("cross_entropy_rows_forward", TORCH_BOX(&fused_ops::cross_entropy_rows_forward));
-  m.impl("cross_entropy_rows_backward", TORCH_BOX(&fused_ops::cross_entropy_rows_backward));
-  m.impl("cross_entropy_rows_backward_", TORCH_BOX(&fused_ops::cross_entropy_rows_backward_));
+  m.impl("cross_entropy_rows_forward", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_forward));
+  m.impl("cross_entropy_rows_backward", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_backward));
+  m.impl("cross_entropy_rows_backward_", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_backward_));
 }

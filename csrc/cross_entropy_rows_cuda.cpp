@@ -75,7 +75,7 @@ void rows_backward_in_place(const MaybeTensor& grad_nll, const MaybeTensor& grad
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("cross_entropy_rows_forward", TORCH_BOX(&fused_ops::cuda::rows_forward));
-  m.impl("cross_entropy_rows_backward", TORCH_BOX(&fused_ops::cuda::rows_backward_fresh));
-  m.impl("cross_entropy_rows_backward_", TORCH_BOX(&fused_ops::cuda::rows_backward_in_place));
+  m.impl("cross_entropy_rows_forward", FUSED_OPS_BOX(&fused_ops::cuda::rows_forward));
+  m.impl("cross_entropy_rows_backward", FUSED_OPS_BOX(&fused_ops::cuda::rows_backward_fresh));
+  m.impl("cross_entropy_rows_backward_", FUSED_OPS_BOX(&fused_ops::cuda::rows_backward_in_place));
 }

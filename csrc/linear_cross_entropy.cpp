@@ -152,9 +152,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("linear_cross_entropy_chunk_", TORCH_BOX(&fused_ops::linear_cross_entropy_chunk_));
-  m.impl("linear_cross_entropy_buffer", TORCH_BOX(&fused_ops::linear_cross_entropy_buffer));
-  m.impl("linear_cross_entropy_tile_sums_", TORCH_BOX(&fused_ops::linear_cross_entropy_tile_sums_));
-  m.impl("linear_cross_entropy_tile_grads_", TORCH_BOX(&fused_ops::linear_cross_entropy_tile_grads_));
-  m.impl("linear_cross_entropy_add_", TORCH_BOX(&fused_ops::linear_cross_entropy_add_));
+  m.impl("linear_cross_entropy_chunk_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_chunk_));
+  m.impl("linear_cross_entropy_buffer", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_buffer));
+  m.impl("linear_cross_entropy_tile_sums_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_tile_sums_));
+  m.impl("linear_cross_entropy_tile_grads_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_tile_grads_));
+  m.impl("linear_cross_entropy_add_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_add_));
 }

@@ -37,5 +37,5 @@ RowResults chunk(Tensor logits, const MaybeTensor& indices, const MaybeTensor& p
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("linear_cross_entropy_chunk_", TORCH_BOX(&fused_ops::cuda::chunk));
+  m.impl("linear_cross_entropy_chunk_", FUSED_OPS_BOX(&fused_ops::cuda::chunk));
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ops._cross_entropy_rows import refuse_inplace_transforms
@@ -14,6 +15,9 @@ from fused_ops._library import register
 from fused_ops.reference import cross_entropy as reference
 from fused_ops.reference import empty_output
 
+_SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by one thread
+_SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
+
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
 
@@ -21,6 +25,10 @@ def _fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: i
     shape = target.shape if reduction == reference.NONE else ()
     lse = input.new_empty(target.shape, dtype=torch.float64)
     return input.new_empty(shape), lse, input.new_empty((), dtype=torch.float64)
+
+
+def _fake_with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
+    return input.new_empty(()), empty_output(input), 0
 
 
 def _fake_backward(
@@ -33,11 +41,17 @@ def _fake_backward_(*_: Any) -> None:
     return None
 
 
-_forward_op = register(
+_forward_op: Any = register(
     "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
     "-> (Tensor loss, Tensor lse, Tensor total)",
     reference.forward,
     _fake_forward,
+)
+_with_gradient_op: Any = register(
+    "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
+    "-> (Tensor loss, Tensor gradient, int ignored)",
+    reference.with_gradient,
+    _fake_with_gradient,
 )
 _backward_op = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
@@ -98,6 +112,8 @@ def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
 class CrossEntropyFunction(FusedFunction):
     """(loss, lse, total); only the loss is differentiable."""
 
+    only_first_output = True
+
     @staticmethod
     def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int, inplace_backward: bool) -> Any:
         return _forward_op(input, target, ignore_index, reduction)
@@ -128,14 +144,58 @@ class CrossEntropyFunction(FusedFunction):
         return reference.jvp(input, input_t, target, total, ctx.ignore_index, ctx.reduction), None, None
 
 
+class _SmallFunction(Function):
+    """The loss of few logits, whose gradient comes with it: half the calls, a third of the outputs.
+
+    At this size a call costs more than its arithmetic, and so does every output of a Function. Not for torch.func,
+    forward-mode AD and torch.compile, which need what ``CrossEntropyFunction`` has.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> Tensor:
+        loss: Tensor
+        loss, gradient, ctx.ignored = _with_gradient_op(input, target, ignore_index, reduction)
+        ctx.options = ignore_index, reduction
+        ctx.save_for_backward(input, target, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        input, target, gradient = ctx.saved_tensors
+        # An ignored row's gradient is 0 even for an upstream gradient that is not finite.
+        if not ctx.ignored and not torch.is_grad_enabled():
+            return gradient.mul(grad_loss), None, None, None
+        _, lse, total = _forward_op(input.detach(), target, *ctx.options)
+        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *ctx.options), None, None, None
+
+
 class _CompiledFunction(CrossEntropyFunction):
     """For torch.compile, which traces no Function with a ``jvp`` of its own."""
 
     jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
 
 
+_small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what index_loss has asked already
+
+
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
     """The loss of checked class indices."""
-    function = _CompiledFunction if torch.compiler.is_compiling() else CrossEntropyFunction
-    loss: Tensor = function.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
+    if torch.compiler.is_compiling():
+        function: type[FusedFunction] = _CompiledFunction
+    elif (
+        input.requires_grad
+        and input.numel() <= _SMALL
+        and input.dtype in _SMALL_DTYPES
+        and reduction != "none"
+        and input.is_cpu
+        and not inplace_backward
+        and torch.is_grad_enabled()
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+    ):
+        loss: Tensor = _small_apply(input, target, ignore_index, REDUCTIONS[reduction])
+        return loss
+    else:
+        function = CrossEntropyFunction
+    loss = function.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
     return loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,19 +36,53 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
+def _of_first_output(function: type[FusedFunction]) -> Callable[..., Any]:
+    """``apply`` of a Function of the first output alone; what the others are, it appends to its last argument."""
+
+    def forward(ctx: Any, *args_and_rest: Any) -> Any:
+        *args, rest = args_and_rest
+        first, *others = outputs = function.forward(*args)
+        function.setup_context(ctx, tuple(args), outputs)
+        rest += others
+        return first
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *function.backward(ctx, *grads), None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": function.__module__}
+    made = types.new_class(function.__name__, (Function,), exec_body=lambda names: names.update(members))
+    apply: Callable[..., Any] = super(Function, made).apply  # type: ignore[misc]
+    return apply
+
+
 class FusedFunction(Function):
     """A ``setup_context``-style Function with a fast ``apply`` and a ``vmap`` rule that is right for any op.
 
     ``Function.apply`` binds its arguments with ``inspect.signature`` on every call (about 12 us). Calls here are always
     positional and complete, so that step is only taken when a torch.func transform or torch.compile needs it.
+
+    Every output of a Function costs microseconds, differentiable or not. A subclass with
+    ``only_first_output`` has one that is differentiable, its first, and in plain eager mode it has no others: they are
+    returned beside it, as what they are, results of its forward.
     """
+
+    only_first_output: ClassVar[bool] = False
+    _plain_apply: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.only_first_output:
+            cls._plain_apply = staticmethod(_of_first_output(cls))
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Runs the Function on positional arguments."""
         if torch.compiler.is_compiling() or _transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*args)  # type: ignore[misc]
+        if not cls.only_first_output or forward_ad._current_level >= 0:
+            return super(Function, cls).apply(*args)  # type: ignore[misc]
+        rest: list[Any] = []
+        return cls._plain_apply(*args, rest), *rest
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -241,6 +241,8 @@ def _grads(ctx: Any, grad_output: Tensor, saved: Saved, needs: tuple[bool, bool,
 class BatchNormFunction(FusedFunction):
     """(output, mean, invstd, new running statistics); only the output is differentiable."""
 
+    only_first_output = True
+
     @staticmethod
     def forward(
         input: Tensor,
@@ -305,6 +307,8 @@ class BatchNormFunction(FusedFunction):
 
 class BatchNormActFunction(FusedFunction):
     """(output, mean, invstd, new running statistics, mask); only the output is differentiable."""
+
+    only_first_output = True
 
     @staticmethod
     def forward(

@@ -101,6 +101,15 @@ def backward_(
     input.copy_(backward(grad_loss, input, target, lse, total, ignore_index, reduction))
 
 
+def with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
+    """A mean or sum, its gradient for an upstream gradient of 1, and the number of ignored rows."""
+    if reduction == NONE:
+        raise RuntimeError("cross_entropy: reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0")
+    loss, lse, total = forward(input, target, ignore_index, reduction)
+    gradient = backward(torch.ones_like(loss), input, target, lse, total, ignore_index, reduction)
+    return loss, gradient, target.numel() - int(total)
+
+
 def _residual(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """p, p - one_hot (zero in ignored rows) and the mask of rows that count, differentiable in ``input``."""
     dim = class_dim(input)

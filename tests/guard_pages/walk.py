@@ -51,6 +51,8 @@ def cross_entropy(dtype):
                 yield f"cross_entropy {name} {classes}", OPS.cross_entropy_forward, (x, target, -100, reduction)
                 yield f"cross_entropy_backward {name} {classes}", OPS.cross_entropy_backward, (upstream, x, *rest)
                 yield f"cross_entropy_backward_ {name} {classes}", OPS.cross_entropy_backward_, (upstream, x, *rest)
+            small = (x, target, -100, 2)
+            yield f"cross_entropy_with_gradient {name} {classes}", OPS.cross_entropy_with_gradient, small
 
 
 def cross_entropy_rows(dtype):

@@ -1,0 +1,118 @@
+// The tensors of the checking files, and the boxing of their ops.
+//
+// Every question to a torch::stable::Tensor is a call into libtorch, its dtype alone up to a dozen; asked again and
+// again, and each from a place of its own in that large library, they cost a small call more than its arithmetic does
+// (mostly misses of the instruction cache). This Tensor asks once for the sizes, the strides and the dtype.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace fused_ops {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+
+// Not for a tensor that is resized while this one is alive.
+class Tensor : public torch::stable::Tensor {
+ public:
+  using torch::stable::Tensor::Tensor;
+  Tensor(const torch::stable::Tensor& t) : torch::stable::Tensor(t) {}
+  Tensor(torch::stable::Tensor&& t) : torch::stable::Tensor(std::move(t)) {}
+
+  int64_t dim() const { return geometry().dim; }
+  IntHeaderOnlyArrayRef sizes() const { return {geometry().sizes, static_cast<size_t>(geometry().dim)}; }
+  IntHeaderOnlyArrayRef strides() const { return {geometry().strides, static_cast<size_t>(geometry().dim)}; }
+  int64_t size(int64_t d) const { return geometry().sizes[d]; }  // d in [0, dim)
+  int64_t stride(int64_t d) const { return geometry().strides[d]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (const int64_t size : sizes()) n *= size;
+    return n;
+  }
+  bool is_contiguous() const {
+    const Geometry& g = geometry();
+    int64_t expected = 1;
+    bool dense = true, empty = false;
+    for (int64_t d = g.dim; d-- > 0; expected *= g.sizes[d]) {
+      dense &= g.sizes[d] == 1 || g.strides[d] == expected;
+      empty |= g.sizes[d] == 0;
+    }
+    return dense || empty;
+  }
+  ScalarType scalar_type() const {
+    if (!dtype_) dtype_ = read_dtype();
+    return *dtype_;
+  }
+
+ private:
+  struct Geometry {
+    int64_t dim = -1;
+    int64_t *sizes = nullptr, *strides = nullptr;
+  };
+
+  const Geometry& geometry() const {
+    if (geometry_.dim < 0) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(get(), &geometry_.sizes));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(get(), &geometry_.strides));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(get(), &geometry_.dim));
+    }
+    return geometry_;
+  }
+  ScalarType read_dtype() const {
+    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+                         int64 = aoti_torch_dtype_int64();
+    int32_t code = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(get(), &code));
+    if (code == float32) return ScalarType::Float;
+    if (code == float64) return ScalarType::Double;
+    return code == int64 ? ScalarType::Long : torch::stable::Tensor::scalar_type();
+  }
+
+  mutable Geometry geometry_;
+  mutable std::optional<ScalarType> dtype_;
+};
+
+// What a type of ours is called at the border to libtorch: Stable<const Tensor&> is const torch::stable::Tensor&.
+template <class T>
+struct StableType {
+  using type = T;
+};
+template <>
+struct StableType<Tensor> {
+  using type = torch::stable::Tensor;
+};
+template <class T>
+struct StableType<std::optional<T>> {
+  using type = std::optional<typename StableType<T>::type>;
+};
+template <class... T>
+struct StableType<std::tuple<T...>> {
+  using type = std::tuple<typename StableType<T>::type...>;
+};
+template <class T>
+struct StableType<const T&> {
+  using type = const typename StableType<T>::type&;
+};
+template <class T>
+using Stable = typename StableType<T>::type;
+
+// An op written with Tensor, as one of torch::stable::Tensor.
+template <class Function>
+struct AtBorder;
+template <class Result, class... Args>
+struct AtBorder<Result(Args...)> {
+  template <Result (*op)(Args...)>
+  static Stable<Result> call(Stable<Args>... args) {
+    return op(args...);
+  }
+};
+
+}  // namespace fused_ops
+
+#define FUSED_OPS_BOX(op) TORCH_BOX((&::fused_ops::AtBorder<std::remove_pointer_t<decltype(op)>>::template call<(op)>))
