@@ -131,5 +131,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("linear_cross_entropy_small", TORCH_BOX(&fused_ops::linear_cross_entropy_small));
+  m.impl("linear_cross_entropy_small", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_small));
 }
