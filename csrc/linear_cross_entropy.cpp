@@ -77,7 +77,7 @@ LinearCrossEntropyTile tile_of(const Tensor& logits, const Tensor& target, int64
   check_dtype(kHere, "target", target, ScalarType::Long, "int64");
   check_numel(kHere, "target", target, tile.rows);
   if (!target.is_contiguous()) raise(kHere, ": target must be contiguous");
-  if (first_class < 0 || classes > INT32_MAX || first_class > classes - tile.classes)
+  if (first_class < 0 || classes < tile.classes || classes > INT32_MAX || first_class > classes - tile.classes)
     raise(kHere, ": first_class ", first_class, " and ", tile.classes, " more must be among ", classes, " classes");
   tile.first_class = first_class;
   tile.target = static_cast<const int64_t*>(target.const_data_ptr());

@@ -9,6 +9,10 @@ import fused_ops
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
 
+needs_kernels = pytest.mark.skipif(
+    fused_ops._library.missing_reason is not None, reason="without the library there is no kernel"
+)
+
 
 def gradients(output, leaf, upstream=None):
     return torch.autograd.grad(output, leaf, upstream)
@@ -57,6 +61,7 @@ def test_a_maximum_in_the_tail_is_the_maximum(classes, dtype):
             assert grad.isfinite().all() and (grad[:, -1] > 0).all() and (grad[:, 0] < 0).all()
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("layout", ["rows", "spatial"])
 def test_a_confident_target_keeps_its_gradient_with_options(layout, dtype):
@@ -195,7 +200,7 @@ def test_batch_norm_is_rounded_to_nearest(activation, layout, dtype):
     assert share_of_misrounded(grad, grad_truth) < 0.01
 
 
-@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
+@needs_kernels
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_isa(isa, run_python):
     here = [__file__, "-k", "not every_isa"]

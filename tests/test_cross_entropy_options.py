@@ -640,6 +640,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 """
 
 
+@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize(("capability", "isa"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")])
 def test_every_isa(capability, isa, run_python):
     flags = Path("/proc/cpuinfo").read_text()

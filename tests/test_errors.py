@@ -128,6 +128,8 @@ ROWS = [(op, row) for op, rows in TABLES.items() for row in rows]
 
 @pytest.mark.parametrize(("op", "row"), ROWS, ids=[f"{op}, {r.argument}: {r.wrong}" for op, r in ROWS])
 def test_the_error_is_raised(op, row):
+    if fused_ops._library.missing_reason is not None and row.wrong.startswith("another dtype than input's"):
+        pytest.skip("plain PyTorch takes parameters of any dtype")
     with pytest.raises(row.error) as found:
         getattr(fused_ops, op)(*row.args, **row.options)
     assert found.type is row.error
