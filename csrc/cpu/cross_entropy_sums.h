@@ -95,10 +95,10 @@ inline void add_dot(const float* u, OneShare q, const uint8_t*, int64_t n, float
   float_vec d[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int64_t k = 0; k < 4; ++k) d[k] += base - load_vec(u + i + k * kWidth);
-  for (; i < n; i += kWidth) d[0] += base - load_up_to(u + i, std::min(kWidth, n - i), base);
-  const double share = static_cast<double>(q.value);
-  to->add(share * static_cast<double>(n), share * static_cast<double>(reduce_add((d[0] + d[1]) + (d[2] + d[3]))));
+    for (int64_t k = 0; k < 4; ++k) d[k] += q.value * (base - load_vec(u + i + k * kWidth));  // the sum may overflow
+  for (; i < n; i += kWidth) d[0] += q.value * (base - load_up_to(u + i, std::min(kWidth, n - i), base));
+  to->add(static_cast<double>(q.value) * static_cast<double>(n),
+          static_cast<double>(reduce_add((d[0] + d[1]) + (d[2] + d[3]))));
 }
 template <bool kMasked>
 void add_dot_of(const float* u, EachShare q, const uint8_t* allowed, int64_t n, float base, Dot* to) {
