@@ -10,10 +10,6 @@
 #include "dtype.h"
 #include "tensor.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
-
 namespace fused_ops {
 
 template <class... Args>

@@ -13,6 +13,10 @@
 #include <tuple>
 #include <utility>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace fused_ops {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
