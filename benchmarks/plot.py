@@ -250,11 +250,14 @@ def head_memory(timings: list[Row]) -> Figure | None:
     mine = [r for r in timings if r["op"] == "linear_cross_entropy" and not r["sweep"] and r["direction"] == "both"]
     shares = {(r["case"], r["provider"]): heads.of_logits(r) for r in mine}
     known = {key: 100 * share for key, share in shares.items() if share is not None}
-    names, providers = list(dict.fromkeys(case for case, _ in known)), [p for p in _order(mine) if p != COPY]
+    shown = {provider for _, provider in known}
+    names, providers = list(dict.fromkeys(case for case, _ in known)), [p for p in _order(mine) if p in shown - {COPY}]
     if not names:
         return None
     step = len(providers) + 0.8
-    figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
+    height = 0.9 + 0.165 * step * len(names)
+    figure, axes = plt.subplots(figsize=(8.4, height))
+    figure.subplots_adjust(bottom=0.5 / height)  # room for the label above the legend
     for (case, provider), share in known.items():
         y = names.index(case) * step + providers.index(provider)
         axes.barh(y, share, height=0.86, color=COLOURS[provider])
