@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
-#include <vector>
 
-#include "cross_entropy_tensors.h"
+#include "cross_entropy_passes.h"
 
 namespace fused_ops {
 namespace {
@@ -20,54 +19,27 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
   const Tensor target = dense(target_);
   const DType dtype = float_dtype(kOp, "input", input);
   const RowLayout layout = layout_of(input);
-  const int64_t rows = layout.rows();
 
   const IntHeaderOnlyArrayRef scalar_shape{};
   Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
   Tensor lse = empty(input, target.sizes(), ScalarType::Double);
   Tensor total = empty(input, scalar_shape, ScalarType::Double);
 
-  const int64_t block_rows = rows_per_block(layout), blocks = (rows + block_rows - 1) / block_rows;
-  std::vector<BlockResult> results(static_cast<size_t>(blocks));
-  const CrossEntropyForward args{dtype,
-                                 input.const_data_ptr(),
-                                 layout,
-                                 {target.const_data_ptr(), target_type(target), ignore_index},
-                                 block_rows,
-                                 static_cast<double*>(lse.mutable_data_ptr()),
-                                 reduction == 0 ? loss.mutable_data_ptr() : nullptr,
-                                 nullptr,
-                                 results.data()};
-  const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-
-  double sum = 0;
-  int64_t count = 0;
-  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
-    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
-    sum += r.loss_sum;
-    count += r.count;
-  }
+  const auto [sum, count, bad_row] = forward_in_blocks({dtype,
+                                                        input.const_data_ptr(),
+                                                        layout,
+                                                        {target.const_data_ptr(), target_type(target), ignore_index},
+                                                        rows_per_block(layout),
+                                                        static_cast<double*>(lse.mutable_data_ptr()),
+                                                        reduction == 0 ? loss.mutable_data_ptr() : nullptr,
+                                                        nullptr,
+                                                        nullptr},
+                                                       target);
   const auto mode = static_cast<Reduction>(reduction);
   if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(count));
   if (mode == Reduction::sum) write_scalar(loss, sum);
   write_scalar(total, static_cast<double>(count));
   return {loss, lse, total};
-}
-
-// The loss of all rows and, in the memory `args` names, the gradient of their mean or sum.
-BlockResult forward_then_backward(CrossEntropyBackward args, Reduction mode) {
-  const int64_t rows = args.layout.rows();
-  std::vector<double> lse(static_cast<size_t>(rows));
-  BlockResult found{0, 0, -1};
-  FUSED_OPS_SELECT(cross_entropy_forward)
-  ({args.dtype, args.logits, args.layout, args.targets, std::max<int64_t>(rows, 1), lse.data(), nullptr, nullptr,
-    &found},
-   0, rows > 0 ? 1 : 0);
-  if (found.bad_row >= 0) return found;
-  args.lse = lse.data(), args.scale = mode == Reduction::mean ? 1 / static_cast<double>(found.count) : 1;
-  FUSED_OPS_SELECT(cross_entropy_backward)(args, 0, rows);
-  return found;
 }
 
 // The reduced loss, its gradient for an upstream gradient of 1, and how many rows are ignored, on one thread: for
@@ -94,10 +66,9 @@ std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& in
                     static_cast<float*>(gradient.mutable_data_ptr()), gradient_layout})
              : forward_then_backward({dtype, input.const_data_ptr(), layout, targets, nullptr, nullptr, nullptr, 0, 1,
                                       gradient.mutable_data_ptr(), gradient_layout},
-                                     mode);
+                                     std::max<int64_t>(layout.rows(), 1), target, mode);
   if (found.bad_row >= 0) raise_bad_target(target, found.bad_row);
-  const double total = mode == Reduction::mean ? static_cast<double>(found.count) : 1;
-  write_scalar(loss, found.loss_sum / total);
+  write_scalar(loss, found.loss_sum / denominator(found, mode));
   return {loss, gradient, layout.rows() - found.count};
 }
 

@@ -6,9 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <tuple>
-#include <vector>
 
-#include "cross_entropy_tensors.h"
+#include "cross_entropy_passes.h"
 
 namespace fused_ops {
 namespace {
@@ -58,41 +57,12 @@ void check_head(const Tensor& input, const Tensor& weight, const std::optional<T
 // Writes the loss; with `gradient` the logits become theirs.
 void reduce(Tensor logits, const Tensor& target, int64_t ignore_index, Reduction mode, Tensor loss, bool gradient) {
   const RowLayout layout = layout_of(logits);
-  const int64_t rows = layout.rows(), block_rows = rows_per_block(layout);
-  const int64_t blocks = (rows + block_rows - 1) / block_rows;
-  std::vector<BlockResult> results(static_cast<size_t>(blocks));
-  std::vector<double> lse(static_cast<size_t>(rows));
-  CrossEntropyForward forward{};
-  forward.dtype = float_dtype(kHere, "input", logits);
-  forward.logits = logits.const_data_ptr();
-  forward.layout = layout;
-  forward.targets = {target.const_data_ptr(), target_type(target), ignore_index};
-  forward.block_rows = block_rows;
-  forward.lse = lse.data();
-  forward.blocks = results.data();
-  const auto forward_kernel = FUSED_OPS_SELECT(cross_entropy_forward);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { forward_kernel(forward, begin, end); });
-  double sum = 0;
-  int64_t count = 0;
-  for (const BlockResult& r : results) {  // in block order: the same sum for any number of threads
-    if (r.bad_row >= 0) raise_bad_target(target, r.bad_row);
-    sum += r.loss_sum;
-    count += r.count;
-  }
-  const double total = mode == Reduction::mean ? static_cast<double>(count) : 1;
-  write_scalar(loss, sum / total);
-  if (!gradient) return;
-  CrossEntropyBackward backward{};
-  backward.dtype = forward.dtype;
-  backward.logits = forward.logits;
-  backward.layout = backward.grad_layout = layout;
-  backward.targets = forward.targets;
-  backward.lse = forward.lse;
-  backward.scale = 1 / total;
-  backward.grad_logits = logits.mutable_data_ptr();
-  const auto backward_kernel = FUSED_OPS_SELECT(cross_entropy_backward);
-  torch::stable::parallel_for(0, rows, block_rows,
-                              [&](int64_t begin, int64_t end) { backward_kernel(backward, begin, end); });
+  const Targets targets{target.const_data_ptr(), target_type(target), ignore_index};
+  const BlockResult found =
+      forward_then_backward({float_dtype(kHere, "input", logits), logits.const_data_ptr(), layout, targets, nullptr,
+                             nullptr, nullptr, 0, 1, gradient ? logits.mutable_data_ptr() : nullptr, layout},
+                            rows_per_block(layout), target, mode);
+  write_scalar(loss, found.loss_sum / denominator(found, mode));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_small(const Tensor& input, const Tensor& weight,

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -119,6 +120,12 @@ def run_python():
         return result
 
     return run
+
+
+@pytest.fixture
+def run_pytest(run_python):
+    """Runs pytest in a process of its own, as ``run_python``."""
+    return functools.partial(run_python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 @pytest.fixture(scope="session")

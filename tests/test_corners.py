@@ -202,6 +202,5 @@ def test_batch_norm_is_rounded_to_nearest(activation, layout, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_every_isa(isa, run_python):
-    here = [__file__, "-k", "not every_isa"]
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *here, ATEN_CPU_CAPABILITY=isa)
+def test_every_isa(isa, run_pytest):
+    run_pytest(__file__, "-k", "not every_isa", ATEN_CPU_CAPABILITY=isa)

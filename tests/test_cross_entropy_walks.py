@@ -174,15 +174,5 @@ def test_grid_of_batch_splits_is_bitwise(classes, dtype):
 
 
 @pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
-def test_every_isa(isa, run_python):
-    run_python(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "grid and not isa",
-        ATEN_CPU_CAPABILITY=isa.lower(),
-    )
+def test_every_isa(isa, run_pytest):
+    run_pytest(__file__, "-k", "grid and not isa", ATEN_CPU_CAPABILITY=isa.lower())

@@ -67,10 +67,10 @@ ctypes.string_at(t.data_ptr() + (12 if {mode} == 1 else -1), 1)
     assert run_python("-c", code, check=False, LD_PRELOAD=guard).returncode == -11
 
 
-def test_raw_ops_with_garbage_under_the_guard(guard, run_python):
+def test_raw_ops_with_garbage_under_the_guard(guard, run_pytest):
     """The fuzzing of tests/test_raw_ops.py, every tensor guarded."""
-    run_python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_raw_ops.py")),
+    run_pytest(
+        str(ROOT / "tests" / "test_raw_ops.py"),
         LD_PRELOAD=guard,
         GUARD_MODE="1",
         FUSED_OPS_FUZZ_CALLS="20000" if FULL else "600",

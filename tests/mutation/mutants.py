@@ -611,7 +611,7 @@ NATIVE = [
     Mutant(
         CBIND,
         "if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(count));",
-        "if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(rows));",
+        "if (mode == Reduction::mean) write_scalar(loss, sum / static_cast<double>(layout.rows()));",
         "ce",
         "mean over ignored rows too",
     ),
