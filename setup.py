@@ -107,7 +107,7 @@ def native_extension() -> dict[str, object]:
     with_cuda = bool(cuda_sources) and no_cuda is None
 
     class BuildPerIsa(BuildExtension):
-        """Compiles csrc/cpu/*.cpp once per ISA, each into its own namespace, and links them into one library."""
+        """Compiles csrc/cpu/*.cpp once per ISA, each into its own namespace, and all of it into one library."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "use_ninja": False, "no_python_abi_suffix": True})
@@ -124,8 +124,10 @@ def native_extension() -> dict[str, object]:
             if with_cuda:
                 nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
                 jobs += [(Path(source), build / "cuda" / f"{Path(source).stem}.o", nvcc) for source in cuda_sources]
+            binding = [*(["-DUSE_CUDA"] if with_cuda else []), *(f"-I{folder}" for folder in extension.include_dirs)]
+            jobs += [(Path(source), build / f"{Path(source).stem}.o", binding) for source in extension.sources]
             compile_parallel(compiler, jobs)
-            extension.extra_objects = [str(output) for _, output, _ in jobs]
+            extension.sources, extension.extra_objects = [], [str(output) for _, output, _ in jobs]
             super().build_extensions()
 
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
@@ -133,7 +135,6 @@ def native_extension() -> dict[str, object]:
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "fused_ops._C",
         [source for source in sources if with_cuda or not source.endswith("_cuda.cpp")],
-        extra_compile_args=[*COMMON_FLAGS, *(["-DUSE_CUDA"] if with_cuda else [])],
         extra_link_args=LINK_FLAGS,
         depends=[
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")

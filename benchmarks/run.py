@@ -6,17 +6,19 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from . import accuracy, cases, harness, install, machine, memory, rivals
+from . import accuracy, cases, events, harness, install, machine, memory, rivals
 from .harness import COPY, Case, Check, Provider, Runner, Timing
 from .results import Row, Tables, speedup
 
 PARTS = ("micro", "sweep", "overhead", "training", "accuracy", "install")
 BUDGET_S = {"quick": 0.6, "full": 3.0}
+GPU_BUDGET_S = {"quick": 0.1, "full": 0.3}
 ROUNDS = {"quick": (5, 15), "full": (7, 31)}
 
 
@@ -124,14 +126,15 @@ def _rows(
     others = machine.OtherProcesses()
     yardstick = case.moved_bytes.get(direction) is not None
     timed = {**able, COPY: harness.CopyRunner(case, options.device)} if yardstick else able
-    timings = harness.time_interleaved(
-        timed,
-        direction,
-        threads=threads,
-        device=options.device,
-        budget_s=BUDGET_S[options.suite] * len(timed),
-        rounds=case.rounds or ROUNDS[options.suite],
-    )
+    rounds = case.rounds or ROUNDS[options.suite]
+    if options.device == "cuda" and not case.tiny:
+        budget = GPU_BUDGET_S[options.suite] * len(timed)
+        timings = events.time_interleaved(timed, direction, budget_s=budget, rounds=rounds)
+    else:  # a tiny call's time is the host's
+        budget = BUDGET_S[options.suite] * len(timed)
+        timings = harness.time_interleaved(
+            timed, direction, threads=threads, device=options.device, budget_s=budget, rounds=rounds
+        )
     busy = others.busy_cores()
     run_id = f"{time.time():.0f}"
     rows = []
@@ -141,7 +144,7 @@ def _rows(
             row |= _figures(case, timed[name], timings[name], direction)
             row |= {"run": run_id, "busy_others": None if busy is None else round(busy, 2)}
             row["relative_error"] = checks[name].relative_error if name in checks else None
-            row["extra_bytes"] = _weigh(case, name, direction, threads, options)
+            row["extra_bytes"] = _weigh(case, name, timed[name], direction, threads, options)
         else:
             row["status"] = reasons.get(name, "has no such direction")
         rows.append(row)
@@ -195,12 +198,15 @@ def _compare(rows: list[Row]) -> None:
             row["speedup_vs_eager"] = _round(speedup(row, eager))
 
 
-def _weigh(case: Case, provider: str, direction: str, threads: int, options: Options) -> int | None:
+def _weigh(case: Case, provider: str, runner: Runner, direction: str, threads: int, options: Options) -> int | None:
     """Peak extra memory, at the machine's most threads and where the case asks for it."""
     if not options.memory or options.suite not in case.memory or provider == COPY or threads != max(options.threads):
         return None
     if direction == "backward":
         return None
+    if options.device == "cuda":  # the allocator counts this run alone
+        runner.prepare(direction)
+        return memory.peak_extra_bytes_cuda(partial(runner.run, direction))
     return memory.in_subprocess(case, provider, direction, threads, options.device)
 
 
