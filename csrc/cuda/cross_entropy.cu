@@ -3,14 +3,15 @@
 //   lse = log sum_j exp(x_j),   loss = lse - x_target
 //
 // Memory: reads every logit once, writes 8 bytes a row (lse), and the losses of the rows unless they are reduced. The
-// maximum and the sum are found together (online softmax). Rows of adjacent classes: a part of a warp, a warp or a
-// block takes a row, 16 bytes a thread at a time, of any alignment; a row beyond kSegmentBytes is cut into segments for
-// as many blocks. Rows adjacent themselves, as in (batch, classes, height, width): a thread a row, or kShares threads.
+// maximum and the sum are found together (online softmax). Rows of adjacent classes: a thread takes a short row, which
+// the block has read into shared memory, a warp or a block a longer one, 16 bytes a thread at a time, of any alignment;
+// a row beyond kPieceBytes is cut into pieces for as many blocks. Rows adjacent themselves, as in (batch, classes,
+// height, width): a thread a row, or kShares threads.
 //
 // Stability: the sum is taken over the classes other than the target, relative to their maximum, so that a confident
 // right row keeps its loss; the logarithm and lse are double. How a row is cut depends on its length alone, and all
 // merges are in a fixed order: no bit depends on the rest of the batch. See docs/cross_entropy.md.
-#include "cross_entropy_rows.cuh"
+#include "cross_entropy_walk.cuh"
 
 namespace fused_ops {
 namespace cuda {
@@ -23,11 +24,6 @@ template <class T>
 __device__ inline State<T> nothing() {
   return {-kInfinity<acc_t<T>>, 0};
 }
-template <class T>
-__device__ inline State<T> both(const State<T>& a, const State<T>& b) {
-  return merged(a, b);
-}
-
 // Adds kCount values to a running maximum and sum.
 template <class T, int kCount>
 __device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
@@ -45,28 +41,24 @@ __device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
 
 // One thread's share of n adjacent classes without the target (which may lie outside [0, n)).
 template <class T, int kGroup>
-__device__ inline State<T> share_online(const T* x, int64_t n, int64_t target, int lane) {
+__device__ inline State<T> share_online(const T* x, int n, int target, int lane) {
   using A = acc_t<T>;
-  constexpr int kU = kUnroll<T, kGroup>, kV = kVector<T>;
-  const unsigned offset = misalignment(x);
+  constexpr int kV = kVector<T>;
   State<T> state = nothing<T>();
-  for (int64_t base = int64_t{lane} * kV; base < n; base += int64_t{kGroup} * kU * kV) {
-    A v[kU * kV];
+  walk_any<T, kGroup>(x, n, lane, -kInfinity<A>, [&](const Words* words, int first, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    A v[kCount * kV];
 #pragma unroll
-    for (int u = 0; u < kU; ++u) {
-      const int64_t first = base + int64_t{u} * kGroup * kV;
-      load_vector(x + first, n - first, offset, -kInfinity<A>, v + u * kV);
-    }
-#pragma unroll
-    for (int u = 0; u < kU; ++u) {
-      const int64_t at = target - (base + int64_t{u} * kGroup * kV);
+    for (int u = 0; u < kCount; ++u) {
+      unpack<T>(words[u], v + u * kV);
+      const int at = target - (first + u * kGroup * kV);
       if (at >= 0 && at < kV) {
 #pragma unroll
         for (int k = 0; k < kV; ++k) v[u * kV + k] = k == at ? -kInfinity<A> : v[u * kV + k];
       }
     }
-    add_values<T, kU * kV>(state, v);
-  }
+    add_values<T, kCount * kV>(state, v);
+  });
   return state;
 }
 
@@ -100,56 +92,102 @@ __device__ inline void keep_sum(const ForwardCall& c, const LossSum& mine) {
   if (threadIdx.x == 0) c.scratch[2 * blockIdx.x] = sum.sum, c.scratch[2 * blockIdx.x + 1] = sum.count;
 }
 
+// A warp or a block a row. Thread i keeps the result of the group's i-th row, so that the logarithms of many rows are
+// taken side by side.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kBlock) forward_rows(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_rows(ForwardCall c) {
   constexpr int kRows = kBlock / kGroup;
   const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
   const int64_t rows = c.layout.batch * c.layout.spatial;
+  const int classes = static_cast<int>(c.layout.classes);
   LossSum sum{0, 0};
-  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
-    const int64_t row = base + group;
-    RowTarget t{0, false, false};
-    const T* x = static_cast<const T*>(c.logits);
+  State<T> kept = nothing<T>();
+  int64_t kept_row = -1;
+  int held = 0;
+  const auto finish_kept = [&] {
+    if (kept_row < 0) return;
+    const T* x = static_cast<const T*>(c.logits) + row_offset(c.layout, kept_row);
+    finish_row(c, kept_row, row_target(c.targets, kept_row, classes), x, static_cast<double>(kept.max),
+               static_cast<double>(kept.sum), sum);
+    kept_row = -1;
+  };
+  for (int64_t row = int64_t{blockIdx.x} * kRows + group; row < rows; row += int64_t{gridDim.x} * kRows) {
+    const RowTarget t = row_target(c.targets, row, classes);
     State<T> state = nothing<T>();
-    if (row < rows) t = row_target(c.targets, row, c.layout.classes), x += row_offset(c.layout, row);
-    if (t.counts) state = share_online<T, kGroup>(x, c.layout.classes, t.target, lane);
-    state = reduce_group<kGroup>(state, both<T>);
-    if (lane == 0 && row < rows)
-      finish_row(c, row, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
+    if (t.counts)
+      state = share_online<T, kGroup>(static_cast<const T*>(c.logits) + row_offset(c.layout, row), classes,
+                                      static_cast<int>(t.target), lane);
+    state = reduce_online<kGroup>(state);
+    if (lane == held) kept = state, kept_row = row;
+    if (++held == kGroup) finish_kept(), held = 0;
+  }
+  finish_kept();
+  keep_sum(c, sum);
+}
+
+// A thread a short row, in shared memory.
+template <class T>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_tiles(ForwardCall c) {
+  using A = acc_t<T>;
+  constexpr int kStep = sizeof(T) == 8 ? 4 : 8;
+  __shared__ Words memory[kTileMemory];
+  const int classes = static_cast<int>(c.layout.classes), lane = static_cast<int>(threadIdx.x);
+  const Tile<T> tile(memory, classes);
+  const int64_t rows = c.layout.batch * c.layout.spatial;
+  LossSum sum{0, 0};
+  for (int64_t base = int64_t{blockIdx.x} * kBlock; base < rows; base += int64_t{gridDim.x} * kBlock) {
+    const int count = rows - base < kBlock ? static_cast<int>(rows - base) : kBlock;
+    __syncthreads();
+    tile.load(static_cast<const T*>(c.logits), c.layout, base, count);
+    __syncthreads();
+    if (lane >= count) continue;
+    const RowTarget t = row_target(c.targets, base + lane, classes);
+    const T* x = tile.row();
+    State<T> state = nothing<T>();
+    for (int first = 0; t.counts && first < classes; first += kStep) {
+      A v[kStep];
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) {
+        const int j = first + k;
+        const A value = to_acc(x[j < classes ? j : 0]);
+        v[k] = j < classes && j != t.target ? value : -kInfinity<A>;
+      }
+      add_values<T, kStep>(state, v);
+    }
+    finish_row(c, base + lane, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
   }
   keep_sum(c, sum);
 }
 
-// A block a segment of a long row: its maximum and sum, to scratch behind the blocks' sums.
+// A block a piece of a long row: its maximum and sum, to scratch behind the blocks' sums.
 template <class T>
-__global__ void __launch_bounds__(kBlock) forward_segments(ForwardCall c, int64_t segments) {
-  constexpr int64_t kSegment = kSegmentBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t items = c.layout.batch * c.layout.spatial * segments;
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_pieces(ForwardCall c, Pieces pieces) {
+  const int64_t items = c.layout.batch * c.layout.spatial * pieces.count;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / segments, begin = (item - row * segments) * kSegment;
-    const int64_t left = c.layout.classes - begin;
-    const RowTarget t = row_target(c.targets, row, c.layout.classes);
+    const int64_t row = item / pieces.count, begin = (item - row * pieces.count) * pieces.length;
+    const int64_t left = c.layout.classes - begin, at = row_target(c.targets, row, c.layout.classes).target - begin;
+    const int length = static_cast<int>(left < pieces.length ? left : pieces.length);
     State<T> state = nothing<T>();
-    if (t.counts)
-      state =
-          share_online<T, kBlock>(static_cast<const T*>(c.logits) + row_offset(c.layout, row) + begin,
-                                  left < kSegment ? left : kSegment, t.target - begin, static_cast<int>(threadIdx.x));
-    state = reduce_group<kBlock>(state, both<T>);
-    double* out = c.scratch + 2 * (kMaxBlocks + item);
+    if (row_target(c.targets, row, c.layout.classes).counts)
+      state = share_online<T, kBlock>(static_cast<const T*>(c.logits) + row_offset(c.layout, row) + begin, length,
+                                      at >= 0 && at < length ? static_cast<int>(at) : -kVector<T>,
+                                      static_cast<int>(threadIdx.x));
+    state = reduce_online<kBlock>(state);
+    double* out = c.scratch + 2 * (kRowBlocks + item);
     if (threadIdx.x == 0) out[0] = static_cast<double>(state.max), out[1] = static_cast<double>(state.sum);
   }
 }
 
-// A thread a row: merges its segments in order.
+// A thread a row: merges its pieces in order.
 template <class T>
-__global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t segments) {
+__global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t pieces) {
   const int64_t rows = c.layout.batch * c.layout.spatial;
   LossSum sum{0, 0};
   for (int64_t row = int64_t{blockIdx.x} * kBlock + threadIdx.x; row < rows; row += int64_t{gridDim.x} * kBlock) {
     const RowTarget t = row_target(c.targets, row, c.layout.classes);
-    const double* parts = c.scratch + 2 * (kMaxBlocks + row * segments);
+    const double* sums = c.scratch + 2 * (kRowBlocks + row * pieces);
     State<double> state = nothing<double>();
-    for (int64_t s = 0; s < segments; ++s) state = merged(state, {parts[2 * s], parts[2 * s + 1]});
+    for (int64_t s = 0; s < pieces; ++s) state = merged(state, {sums[2 * s], sums[2 * s + 1]});
     finish_row(c, row, t, static_cast<const T*>(c.logits) + row_offset(c.layout, row), state.max, state.sum, sum);
   }
   keep_sum(c, sum);
@@ -157,9 +195,9 @@ __global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t 
 
 // Any strides: kBlock / kParts rows side by side, each of kParts threads that take every kParts-th class.
 template <class T, int kParts>
-__global__ void __launch_bounds__(kBlock) forward_lanes(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, 2) forward_lanes(ForwardCall c) {
   using A = acc_t<T>;
-  constexpr int kRows = kBlock / kParts, kAhead = 8;
+  constexpr int kRows = kBlock / kParts, kAhead = sizeof(T) == 8 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
   const int64_t rows = c.layout.batch * c.layout.spatial, classes = c.layout.classes, stride = c.layout.class_stride;
   __shared__ State<T> shares[kBlock];
@@ -170,12 +208,16 @@ __global__ void __launch_bounds__(kBlock) forward_lanes(ForwardCall c) {
     const T* x = static_cast<const T*>(c.logits);
     State<T> state = nothing<T>();
     if (row < rows) t = row_target(c.targets, row, classes), x += row_offset(c.layout, row);
-    for (int64_t first = part; t.counts && first < classes; first += kAhead * kParts) {
+    const T* at = x + part * stride;
+    for (int64_t first = part; t.counts && first < classes; first += kAhead * kParts, at += kAhead * kParts * stride) {
       A v[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)  // no load waits for another
+        v[k] = to_acc(at[first + k * kParts < classes ? k * kParts * stride : 0]);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         const int64_t j = first + k * kParts;
-        v[k] = j < classes && j != t.target ? to_acc(x[j * stride]) : -kInfinity<A>;
+        v[k] = j < classes && j != t.target ? v[k] : -kInfinity<A>;
       }
       add_values<T, kAhead>(state, v);
     }
@@ -209,22 +251,28 @@ __global__ void __launch_bounds__(kBlock) forward_total(ForwardCall c, int64_t b
 template <class T>
 int32_t forward(const ForwardCall& c, void* stream) {
   Launcher launch(stream);
-  const int64_t rows = c.layout.rows(), segments = segments_of(c.dtype, c.layout);
-  const auto blocks_of = [](int64_t items) { return std::min(items, kMaxBlocks); };
+  const int64_t rows = c.layout.rows();
+  const Pieces pieces = pieces_of(c.dtype, c.layout);
   int64_t blocks = 0;
+  const auto run = [&](auto kernel, int64_t rows_a_block) {
+    blocks = blocks_of(ceil_div(rows, rows_a_block));
+    launch(kernel, blocks, kBlock, c);
+  };
   if (!c.layout.adjacent_classes()) {
-    const bool share = c.layout.classes >= kManyClasses;
-    blocks = blocks_of(ceil_div(rows, share ? kBlock / kShares : kBlock));
-    launch(share ? forward_lanes<T, kShares> : forward_lanes<T, 1>, blocks, kBlock, c);
-  } else if (segments > 1) {
-    launch(forward_segments<T>, blocks_of(rows * segments), kBlock, c, segments);
+    if (c.layout.classes >= kManyClasses)
+      run(forward_lanes<T, kShares>, kBlock / kShares);
+    else
+      run(forward_lanes<T, 1>, kBlock);
+  } else if (pieces.count > 1) {
+    launch(forward_pieces<T>, blocks_of(rows * pieces.count), kBlock, c, pieces);
     blocks = blocks_of(ceil_div(rows, kBlock));
-    launch(forward_finish<T>, blocks, kBlock, c, segments);
+    launch(forward_finish<T>, blocks, kBlock, c, pieces.count);
+  } else if (vectors_of(c.dtype, c.layout) <= kTileVectors) {
+    run(forward_tiles<T>, kBlock);
+  } else if (vectors_of(c.dtype, c.layout) <= kWarpRow) {
+    run(forward_rows<T, 32>, kBlock / 32);
   } else {
-    FUSED_OPS_WITH_GROUP(vectors_of(c.dtype, c.layout), kGroup, {
-      blocks = blocks_of(ceil_div(rows, kBlock / kGroup));
-      launch(forward_rows<T, kGroup>, blocks, kBlock, c);
-    })
+    run(forward_rows<T, kBlock>, 1);
   }
   launch(forward_total<T>, 1, kBlock, c, blocks);
   return launch.error();
@@ -233,8 +281,8 @@ int32_t forward(const ForwardCall& c, void* stream) {
 }  // namespace
 
 int64_t forward_scratch(DType dtype, const RowLayout& layout) {
-  const int64_t segments = segments_of(dtype, layout);
-  return 2 * (kMaxBlocks + (segments > 1 ? layout.rows() * segments : 0));
+  const int64_t pieces = pieces_of(dtype, layout).count;
+  return 2 * (kRowBlocks + (pieces > 1 ? layout.rows() * pieces : 0));
 }
 
 int32_t cross_entropy_forward(const ForwardCall& call, void* stream) {

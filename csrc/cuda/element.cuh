@@ -62,6 +62,27 @@ __device__ inline void unpack(const Words& words, acc_t<T>* out) {
   }
 }
 
+// Two elements rounded into a word.
+__device__ inline uint32_t word_of(bfloat16_t, float low, float high) {
+#if defined(__CUDACC__)
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);  // one instruction
+  return static_cast<uint32_t>(__bfloat16_as_ushort(both.x)) | static_cast<uint32_t>(__bfloat16_as_ushort(both.y))
+                                                                   << 16;
+#else
+  return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(low))) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+#endif
+}
+__device__ inline uint32_t word_of(float16_t, float low, float high) {
+#if defined(__CUDACC__)
+  const __half2 both = __floats2half2_rn(low, high);
+  return static_cast<uint32_t>(__half_as_ushort(both.x)) | static_cast<uint32_t>(__half_as_ushort(both.y)) << 16;
+#else
+  return static_cast<uint32_t>(__half_as_ushort(__float2half_rn(low))) |
+         static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+#endif
+}
+
 template <class T>
 __device__ inline Words pack(const acc_t<T>* in) {
   Words words;
@@ -72,10 +93,8 @@ __device__ inline Words pack(const acc_t<T>* in) {
       words.w[2 * k + 1] = static_cast<uint32_t>(__double2hiint(in[k]));
     } else if constexpr (std::is_same_v<T, float>) {
       words.w[k] = __float_as_uint(in[k]);
-    } else {
-      T element;
-      set(element, in[k]);
-      words.w[k / 2] = k % 2 ? words.w[k / 2] | (static_cast<uint32_t>(element.bits) << 16) : element.bits;
+    } else if (k % 2 == 0) {
+      words.w[k / 2] = word_of(T{}, in[k], in[k + 1]);
     }
   }
   return words;

@@ -86,5 +86,30 @@ __device__ inline Online<A, S> merged(const Online<A, S>& a, const Online<A, S>&
   return {max, a.sum * S(rescale(a.max, max)) + b.sum * S(rescale(b.max, max))};
 }
 
+// Merges a group's values: the maxima first, so that each thread rescales its sum once. As reduce_group.
+template <int kGroup, class A, class S>
+__device__ inline Online<A, S> reduce_online(Online<A, S> v) {
+  constexpr int kLanes = kGroup < 32 ? kGroup : 32;
+  A max = v.max;
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2) max = larger(max, shuffled(max, d));
+  S sum = v.sum * S(rescale(v.max, max));
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2) sum += shuffled(sum, d);
+  if constexpr (kGroup > 32) {
+    __shared__ Online<A, S> warps[kGroup / 32];
+    __syncthreads();  // the reduction before this one has been read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {max, sum};
+    __syncthreads();
+    max = warps[0].max;
+#pragma unroll
+    for (int w = 1; w < kGroup / 32; ++w) max = larger(max, warps[w].max);
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < kGroup / 32; ++w) sum += warps[w].sum * S(rescale(warps[w].max, max));
+  }
+  return {max, sum};
+}
+
 }  // namespace cuda
 }  // namespace fused_ops
