@@ -11,6 +11,8 @@
 // Stability: the sum is taken over the classes other than the target, relative to their maximum, so that a confident
 // right row keeps its loss; the logarithm and lse are double. How a row is cut depends on its length alone, and all
 // merges are in a fixed order: no bit depends on the rest of the batch. See docs/cross_entropy.md.
+#include <algorithm>
+
 #include "cross_entropy_walk.cuh"
 
 namespace fused_ops {
@@ -24,19 +26,63 @@ template <class T>
 __device__ inline State<T> nothing() {
   return {-kInfinity<acc_t<T>>, 0};
 }
+// Makes `max` the running maximum and returns what is subtracted from every value.
+template <class T>
+__device__ inline acc_t<T> raise_to(State<T>& to, acc_t<T> max) {
+  using A = acc_t<T>;
+  if (max > to.max) to.sum *= rescale(to.max, max), to.max = max;
+  return to.max == -kInfinity<A> ? A(0) : to.max;
+}
+
 // Adds kCount values to a running maximum and sum.
 template <class T, int kCount>
 __device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
   using A = acc_t<T>;
-  A max = to.max;
+  A max = v[0];
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) max = larger(max, v[k]);
-  if (max > to.max) to.sum *= rescale(to.max, max), to.max = max;
-  const A shift = max == -kInfinity<A> ? A(0) : max;
+  for (int k = 1; k < kCount; ++k) max = larger(max, v[k]);
+  const A shift = raise_to<T>(to, max);
   A sum = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) sum += exp_of<T>(v[k] - shift);
   to.sum += sum;
+}
+
+// The same for kCount vectors; the maximum of 16-bit values is taken two at a time.
+template <class T, int kCount>
+__device__ inline void add_vectors(State<T>& to, const Words* words) {
+  using A = acc_t<T>;
+  constexpr int kV = kVector<T>;
+  if constexpr (sizeof(T) == 2) {
+    uint32_t max = words[0].w[0];
+#pragma unroll
+    for (int i = 1; i < 4 * kCount; ++i) max = larger_pair(T{}, max, words[i / 4].w[i % 4]);
+    const A low = to_acc(T{static_cast<uint16_t>(max)}), high = to_acc(T{static_cast<uint16_t>(max >> 16)});
+    const A shift = raise_to<T>(to, larger(low, high));
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      A v[kV], sum = 0;
+      unpack<T>(words[u], v);
+#pragma unroll
+      for (int k = 0; k < kV; ++k) sum += exp_of<T>(v[k] - shift);
+      to.sum += sum;
+    }
+  } else {
+    A v[kCount * kV];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) unpack<T>(words[u], v + u * kV);
+    add_values<T, kCount * kV>(to, v);
+  }
+}
+
+// Element `at` of a vector becomes -inf.
+template <class T>
+__device__ inline void leave_out(Words& words, int at) {
+  acc_t<T> v[kVector<T>];
+  unpack<T>(words, v);
+#pragma unroll
+  for (int k = 0; k < kVector<T>; ++k) v[k] = k == at ? -kInfinity<acc_t<T>> : v[k];
+  words = pack<T>(v);
 }
 
 // One thread's share of n adjacent classes without the target (which may lie outside [0, n)).
@@ -45,19 +91,14 @@ __device__ inline State<T> share_online(const T* x, int n, int target, int lane)
   using A = acc_t<T>;
   constexpr int kV = kVector<T>;
   State<T> state = nothing<T>();
-  walk_any<T, kGroup>(x, n, lane, -kInfinity<A>, [&](const Words* words, int first, auto count) {
+  walk_any<T, kGroup>(x, n, lane, -kInfinity<A>, [&](Words* words, int first, auto count) {
     constexpr int kCount = decltype(count)::value;
-    A v[kCount * kV];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      unpack<T>(words[u], v + u * kV);
       const int at = target - (first + u * kGroup * kV);
-      if (at >= 0 && at < kV) {
-#pragma unroll
-        for (int k = 0; k < kV; ++k) v[u * kV + k] = k == at ? -kInfinity<A> : v[u * kV + k];
-      }
+      if (at >= 0 && at < kV) leave_out<T>(words[u], at);
     }
-    add_values<T, kCount * kV>(state, v);
+    add_vectors<T, kCount>(state, words);
   });
   return state;
 }
@@ -75,11 +116,11 @@ __device__ inline RowResult finish(double others_max, double others_sum, double 
 }
 
 template <class T>
-__device__ inline void finish_row(const ForwardCall& c, int64_t row, const RowTarget& t, const T* x, double others_max,
-                                  double others_sum, LossSum& sum) {
+__device__ inline void finish_row(const ForwardCall& c, int64_t row, const RowTarget& t, acc_t<T> x_target,
+                                  double others_max, double others_sum, LossSum& sum) {
   using A = acc_t<T>;
   RowResult r{0, 0};  // of an ignored row: lse is never read
-  if (t.counts) r = finish(others_max, others_sum, static_cast<double>(to_acc(x[t.target * c.layout.class_stride])));
+  if (t.counts) r = finish(others_max, others_sum, static_cast<double>(x_target));
   if (t.bad) r.lse = r.loss = kNaN<double>;
   c.lse[row] = r.lse;
   if (c.reduction == Reduction::none) set(static_cast<T*>(c.loss)[row], static_cast<A>(r.loss));
@@ -92,36 +133,40 @@ __device__ inline void keep_sum(const ForwardCall& c, const LossSum& mine) {
   if (threadIdx.x == 0) c.scratch[2 * blockIdx.x] = sum.sum, c.scratch[2 * blockIdx.x + 1] = sum.count;
 }
 
-// A warp or a block a row. Thread i keeps the result of the group's i-th row, so that the logarithms of many rows are
-// taken side by side.
+// A warp or a block a row, of at most kGroup rows. Thread i takes the logarithm of the i-th of them, so that those of
+// many rows are taken side by side.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_rows(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_rows(ForwardCall c) {
+  using A = acc_t<T>;
+  struct Kept {
+    double max, sum;
+    A logit;
+  };
+  __shared__ Kept kept[kBlock];
   constexpr int kRows = kBlock / kGroup;
   const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
-  const int64_t rows = c.layout.batch * c.layout.spatial;
+  const int64_t rows = c.layout.batch * c.layout.spatial, begin = int64_t{blockIdx.x} * kRows + group;
+  const int64_t stride = int64_t{gridDim.x} * kRows;
   const int classes = static_cast<int>(c.layout.classes);
-  LossSum sum{0, 0};
-  State<T> kept = nothing<T>();
-  int64_t kept_row = -1;
   int held = 0;
-  const auto finish_kept = [&] {
-    if (kept_row < 0) return;
-    const T* x = static_cast<const T*>(c.logits) + row_offset(c.layout, kept_row);
-    finish_row(c, kept_row, row_target(c.targets, kept_row, classes), x, static_cast<double>(kept.max),
-               static_cast<double>(kept.sum), sum);
-    kept_row = -1;
-  };
-  for (int64_t row = int64_t{blockIdx.x} * kRows + group; row < rows; row += int64_t{gridDim.x} * kRows) {
+  for (int64_t row = begin; row < rows; row += stride, ++held) {
     const RowTarget t = row_target(c.targets, row, classes);
     State<T> state = nothing<T>();
-    if (t.counts)
-      state = share_online<T, kGroup>(static_cast<const T*>(c.logits) + row_offset(c.layout, row), classes,
-                                      static_cast<int>(t.target), lane);
+    A logit = 0;
+    if (t.counts) {
+      const T* x = static_cast<const T*>(c.logits) + row_offset(c.layout, row);
+      logit = to_acc(x[t.target]);
+      state = share_online<T, kGroup>(x, classes, static_cast<int>(t.target), lane);
+    }
     state = reduce_online<kGroup>(state);
-    if (lane == held) kept = state, kept_row = row;
-    if (++held == kGroup) finish_kept(), held = 0;
+    if (lane == held) kept[threadIdx.x] = {static_cast<double>(state.max), static_cast<double>(state.sum), logit};
   }
-  finish_kept();
+  LossSum sum{0, 0};
+  if (lane < held) {
+    const int64_t row = begin + lane * stride;
+    const Kept& k = kept[threadIdx.x];
+    finish_row<T>(c, row, row_target(c.targets, row, classes), k.logit, k.max, k.sum, sum);
+  }
   keep_sum(c, sum);
 }
 
@@ -142,26 +187,32 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_tiles(
     __syncthreads();
     if (lane >= count) continue;
     const RowTarget t = row_target(c.targets, base + lane, classes);
-    const T* x = tile.row();
+    T* x = tile.row();
     State<T> state = nothing<T>();
-    for (int first = 0; t.counts && first < classes; first += kStep) {
-      A v[kStep];
+    A logit = 0, v[kStep];
+    if (t.counts) {
+      logit = to_acc(x[t.target]);
+      set(x[t.target], -kInfinity<A>);  // the others' maximum and sum
+      int first = 0;
+      for (; first + kStep <= classes; first += kStep) {
 #pragma unroll
-      for (int k = 0; k < kStep; ++k) {
-        const int j = first + k;
-        const A value = to_acc(x[j < classes ? j : 0]);
-        v[k] = j < classes && j != t.target ? value : -kInfinity<A>;
+        for (int k = 0; k < kStep; ++k) v[k] = to_acc(x[first + k]);
+        add_values<T, kStep>(state, v);
       }
-      add_values<T, kStep>(state, v);
+      if (first < classes) {
+#pragma unroll
+        for (int k = 0; k < kStep; ++k) v[k] = first + k < classes ? to_acc(x[first + k]) : -kInfinity<A>;
+        add_values<T, kStep>(state, v);
+      }
     }
-    finish_row(c, base + lane, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
+    finish_row<T>(c, base + lane, t, logit, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
   }
   keep_sum(c, sum);
 }
 
 // A block a piece of a long row: its maximum and sum, to scratch behind the blocks' sums.
 template <class T>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_pieces(ForwardCall c, Pieces pieces) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_pieces(ForwardCall c, Pieces pieces) {
   const int64_t items = c.layout.batch * c.layout.spatial * pieces.count;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t row = item / pieces.count, begin = (item - row * pieces.count) * pieces.length;
@@ -188,14 +239,15 @@ __global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t 
     const double* sums = c.scratch + 2 * (kRowBlocks + row * pieces);
     State<double> state = nothing<double>();
     for (int64_t s = 0; s < pieces; ++s) state = merged(state, {sums[2 * s], sums[2 * s + 1]});
-    finish_row(c, row, t, static_cast<const T*>(c.logits) + row_offset(c.layout, row), state.max, state.sum, sum);
+    const T* x = static_cast<const T*>(c.logits) + row_offset(c.layout, row);
+    finish_row<T>(c, row, t, t.counts ? to_acc(x[t.target]) : acc_t<T>(0), state.max, state.sum, sum);
   }
   keep_sum(c, sum);
 }
 
 // Any strides: kBlock / kParts rows side by side, each of kParts threads that take every kParts-th class.
 template <class T, int kParts>
-__global__ void __launch_bounds__(kBlock, 2) forward_lanes(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_lanes(ForwardCall c) {
   using A = acc_t<T>;
   constexpr int kRows = kBlock / kParts, kAhead = sizeof(T) == 8 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
@@ -208,18 +260,17 @@ __global__ void __launch_bounds__(kBlock, 2) forward_lanes(ForwardCall c) {
     const T* x = static_cast<const T*>(c.logits);
     State<T> state = nothing<T>();
     if (row < rows) t = row_target(c.targets, row, classes), x += row_offset(c.layout, row);
-    const T* at = x + part * stride;
-    for (int64_t first = part; t.counts && first < classes; first += kAhead * kParts, at += kAhead * kParts * stride) {
+    const T* from = x + part * stride;
+    for (int64_t first = part; t.counts && first < classes; first += kAhead * kParts) {
       A v[kAhead];
+      load_strided<T, kAhead>(from, kParts * stride, ceil_div(classes - first, int64_t{kParts}), -kInfinity<A>, v);
+      const int64_t at = t.target - first;
+      if (at >= 0 && at < kAhead * kParts) {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k)  // no load waits for another
-        v[k] = to_acc(at[first + k * kParts < classes ? k * kParts * stride : 0]);
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int64_t j = first + k * kParts;
-        v[k] = j < classes && j != t.target ? v[k] : -kInfinity<A>;
+        for (int k = 0; k < kAhead; ++k) v[k] = k * kParts == static_cast<int>(at) ? -kInfinity<A> : v[k];
       }
       add_values<T, kAhead>(state, v);
+      from += kAhead * kParts * stride;
     }
     if constexpr (kParts > 1) {
       __syncthreads();
@@ -230,7 +281,8 @@ __global__ void __launch_bounds__(kBlock, 2) forward_lanes(ForwardCall c) {
         if (part == 0) state = merged(state, shares[k * kRows + lane]);
     }
     if (part == 0 && row < rows)
-      finish_row(c, row, t, x, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
+      finish_row<T>(c, row, t, t.counts ? to_acc(x[t.target * stride]) : A(0), static_cast<double>(state.max),
+                    static_cast<double>(state.sum), sum);
   }
   keep_sum(c, sum);
 }
@@ -255,7 +307,7 @@ int32_t forward(const ForwardCall& c, void* stream) {
   const Pieces pieces = pieces_of(c.dtype, c.layout);
   int64_t blocks = 0;
   const auto run = [&](auto kernel, int64_t rows_a_block) {
-    blocks = blocks_of(ceil_div(rows, rows_a_block));
+    blocks = std::max(blocks_of(ceil_div(rows, rows_a_block)), ceil_div(rows, kBlock));
     launch(kernel, blocks, kBlock, c);
   };
   if (!c.layout.adjacent_classes()) {
@@ -282,7 +334,7 @@ int32_t forward(const ForwardCall& c, void* stream) {
 
 int64_t forward_scratch(DType dtype, const RowLayout& layout) {
   const int64_t pieces = pieces_of(dtype, layout).count;
-  return 2 * (kRowBlocks + (pieces > 1 ? layout.rows() * pieces : 0));
+  return 2 * (std::max(kRowBlocks, ceil_div(layout.rows(), kBlock)) + (pieces > 1 ? layout.rows() * pieces : 0));
 }
 
 int32_t cross_entropy_forward(const ForwardCall& call, void* stream) {

@@ -162,19 +162,22 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) backward_tiles
           lse.low = static_cast<A>(log(sum));
         }
         const double p_target = probability(to_acc(x[t.target]), lse);
+        set(x[t.target], -kInfinity<A>);  // which adds nothing to the others
         sum_t<T> others = 0;
-        for (int first = 0; first < classes; first += kStep) {
+        int first = 0;
+        const auto step = [&](int n) {
           A sum = 0;
 #pragma unroll
           for (int k = 0; k < kStep; ++k) {
-            const int j = first + k;
-            if (j >= classes) continue;
-            const A p = exp_of<T>((to_acc(x[j]) - lse.high) - lse.low);
-            sum += j == t.target ? A(0) : p;
-            set(x[j], p * factor);
+            if (k >= n) continue;
+            const A p = exp_of<T>((to_acc(x[first + k]) - lse.high) - lse.low);
+            sum += p;
+            set(x[first + k], p * factor);
           }
           others += sum;
-        }
+        };
+        for (; first + kStep <= classes; first += kStep) step(kStep);
+        if (first < classes) step(classes - first);
         set(x[t.target], static_cast<A>(target_residual(p_target, static_cast<double>(others)) * scale));
       }
     }
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kBlock) backward_target(BackwardCall c, int64_
 
 // Any strides, as forward_lanes.
 template <class T, int kParts>
-__global__ void __launch_bounds__(kBlock, 2) backward_lanes(BackwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) backward_lanes(BackwardCall c) {
   using A = acc_t<T>;
   constexpr int kRows = kBlock / kParts, kAhead = sizeof(T) == 8 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
@@ -293,16 +296,23 @@ __global__ void __launch_bounds__(kBlock, 2) backward_lanes(BackwardCall c) {
     T* to = grad + part * grad_stride;
     for (int64_t first = part; row < rows && first < classes; first += kAhead * kParts) {
       A p[kAhead], sum = 0;
+      const int64_t left = ceil_div(classes - first, int64_t{kParts}), at = t.target - first;
+      load_strided<T, kAhead>(from, kParts * stride, left, -kInfinity<A>, p);
+      if (t.counts) {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k)  // no load waits for another, nor for a store
-        p[k] = to_acc(from[first + k * kParts < classes ? k * kParts * stride : 0]);
+        for (int k = 0; k < kAhead; ++k) p[k] = exp_of<T>((p[k] - lse.high) - lse.low);
+        if (at >= 0 && at < kAhead * kParts) {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int64_t j = first + k * kParts;
-        p[k] = t.counts ? exp_of<T>((p[k] - lse.high) - lse.low) : A(1);
-        sum += j < classes && j != t.target ? p[k] : A(0);
-        if (j < classes) set(to[k * kParts * grad_stride], t.counts ? p[k] * factor : factor);
+          for (int k = 0; k < kAhead; ++k) sum += k * kParts == static_cast<int>(at) ? A(0) : p[k];
+        } else {
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k) sum += p[k];
+        }
       }
+      T* here = to;
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k, here += kParts * grad_stride)
+        if (k < left) set(*here, t.counts ? p[k] * factor : factor);
       others += sum;
       from += kAhead * kParts * stride, to += kAhead * kParts * grad_stride;
     }

@@ -17,7 +17,7 @@ constexpr int64_t kManyClasses = 64;      // from here on a row of strided class
 constexpr int kShares = 8;
 constexpr double kFar = 268435456.0;  // a log-sum-exp beyond is too coarse in float64 for low
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t element_bytes(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
 
 // Blocks that one row is cut into, by its length alone: the order of a row's sums does not depend on the batch.

@@ -25,6 +25,21 @@ inline Pieces pieces_of(DType dtype, const RowLayout& l) {
   return {ceil_div(l.classes, length), length};
 }
 
+// kCount elements `stride` apart, the first `left` of which exist; the others are `filler`. No load waits for another.
+template <class T, int kCount>
+__device__ inline void load_strided(const T* from, int64_t stride, int64_t left, acc_t<T> filler, acc_t<T>* v) {
+  if (left >= kCount) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k, from += stride) v[k] = to_acc(*from);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    v[k] = k < left ? to_acc(*from) : filler;
+    from += stride;
+  }
+}
+
 template <class T, bool kMisaligned>
 __device__ inline Words load_at(const T* p, unsigned offset) {
   if constexpr (!kMisaligned) return load_aligned(p);

@@ -29,6 +29,17 @@ __device__ inline void set(double& to, double x) { to = x; }
 __device__ inline void set(bfloat16_t& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void set(float16_t& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
+// 2^x with a relative error of 2^-22; results below 2^-126 are 0.
+__device__ inline float fast_exp2(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
 // exp for an element of T: the fast one where the result is rounded to 16 bits.
 template <class T>
 __device__ inline acc_t<T> exp_of(acc_t<T> x) {
@@ -37,7 +48,7 @@ __device__ inline acc_t<T> exp_of(acc_t<T> x) {
   else if constexpr (std::is_same_v<T, float>)
     return expf(x);
   else
-    return __expf(x);
+    return fast_exp2(x * 1.4426950408889634f);
 }
 
 // 16 bytes, and the elements in them.
@@ -60,6 +71,46 @@ __device__ inline void unpack(const Words& words, acc_t<T>* out) {
       out[k] = to_acc(T{static_cast<uint16_t>(k % 2 ? word >> 16 : word & 0xffffu)});
     }
   }
+}
+
+// The larger of each of the two elements in a word; a number where one of them is NaN.
+__device__ inline uint32_t larger_pair(bfloat16_t, uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  const auto pair = [](uint32_t w) {
+    return __nv_bfloat162(__ushort_as_bfloat16(static_cast<unsigned short>(w)),
+                          __ushort_as_bfloat16(static_cast<unsigned short>(w >> 16)));
+  };
+  const __nv_bfloat162 m = __hmax2(pair(a), pair(b));
+  return static_cast<uint32_t>(__bfloat16_as_ushort(m.x)) | static_cast<uint32_t>(__bfloat16_as_ushort(m.y)) << 16;
+#else
+  const auto one = [](uint32_t x, uint32_t y) {
+    const float max =
+        std::fmax(to_acc(bfloat16_t{static_cast<uint16_t>(x)}), to_acc(bfloat16_t{static_cast<uint16_t>(y)}));
+    bfloat16_t out;
+    set(out, max);
+    return static_cast<uint32_t>(out.bits);
+  };
+  return one(a, b) | one(a >> 16, b >> 16) << 16;
+#endif
+}
+__device__ inline uint32_t larger_pair(float16_t, uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  const auto pair = [](uint32_t w) {
+    return __half2(__ushort_as_half(static_cast<unsigned short>(w)),
+                   __ushort_as_half(static_cast<unsigned short>(w >> 16)));
+  };
+  const __half2 m = __hmax2(pair(a), pair(b));
+  return static_cast<uint32_t>(__half_as_ushort(m.x)) | static_cast<uint32_t>(__half_as_ushort(m.y)) << 16;
+#else
+  const auto one = [](uint32_t x, uint32_t y) {
+    const float max =
+        std::fmax(to_acc(float16_t{static_cast<uint16_t>(x)}), to_acc(float16_t{static_cast<uint16_t>(y)}));
+    float16_t out;
+    set(out, max);
+    return static_cast<uint32_t>(out.bits);
+  };
+  return one(a, b) | one(a >> 16, b >> 16) << 16;
+#endif
 }
 
 // Two elements rounded into a word.
