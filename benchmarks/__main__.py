@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, folder: Path, console: Console) -> int:
         allocator=args.allocator,
         ran_before=frozenset(r["provider"] for r in kept if r["status"] == "ok"),
     )
-    found = run.run(options, console)
+    found = run.run(options, console, lambda rows: results.save(folder, args.suite, rows))
     tables.print_timings(found["timings"], console)
     tables.print_accuracy(found["accuracy"], console)
     tables.print_plain("Install", found["install"], ("quantity", "value", "unit"), console)

@@ -17,7 +17,7 @@ from .accuracy import AccuracyCase
 from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider
 from .instructions import InstructionCase
 from .offered import missing_options, ours
-from .targets import MemoryTarget, SpeedTarget
+from .targets import BandwidthTarget, MemoryTarget, SpeedTarget, Target
 
 OP = "batch_norm"
 FORMULA = (
@@ -184,8 +184,15 @@ def block_case(device: str, layout: str, residual: bool, inplace: bool = False) 
     )
 
 
+def _gpu_cases() -> list[tuple[tuple[int, ...], str, dict[str, Any]]]:
+    """Shape, layout and what follows the normalisation, of layers of a network in bfloat16 that fill a GPU."""
+    tails: tuple[dict[str, Any], ...] = ({}, {"activation": "relu"}, {"activation": "relu", "residual": True})
+    found = [((128, 64, 56, 56), layout, tail) for layout in ("contiguous", "channels_last") for tail in tails]
+    return [*found, ((128, 256, 28, 28), "channels_last", tails[2]), ((128, 2048, 7, 7), "channels_last", {})]
+
+
 def cases(device: str) -> list[Case]:
-    """The shape classes of the targets below, then the blocks and the sweeps."""
+    """The shape classes of the targets below, those that fill a GPU, then the blocks and the sweeps."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     big, deep = (32, 64, 56, 56), (32, 256, 28, 28)
     make = partial(case, device)
@@ -219,6 +226,10 @@ def cases(device: str) -> list[Case]:
         make((32, 64), f32, quick=True, part="overhead", tiny=True, directions=ALL),
         make((32, 64), f32, activation="tanh", quick=True, part="overhead", tiny=True, directions=ALL),
     ]
+    if device == "cuda":
+        for shape, layout, fields in _gpu_cases():
+            found.append(make(shape, bf16, layout=layout, quick=True, directions=ALL, **fields))
+        found.append(make((128, 64, 56, 56), f32, quick=True, directions=ALL))
     found += [block_case(device, layout, residual) for layout in ("contiguous", "channels_last")
               for residual in (False, True)]  # fmt: skip
     found += [block_case(device, layout, False, inplace=True) for layout in ("contiguous", "channels_last")]
@@ -258,6 +269,16 @@ def targets() -> list[SpeedTarget | MemoryTarget]:
     add("4096x1024 float32 eval", 1.5, 1.0, "forward")
     wanted.append(SpeedTarget(OP, "32x64 float32", OURS, TRUTH, 1.2, threads=1))
     wanted.append(SpeedTarget(OP, "32x64 float32 + tanh", OURS, TRUTH, 1.5, threads=1))
+    return wanted
+
+
+def gpu_targets() -> list[Target]:
+    """1.5x eager (cuDNN), and 85 % of a copy's rate each way."""
+    wanted: list[Target] = []
+    for one in cases("cuda"):
+        if one.quick and one.shape[0] == 128:
+            wanted.append(SpeedTarget(OP, one.name, OURS, TRUTH, 1.5))
+            wanted += [BandwidthTarget(OP, one.name, OURS, way, 0.85) for way in ("forward", "backward")]
     return wanted
 
 

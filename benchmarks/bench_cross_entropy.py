@@ -17,7 +17,7 @@ from .accuracy import AccuracyCase
 from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider, Runner
 from .instructions import InstructionCase
 from .offered import missing_call, missing_options, ours
-from .targets import MemoryTarget, SpeedTarget
+from .targets import BandwidthTarget, MemoryTarget, SpeedTarget, Target
 
 OP = "cross_entropy"
 IN_PLACE = f"{OURS} in place"
@@ -213,8 +213,11 @@ def case(
     )
 
 
+GPU_SHAPES = ((32768, 1024), (16384, 4096), (8192, 32000), (4096, 128256), (2048, 262144))
+
+
 def cases(device: str) -> list[Case]:
-    """The shape classes of the targets below, then the sweeps."""
+    """The shape classes of the targets below, those that fill a GPU, then the sweeps."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     make = partial(case, device)
     found = [
@@ -235,6 +238,8 @@ def cases(device: str) -> list[Case]:
         make((1024, 32000), f32, target="weighted", memory=FULL),
         make((1024, 32000), f32, target="probabilities", memory=FULL),
     ]
+    if device == "cuda":
+        found += [make(shape, bf16, quick=True, memory=BOTH, directions=ALL) for shape in GPU_SHAPES]
     elements = 1 << 23
     for classes in (27, 100, 316, 1000, 3162, 10000, 32000, 100000, 262144):
         fields = {
@@ -276,6 +281,19 @@ def targets() -> list[SpeedTarget | MemoryTarget]:
     wanted.append(SpeedTarget(OP, "1024x32000 float32", IN_PLACE, "copy", 1 / 1.8))
     for name in ("1024x32000 float32", "1024x32000 bfloat16", "8192x1000 float32"):
         wanted.append(MemoryTarget(OP, name, OURS, "forward", 0.02))
+        wanted.append(MemoryTarget(OP, name, OURS, "both", 1.05))
+        wanted.append(MemoryTarget(OP, name, IN_PLACE, "both", 0.05))
+    return wanted
+
+
+def gpu_targets() -> list[Target]:
+    """90 % of a copy's rate each way, and no rival faster."""
+    wanted: list[Target] = []
+    for name in ("x".join(map(str, shape)) + " bfloat16" for shape in GPU_SHAPES):
+        wanted += [BandwidthTarget(OP, name, OURS, direction, 0.9) for direction in ("forward", "backward")]
+        wanted += [SpeedTarget(OP, name, OURS, rival, 1.0) for rival in (TRUTH, COMPILE)]
+        wanted += [SpeedTarget(OP, name, OURS, rival, 1.0) for rival in ("flash-attn", "quack-kernels")]
+        wanted.append(SpeedTarget(OP, name, IN_PLACE, "liger-kernel", 1.0))  # which writes over the logits
         wanted.append(MemoryTarget(OP, name, OURS, "both", 1.05))
         wanted.append(MemoryTarget(OP, name, IN_PLACE, "both", 0.05))
     return wanted

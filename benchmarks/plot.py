@@ -90,7 +90,7 @@ def speedup_bars(timings: list[Row], op: str) -> Figure | None:
     if not names or not providers:
         return None
     index = {(r["case"], r["provider"]): r for r in rows}
-    goals = _goals(op)
+    goals = _goals(op, str(rows[0]["device"]))
     step = len(providers) + 0.8
     figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
     for i, name in enumerate(names):
@@ -117,8 +117,8 @@ def speedup_bars(timings: list[Row], op: str) -> Figure | None:
     return figure
 
 
-def _goals(op: str) -> dict[tuple[str, str], float]:
-    found = [v for v in targets.all_targets() if isinstance(v, targets.SpeedTarget)]
+def _goals(op: str, device: str) -> dict[tuple[str, str], float]:
+    found = [v for v in targets.all_targets(device) if isinstance(v, targets.SpeedTarget)]
     return {(t.case, t.provider): t.minimum for t in found if t.op == op and t.rival == TRUTH}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,8 +42,8 @@ class Options:
         return chosen and (self.suite == "full" or case.quick)
 
 
-def run(options: Options, console: Console) -> Tables:
-    """All tables of one run. Warns on a busy machine."""
+def run(options: Options, console: Console, keep: Callable[[Tables], object] = lambda tables: None) -> Tables:
+    """All tables of one run; `keep` gets each case's rows as soon as they are there. Warns on a busy machine."""
     shared = machine.environment(options.device, options.allocator)
     load = float(str(shared["load_before"]))
     if load > machine.LOAD_LIMIT:
@@ -52,7 +52,9 @@ def run(options: Options, console: Console) -> Tables:
     jobs = [(case, threads) for case in chosen for threads in thread_counts(case, options)]
     tables: Tables = {"timings": [], "accuracy": [], "install": [], "rivals": []}
     for case, threads in tqdm(jobs, desc="cases", unit="case", disable=not jobs):
-        tables["timings"] += [{**row, **shared} for row in run_case(case, threads, options)]
+        rows = [{**row, **shared} for row in run_case(case, threads, options)]
+        tables["timings"] += rows
+        keep({"timings": rows})
     if "accuracy" in options.parts:
         torch.set_num_threads(1)
         found = [c for op in options.ops for c in getattr(cases.modules()[op], "accuracy_cases", list)()]

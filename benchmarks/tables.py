@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import heads, results, targets
+from . import heads, results, rivals, targets
 from .harness import COMPILE, OURS, TRUTH
 from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
@@ -246,7 +246,7 @@ def record(tables: Tables) -> str:
     text, lost = [], []
     for op in dict.fromkeys(r["op"] for r in rows):
         groups = _grouped([r for r in rows if r["op"] == op])
-        for rival in (TRUTH, COMPILE, "jax"):
+        for rival in (TRUTH, COMPILE, "F.linear_cross_entropy", *rivals.OPTIONAL):
             ratios = []
             for (case, direction), group in groups.items():
                 ours, other = group.get(OURS), group.get(rival)

@@ -33,6 +33,20 @@ class MemoryTarget:
 
 
 @dataclass(frozen=True)
+class BandwidthTarget:
+    """``provider`` moves its bytes at no less than ``minimum`` times the rate of a copy."""
+
+    op: str
+    case: str
+    provider: str
+    direction: str
+    minimum: float
+
+
+Target = SpeedTarget | MemoryTarget | BandwidthTarget
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One line of the table."""
 
@@ -46,9 +60,10 @@ class Verdict:
     status: str  # reached | missed | not offered | not measured | the reason a provider has no figure
 
 
-def all_targets() -> list[SpeedTarget | MemoryTarget]:
-    """The targets that the bench modules state."""
-    stated = [module.targets() for module in cases.modules().values() if hasattr(module, "targets")]
+def all_targets(device: str = "cpu") -> list[Target]:
+    """The targets that the bench modules state for a device."""
+    function = "gpu_targets" if device == "cuda" else "targets"
+    stated = [getattr(module, function)() for module in cases.modules().values() if hasattr(module, function)]
     return [target for targets in stated for target in targets]
 
 
@@ -73,13 +88,30 @@ def _judge(rows: list[Row], allocator: str, threads: int) -> list[Verdict]:
         for row in rows
         if row["allocator"] == allocator
     }
-    return [
-        _speed(t, index, t.threads or threads) if isinstance(t, SpeedTarget) else _memory(t, index, threads)
-        for t in all_targets()
-    ]
+    device = str(rows[0]["device"]) if rows else "cpu"
+    return [_judge_one(target, index, threads) for target in all_targets(device)]
 
 
 Index = dict[tuple[object, ...], Row]
+
+
+def _judge_one(target: Target, index: Index, threads: int) -> Verdict:
+    if isinstance(target, SpeedTarget):
+        return _speed(target, index, target.threads or threads)
+    if isinstance(target, MemoryTarget):
+        return _memory(target, index, threads)
+    return _bandwidth(target, index, threads)
+
+
+def _bandwidth(target: BandwidthTarget, index: Index, threads: int) -> Verdict:
+    row = index.get((target.op, target.case, target.direction, target.provider, threads))
+    what, wanted = f"{target.provider}: rate / copy's", f">= {target.minimum:.2f}"
+    reason = _absent(row) or ("" if row is not None and row.get("copy_fraction") else "not measured")
+    if reason or row is None:
+        return Verdict(target.op, target.case, target.direction, what, None, wanted, {}, reason)
+    found = float(row["copy_fraction"])
+    status = "reached" if found >= target.minimum else "missed"
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
 
 
 def _absent(row: Row | None) -> str:
