@@ -39,15 +39,15 @@ def draw(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, training: bool, device: str
 ) -> Inputs:
     """x, parameters, running statistics and an upstream gradient, the same ones each time."""
-    g = torch.Generator().manual_seed(sum(shape))
+    g = torch.Generator(device).manual_seed(sum(shape))
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def big() -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype).contiguous(memory_format=form).to(device)
+        return torch.randn(shape, generator=g, device=device).to(dtype).contiguous(memory_format=form).to(device)
 
     def small() -> Tensor:
-        return (torch.rand(shape[1], generator=g) + 0.5).to(wide).to(device)
+        return (torch.rand(shape[1], generator=g, device=device) + 0.5).to(wide).to(device)
 
     tensors = {"input": big(), "running_mean": small(), "running_var": small(), "weight": small(), "bias": small()}
     leaves = ("input", "weight", "bias") if training else ()
@@ -145,8 +145,8 @@ def case(
 def _block_inputs(layout: str, residual: bool, device: str) -> Inputs:
     """A batch-norm case's inputs behind a 3x3 convolution, without the upstream of ones own size."""
     inputs = draw((32, 64, 56, 56), torch.float32, layout, residual, True, device)
-    g = torch.Generator().manual_seed(1)
-    kernel = torch.randn((64, 64, 3, 3), generator=g) / 24
+    g = torch.Generator(device).manual_seed(1)
+    kernel = torch.randn((64, 64, 3, 3), generator=g, device=device) / 24
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     tensors = {**inputs.tensors, "kernel": kernel.contiguous(memory_format=form).to(device)}
     return Inputs(tensors, (*inputs.leaves, "kernel"), inputs.fresh, inputs.upstream)

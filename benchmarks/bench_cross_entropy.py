@@ -31,18 +31,18 @@ FULL, BOTH = ("full",), ("quick", "full")  # suites that weigh a case
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, target: str, device: str) -> Inputs:
     """Logits and targets, the same ones each time."""
-    g = torch.Generator().manual_seed(sum(shape))
-    logits = torch.randn(shape, generator=g)
+    g = torch.Generator(device).manual_seed(sum(shape))
+    logits = torch.randn(shape, generator=g, device=device)
     if target == "probabilities":
-        answer = torch.randn(shape, generator=g).softmax(1).to(dtype)
+        answer = torch.randn(shape, generator=g, device=device).softmax(1).to(dtype)
     else:
-        answer = torch.randint(0, shape[1], shape[:1] + shape[2:], generator=g)
+        answer = torch.randint(0, shape[1], shape[:1] + shape[2:], generator=g, device=device)
     logits = logits.to(dtype)
     if layout == "channels_last":
         logits = logits.to(memory_format=torch.channels_last)
     tensors = {"input": logits.to(device), "target": answer.to(device)}
     if target == "weighted":
-        tensors["weight"] = (torch.rand(shape[1], generator=g) + 0.5).to(dtype).to(device)
+        tensors["weight"] = (torch.rand(shape[1], generator=g, device=device) + 0.5).to(dtype).to(device)
     return Inputs(tensors, leaves=("input",), fresh=("input",))
 
 

@@ -22,6 +22,7 @@ NATIVE, PRODUCTS, CUT = "F.linear_cross_entropy", "three products", "cut-cross-e
 LEAST = f"{OURS} in 3 %"
 FULL = ("full",)
 FEW = (3, 5)  # rounds of runs of seconds
+SWEPT, SWEPT_GPU = (1024, 512, 32000), (8192, 4096, 128256)  # rows, features, classes of the sweeps
 FORMULA = (
     "input, linear_weight and the targets are read once per direction, their gradients written once; the logits are "
     "not counted: they need not exist"
@@ -30,13 +31,15 @@ FORMULA = (
 
 def draw(rows: int, features: int, classes: int, dtype: torch.dtype, ignored: float, device: str) -> Inputs:
     """Hidden states, weights and targets, the same ones each time; ``ignored`` of the targets count for nothing."""
-    g = torch.Generator().manual_seed(rows + classes)
+    g = torch.Generator(device).manual_seed(rows + classes)
     tensors = {
-        "input": torch.randn(rows, features, generator=g).to(dtype).to(device),
-        "linear_weight": (torch.randn(classes, features, generator=g) * features**-0.5).to(dtype).to(device),
-        "target": torch.randint(0, classes, (rows,), generator=g).to(device),
+        "input": torch.randn(rows, features, generator=g, device=device).to(dtype).to(device),
+        "linear_weight": (torch.randn(classes, features, generator=g, device=device) * features**-0.5)
+        .to(dtype)
+        .to(device),
+        "target": torch.randint(0, classes, (rows,), generator=g, device=device).to(device),
     }
-    tensors["target"][torch.rand(rows, generator=g) < ignored] = -100
+    tensors["target"][torch.rand(rows, generator=g, device=device) < ignored] = -100
     return Inputs(tensors, leaves=("input", "linear_weight"), shared=True)
 
 
@@ -161,9 +164,7 @@ def _sweep(
     found, word = [], str(dtype).removeprefix("torch.")
     for size in sizes:
         one = case(
-            1024,
-            512,
-            32000,
+            *(SWEPT_GPU if device == "cuda" else SWEPT),
             dtype,
             device,
             f"{by}={size} {word}",
@@ -195,7 +196,10 @@ def cases(device: str) -> list[Case]:
         case(32, 64, 27, f32, device, quick=True, part="overhead", tiny=True),
     ]
     if device == "cuda":  # what a training step of a language model has
-        found.append(case(8192, 4096, 128256, bf16, device, quick=True, memory=FULL))
+        found.append(case(*SWEPT_GPU, bf16, device, quick=True, memory=("quick", "full"), rounds=FEW))
+    if device == "cuda":
+        chunks = (512, 1024, 2048, 4096, 8192)
+        return [*found, *_sweep("chunk_rows", chunks, lambda n: {"chunk_rows": n}, bf16, device)]
     for dtype in (f32, bf16):
         logits = 1024 * 32000 * dtype.itemsize
         found += _sweep("chunk_rows", (16, 32, 64, 128, 256, 512, 1024), lambda n: {"chunk_rows": n}, dtype, device)

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import heads, results, rivals, targets
+from . import gpu_tables, heads, results, rivals, targets
 from .harness import COMPILE, OURS, TRUTH
 from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
 
 IN_PLACE = f"{OURS} in place"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "linear_cross_entropy.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("performance", "linear_cross_entropy", "cuda")))
 _MARKER = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 
 
@@ -355,6 +355,15 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "record": lambda t, f: record(t),
     "plots": plots,
 }
+GPU_SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
+    "gpu_conditions": lambda t, f: conditions_table(t),
+    "gpu_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "cross_entropy")),
+    "gpu_linear_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "linear_cross_entropy")),
+    "gpu_batch_norm": lambda t, f: markdown(*gpu_tables.speed(t, "batch_norm")),
+    "gpu_memory": lambda t, f: markdown(*gpu_tables.memory(t)),
+    "gpu_targets": lambda t, f: targets_table(t),
+    "gpu_rivals": lambda t, f: SECTIONS["rivals"](t, f),
+}
 
 
 def _cells(tables: Tables, name: str, columns: Sequence[str]) -> list[list[object]]:
@@ -366,17 +375,20 @@ def render(page: str, folders: Sequence[Path]) -> str:
 
     def section(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        if name not in SECTIONS:
-            raise KeyError(f"unknown section benchmarks:{name}, expected one of {', '.join(SECTIONS)}")
+        on_gpu = name in GPU_SECTIONS
+        make = {**SECTIONS, **GPU_SECTIONS}.get(name)
+        if make is None:
+            raise KeyError(
+                f"unknown section benchmarks:{name}, expected one of {', '.join({**SECTIONS, **GPU_SECTIONS})}"
+            )
+        known = [(folder, results.best(folder)) for folder in folders]
+        mine = [(folder, *best) for folder, best in known if best is not None and gpu_tables.is_gpu(best[1]) == on_gpu]
         parts = []
-        for folder in folders:
-            best = results.best(folder)
-            if best is not None:
-                suite, found = best
-                if name not in ("allocator", "targets"):
-                    found = {**found, "timings": by_default(found["timings"])}
-                title = f"*{folder.name}, {suite} suite*\n\n" if len(folders) > 1 or name == "conditions" else ""
-                parts.append(title + SECTIONS[name](found, folder))
+        for folder, suite, found in mine:
+            if name not in ("allocator", "targets"):
+                found = {**found, "timings": by_default(found["timings"])}
+            title = f"*{folder.name}, {suite} suite*\n\n" if len(mine) > 1 or "conditions" in name else ""
+            parts.append(title + make(found, folder))
         return f"{opening}\n" + "\n".join(parts) + f"\n{closing}"
 
     return _MARKER.sub(section, page)

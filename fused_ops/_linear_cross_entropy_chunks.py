@@ -90,6 +90,12 @@ class _Gradients:
         if not wide:
             torch.mm(left, right, out=total) if first else total.addmm_(left, right)
             return
+        if total.is_cuda:  # cuBLAS adds to a float32 matrix itself
+            if first:
+                torch.mm(left, right, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+            return
         if first:
             total.zero_()
         product = right.new_empty(min(_WIDENED, left.size(0)), right.size(1))
