@@ -143,10 +143,11 @@ def test_cases_are_named_once_and_found_again():
     assert all(p.function or p.make or p.missing for case in everything for p in case.providers)
 
 
-def test_every_target_has_its_case():
-    known = {(case.op, case.name): case for case in cases.all_cases("cpu")}
-    stated = targets.all_targets()
-    assert len(stated) > 80
+@pytest.mark.parametrize(("device", "least"), [("cpu", 80), ("cuda", 60)])
+def test_every_target_has_its_case(device, least):
+    known = {(case.op, case.name): case for case in cases.all_cases(device)}
+    stated = targets.all_targets(device)
+    assert len(stated) > least
     for target in stated:
         case = known[target.op, target.case]
         names = {p.name for p in case.providers} | {"copy"}
@@ -154,8 +155,10 @@ def test_every_target_has_its_case():
         assert target.direction in case.directions
         if isinstance(target, targets.SpeedTarget):
             assert target.rival in names
-        else:
+        elif isinstance(target, targets.MemoryTarget):
             assert "full" in case.memory
+        else:
+            assert target.direction in case.moved_bytes
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "batch_norm"])
@@ -202,6 +205,25 @@ def test_targets_are_judged():
     assert (both.found, both.elsewhere) == (5, {"fresh": 1.0})
     elsewhere = [v for v in targets.verdicts(rows) if v.op == "batch_norm"]
     assert elsewhere and all(v.status == "not measured" for v in elsewhere)
+
+
+def test_a_gpu_has_its_own_targets_and_tables(tmp_path):
+    name = "8192x32000 bfloat16"
+    more = {"case": name, "device": "cuda", "direction": "forward", "threads": 16}
+    rows = [
+        timing("eager", [3.0] * 3, **more),
+        timing("flash-attn", [1.5] * 3, **more),
+        timing("quack-kernels", [1.0], **{**more, "status": "not importable"}),
+        timing("copy", [1.0] * 3, **more),
+        timing("fused_ops", [1.0] * 3, **more, copy_fraction=0.95),
+    ]
+    found = [v for v in targets.verdicts(rows) if v.case == name and v.direction == "forward"]
+    assert [(v.what, v.found, v.status) for v in found] == [("fused_ops: rate / copy's", 0.95, "reached")]
+    results.save(tmp_path, "quick", {"timings": rows})
+    page = "<!-- benchmarks:{0} -->\n<!-- /benchmarks:{0} -->\n"
+    shown = tables.render(page.format("gpu_cross_entropy"), [tmp_path])
+    assert f"| {name} | forward | 3 | 1.5 | 1 | 1.50x | 95% |" in shown
+    assert name not in tables.render(page.format("cross_entropy"), [tmp_path])
 
 
 def test_results_are_merged_by_key(tmp_path):
