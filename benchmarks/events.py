@@ -10,7 +10,7 @@ import torch
 
 from .harness import Runner, Timing
 
-FLUSH_BYTES = 256 << 20  # more than any second-level cache: what was there before a run is gone
+FLUSH_BYTES = 256 << 20  # more than any second-level cache: once read, what was there before is gone
 HEAD_START = 1.5  # the device is kept busy for this many times what the host needs to queue the run
 CYCLES_PER_S = 2.0e9  # at least as fast as the device's clock, so that the start is no shorter than asked for
 RUNS = (3, 20)  # fewest and most runs of one sample
@@ -22,8 +22,9 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times the runners in turn on the current GPU, as `harness.time_interleaved` does on the CPU.
 
-    Before each run the cache is overwritten and the device is kept waiting until the host has queued all of the run:
-    what lies between the two events is the device's work, without gaps that a slow host would make.
+    Before each run the cache is filled with other, unchanged data, and the device is kept waiting until the host has
+    queued all of the run: what lies between the two events is the device's work, without gaps that a slow host would
+    make.
 
     Args:
         runners: By provider name.
@@ -34,13 +35,13 @@ def time_interleaved(
     Returns:
         One sample (the median ms of a block of runs) per round and runner.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device="cuda").view(torch.float32)
 
     def sample(runner: Runner, host_s: float, count: int) -> float:
         events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
         for begin, end in events:
             runner.prepare(direction)
-            flush.zero_()
+            flush.sum()
             torch.cuda._sleep(int(HEAD_START * host_s * CYCLES_PER_S))
             begin.record()
             runner.run(direction)

@@ -22,7 +22,7 @@ from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._function import _transforms_active
 from fused_ops._linear_cross_entropy_checks import check_memory, flat, flat_target, head_of, shapes, shifted
-from fused_ops._linear_cross_entropy_chunks import Plan
+from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
 from fused_ops._linear_cross_entropy_gpu import gpu_rows
 from fused_ops._linear_cross_entropy_plan import SMALL_BYTES, Sizes, choose
@@ -45,7 +45,7 @@ class _Memory(NamedTuple):
         x, outputs = head.input, head.weight.size(0)
         sizes = Sizes(x.size(0), x.size(1), classes, outputs // max(classes, 1), x.element_size())
         if self == (None, None) and x.is_cuda:
-            return Plan(classes, gpu_rows(x, sizes.row_bytes), needs)
+            return Plan(classes, gpu_rows(x, sizes.row_bytes, bool(needs & WEIGHT)), needs)
         in_tiles = outputs == classes and suits(head, call.args, call.options)
         return choose(sizes, needs, in_tiles, *self)
 

@@ -147,9 +147,11 @@ def test_a_rival_without_an_option_or_a_function_says_so(monkeypatch):
 
 @pytest.mark.parametrize("rows", [0, 1, 1000, 1025, 8192, 100_003])
 @pytest.mark.parametrize("row_bytes", [0, 54, 64_000, 256_512])
-def test_chunks_on_a_gpu_are_alike_and_enough_for_the_products(rows, row_bytes):
-    chosen = chosen_rows(rows, row_bytes, 50 << 20)
+@pytest.mark.parametrize("summed", [0, 64, 4096])
+def test_chunks_on_a_gpu_are_alike_and_enough_for_the_products(rows, row_bytes, summed):
+    chosen = chosen_rows(rows, row_bytes, 50 << 20, summed)
     chunks = -(-rows // chosen)
-    assert 1 <= chosen <= max(rows, 1) and chunks <= 8
-    assert chunks <= 1 or chosen >= 1024 // 2
+    assert 1 <= chosen <= max(rows, 1)
+    assert chunks <= 1 or chosen >= (2048 if summed else 1024) // 2
+    assert chunks <= 1 or rows > 2 * summed
     assert chosen * (chunks - 1) < rows or rows == 0
