@@ -14,9 +14,9 @@ def chosen_rows(rows: int, row_bytes: int, l2_bytes: int, summed_features: int =
     """Rows of a chunk: as many as the second-level cache holds, but no fewer than the products need.
 
     A chunk of r rows computes 6 r features classes operations. It reads the weights twice and, where it is one of
-    several and they have 16 bits, reads and writes the float32 sum of their gradient, 8 bytes a weight: on an H200 222 / r
-    of the products' time. Measured there at 8192 rows, 4096 features and 128256 classes: `python -m benchmarks --device
-    cuda --suite full --op linear_cross_entropy --part sweep`.
+    several and they have 16 bits, reads and writes the float32 sum of their gradient, 8 bytes a weight: on an H200
+    222 / r of the products' time. Measured there at 8192 rows, 4096 features and 128256 classes:
+    `python -m benchmarks --device cuda --suite full --op linear_cross_entropy --part sweep`.
 
     Args:
         rows: Of the call.
