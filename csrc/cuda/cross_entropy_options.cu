@@ -198,6 +198,11 @@ __device__ inline FastState raised(FastState s, float max) {
   s.max = max;
   return s;
 }
+__device__ inline FastState sum_of(const FastState& a, const FastState& b) {
+  const float max = larger(a.max, b.max);
+  const FastState x = raised(a, max), y = raised(b, max);
+  return {max, x.sum + y.sum, x.mass + y.mass, x.dot + y.dot, x.t_weight + y.t_weight};
+}
 // Over kLanes lanes of a warp.
 template <int kLanes, bool kDot, bool kWeight>
 __device__ inline FastState warp_total(FastState s) {
@@ -229,20 +234,14 @@ __device__ inline FastState group_total(FastState s) {
   return s;
 }
 
-// Adds q and q d of a vector's `left` first classes (or all). Without probabilities q is the share, and the classes are
-// counted in place of its sum.
-template <class T, bool kDense>
-__device__ inline void add_products(const float* d, const Words& probabilities, int left, float soft, float share,
-                                    float& mass, float& dot) {
-  constexpr int kV = kVector<T>;
+// Adds q and q d of `left` first classes (or all). Without probabilities q is the share, and the classes are counted in
+// place of its sum.
+template <int kV, bool kDense>
+__device__ inline void add_products(const float* d, const float* p, int left, float soft, float share, float& mass,
+                                    float& dot) {
   float q[kV];
 #pragma unroll
-  for (int k = 0; k < kV; ++k) q[k] = share;
-  if constexpr (kDense) {
-    unpack_fast<T>(probabilities, q);
-#pragma unroll
-    for (int k = 0; k < kV; ++k) q[k] = soft * q[k] + share;
-  }
+  for (int k = 0; k < kV; ++k) q[k] = kDense ? soft * p[k] + share : share;
   if (left >= kV) {
     if constexpr (!kDense) mass += kV;
 #pragma unroll
@@ -255,14 +254,13 @@ __device__ inline void add_products(const float* d, const Words& probabilities, 
   }
 }
 
-// Adds a step: v, of which the first `have` (by a thread's vectors, kApart apart) are there, probabilities q.
+// Adds a step's logits v and probabilities p. Of its u-th kV classes the first `have - u kApart` are there.
 template <class T, class Step, Kind kKind, bool kFull>
-__device__ inline void add_fast(const Bend& bend, const Words* x, const Words* q, int have, int place, float soft,
+__device__ inline void add_fast(const Bend& bend, float* v, const float* p, int have, int place, float soft,
                                 float share, FastState& s) {
   constexpr int kCount = Step::kCount, kV = Step::kV;
-  float v[kCount], max = s.max;
-#pragma unroll
-  for (int u = 0; u < Step::kU; ++u) unpack_fast<T>(x[u], v + u * kV);
+  constexpr bool kDense = kKind == Kind::dense;
+  float max = s.max;
   if constexpr (kKind == Kind::bent) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -276,14 +274,14 @@ __device__ inline void add_fast(const Bend& bend, const Words* x, const Words* q
   const float base = base_of(s.max);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] -= base;
-  if constexpr (kKind == Kind::smooth || kKind == Kind::dense) {
+  if constexpr (kDense || kKind == Kind::smooth) {
     float mass = 0, dot = 0;
 #pragma unroll
     for (int u = 0; u < Step::kU; ++u) {
       const int left = kFull ? kV : have - u * Step::kApart;
-      if (left > 0) add_products<T, kKind == Kind::dense>(v + u * kV, q[u], left, soft, share, mass, dot);
+      if (left > 0) add_products<kV, kDense>(v + u * kV, kDense ? p + u * kV : p, left, soft, share, mass, dot);
     }
-    s.mass += static_cast<double>(mass) * (kKind == Kind::dense ? 1.0 : static_cast<double>(share));
+    s.mass += static_cast<double>(mass) * (kDense ? 1.0 : static_cast<double>(share));
     s.dot -= static_cast<double>(dot);
   }
   if (place >= 0) {
@@ -294,6 +292,22 @@ __device__ inline void add_fast(const Bend& bend, const Words* x, const Words* q
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum += fast_exp<T>(v[i]);
   s.sum += static_cast<double>(sum);
+}
+
+// Loads a step of vectors and adds it.
+template <class T, class Step, Kind kKind, bool kFull>
+__device__ inline void add_vectors(const Bend& bend, const T* x, const T* q, unsigned x_offset, unsigned q_offset,
+                                   int left, int target, float soft, float share, FastState& s) {
+  Words xs[Step::kU], qs[Step::kU];
+  float v[Step::kCount], p[kKind == Kind::dense ? Step::kCount : 1];
+  load_fast<kFull, Step>(x, x_offset, left, -kInfinity<float>, xs);
+  if constexpr (kKind == Kind::dense) load_fast<kFull, Step>(q, q_offset, left, 0.0f, qs);
+#pragma unroll
+  for (int u = 0; u < Step::kU; ++u) {
+    unpack_fast<T>(xs[u], v + u * Step::kV);
+    if constexpr (kKind == Kind::dense) unpack_fast<T>(qs[u], p + u * Step::kV);
+  }
+  add_fast<T, Step, kKind, kFull>(bend, v, p, left, Step::place(target), soft, share, s);
 }
 
 // A thread's share of a row's classes [begin, end).
@@ -310,18 +324,11 @@ __device__ inline FastState fast_share(const CrossEntropyRows& a, int64_t row, i
   int target = except >= begin && except < end ? static_cast<int>(except - begin) - lane * Step::kV : -1;
   const Bend bend(a);
   FastState s{-kInfinity<float>, 0, 0, 0, 0};
-  Words xs[Step::kU], qs[Step::kU];
   for (; left + lane * Step::kV >= Step::kClasses; left -= Step::kClasses) {
-    load_fast<true, Step>(x, x_offset, left, -kInfinity<float>, xs);
-    if constexpr (kKind == Kind::dense) load_fast<true, Step>(q, q_offset, left, 0.0f, qs);
-    add_fast<T, Step, kKind, true>(bend, xs, qs, left, Step::place(target), soft, share, s);
+    add_vectors<T, Step, kKind, true>(bend, x, q, x_offset, q_offset, left, target, soft, share, s);
     x += Step::kClasses, q += Step::kClasses, target -= Step::kClasses;
   }
-  if (left > 0) {
-    load_fast<false, Step>(x, x_offset, left, -kInfinity<float>, xs);
-    if constexpr (kKind == Kind::dense) load_fast<false, Step>(q, q_offset, left, 0.0f, qs);
-    add_fast<T, Step, kKind, false>(bend, xs, qs, left, Step::place(target), soft, share, s);
-  }
+  if (left > 0) add_vectors<T, Step, kKind, false>(bend, x, q, x_offset, q_offset, left, target, soft, share, s);
   return s;
 }
 
@@ -334,10 +341,8 @@ __device__ inline State<float> fast_row(const CrossEntropyRows& a, int64_t row, 
     s = fast_share<T, kGroup, kKind>(a, row, begin, end, t.target, smoothing_share<float>(a, nullptr, row), lane);
     if (a.sparse && begin == 0) add_indices<T>(a, row, t, lane, kGroup, s);
   }
-  if (a.sparse)
-    s = group_total<kGroup, true, true>(s);
-  else
-    s = group_total < kGroup, kKind == Kind::smooth || kKind == Kind::dense, false > (s);
+  constexpr bool kDot = kKind == Kind::smooth || kKind == Kind::dense;
+  s = a.sparse ? group_total<kGroup, true, true>(s) : group_total<kGroup, kDot, false>(s);
   return {s.max, s.max, s.sum, 0, s.mass, s.dot, s.t_weight, 0};
 }
 
@@ -354,6 +359,71 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>)) options_forwa
     const State<float> s =
         fast_row<T, kGroup, kKind>(a, row, row < rows && is_walked(a, t), 0, a.layout.classes, t, lane);
     if (lane == 0 && row < rows) finish_row<T>(c.args, row, t, s);
+  }
+}
+
+// Rows side by side, as options_forward_lanes: every kShare-th class, kCount of them in a step.
+template <class T, int kShare, Kind kKind, bool kFull>
+__device__ inline void add_strided(const Bend& bend, const T* x, int64_t x_apart, const T* q, int64_t q_apart, int left,
+                                   int place, float soft, float share, FastState& s) {
+  using Step = LaneStep;
+  float v[Step::kCount], p[Step::kCount];
+#pragma unroll
+  for (int i = 0; i < Step::kCount; ++i) {
+    v[i] = kFull || i < left ? to_acc(x[i * x_apart]) : -kInfinity<float>;
+    if constexpr (kKind == Kind::dense) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
+  }
+  add_fast<T, Step, kKind, kFull>(bend, v, p, left, place < Step::kCount ? place : -1, soft, share, s);
+}
+template <class T, int kShare, Kind kKind>
+__device__ inline FastState strided_share(const CrossEntropyRows& a, int64_t row, int64_t except, int part) {
+  const float soft = static_cast<float>(1.0 - a.label_smoothing), share = smoothing_share<float>(a, nullptr, row);
+  const int64_t x_apart = a.layout.class_stride * kShare;
+  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride, *q = x;
+  int64_t q_apart = 0;
+  if constexpr (kKind == Kind::dense) {
+    q_apart = a.dense.layout.class_stride * kShare;
+    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + part * a.dense.layout.class_stride;
+  }
+  const Bend bend(a);
+  FastState s{-kInfinity<float>, 0, 0, 0, 0};
+  int64_t left = (a.layout.classes - part + kShare - 1) / kShare;
+  int64_t place = except >= 0 && except % kShare == part ? except / kShare : -1;
+  for (; left >= LaneStep::kCount; left -= LaneStep::kCount, place -= LaneStep::kCount) {
+    const int at = place < LaneStep::kCount ? static_cast<int>(place) : -1;
+    add_strided<T, kShare, kKind, true>(bend, x, x_apart, q, q_apart, LaneStep::kCount, at, soft, share, s);
+    x += LaneStep::kCount * x_apart, q += LaneStep::kCount * q_apart;
+  }
+  if (left > 0)
+    add_strided<T, kShare, kKind, false>(bend, x, x_apart, q, q_apart, static_cast<int>(left), static_cast<int>(place),
+                                         soft, share, s);
+  return s;
+}
+template <class T, int kShare, Kind kKind>
+__global__ void __launch_bounds__(kBlock, kFastBlocks<T, kKind>) options_forward_fast_lanes(RowsForwardCall c) {
+  constexpr int kRows = kBlock / kShare;
+  const CrossEntropyRows& a = c.args.rows;
+  const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
+  const int64_t rows = a.layout.batch * a.layout.spatial;
+  __shared__ FastState states[kBlock];
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + lane;
+    OptionTarget t{0, 1, -1, false, true, true};
+    FastState s{-kInfinity<float>, 0, 0, 0, 0};
+    if (row < rows) t = option_target(a, row);
+    if (row < rows && is_walked(a, t)) {
+      s = strided_share<T, kShare, kKind>(a, row, t.target, part);
+      if (a.sparse) add_indices<T>(a, row, t, part, kShare, s);
+    }
+    if constexpr (kShare > 1) {
+      __syncthreads();
+      states[threadIdx.x] = s;
+      __syncthreads();
+#pragma unroll 1
+      for (int k = 1; k < kShare && part == 0; ++k) s = sum_of(s, states[k * kRows + lane]);
+    }
+    if (part == 0 && row < rows)
+      finish_row<T>(c.args, row, t, State<float>{s.max, s.max, s.sum, 0, s.mass, s.dot, s.t_weight, 0});
   }
 }
 
@@ -462,16 +532,21 @@ void launch_rows(Launcher& launch, const RowsForwardCall& c) {
   launch(options_forward_fast_rows<T, kGroup, kKind>, blocks_for(ceil_div(rows, kBlock / kGroup)), kBlock, c);
 }
 
-// Launches what is not general, if the call is none.
+// Launches what is not general; of a call that is, nothing.
 template <class T>
 bool fast_forward(Launcher& launch, const RowsForwardCall& c, int64_t segments, double* parts) {
   if constexpr (sizeof(T) <= 4) {
     const CrossEntropyRows& a = c.args.rows;
     const Kind kind = kind_of(a);
     const int64_t rows = a.layout.rows(), vectors = vectors_of(a.dtype, a.layout);
-    if (kind == Kind::general || vectors <= 8) return false;
+    const bool wide = a.layout.adjacent_classes();
+    if (kind == Kind::general || (wide && vectors <= 8)) return false;
     FUSED_OPS_WITH_KIND(kind, kKind, {
-      if (segments > 1) {
+      if (!wide && a.layout.classes >= kManyClasses) {
+        launch(options_forward_fast_lanes<T, kShares, kKind>, blocks_for(ceil_div(rows, kBlock / kShares)), kBlock, c);
+      } else if (!wide) {
+        launch(options_forward_fast_lanes<T, 1, kKind>, blocks_for(ceil_div(rows, kBlock)), kBlock, c);
+      } else if (segments > 1) {
         launch(options_forward_fast_segments<T, kKind>, blocks_for(rows * segments), kBlock, c, segments, parts);
         launch(options_forward_finish<T>, blocks_for(ceil_div(rows, kBlock)), kBlock, c, segments,
                static_cast<const double*>(parts));
@@ -494,11 +569,11 @@ int32_t forward(const RowsForwardCall& c, void* stream) {
   const int64_t rows = a.layout.rows(), segments = option_segments(a.layout);
   double* parts = c.scratch + shares_of(a);
   launch_shares(launch, a, c.scratch);
+  if (fast_forward<T>(launch, c, segments, parts)) return launch.error();
   if (!a.layout.adjacent_classes()) {
     const bool share = a.layout.classes >= kManyClasses;
     launch(share ? options_forward_lanes<T, kShares> : options_forward_lanes<T, 1>,
            blocks_for(ceil_div(rows, share ? kBlock / kShares : kBlock)), kBlock, c);
-  } else if (fast_forward<T>(launch, c, segments, parts)) {
   } else if (segments > 1) {
     launch(options_forward_segments<T>, blocks_for(rows * segments), kBlock, c, segments, parts);
     launch(options_forward_finish<T>, blocks_for(ceil_div(rows, kBlock)), kBlock, c, segments,

@@ -21,8 +21,8 @@ constexpr int kShort = 4;  // threads of a row of up to 8 vectors
     __VA_ARGS__;                                          \
   }
 
-// What the classes of a call need. All but `general` are for rows of adjacent classes in float accumulators, without
-// mask and statistics, and walk whole vectors; one kernel, for every option, does the rest.
+// What the classes of a call need. All but `general` are for float accumulators, without mask and statistics, and have
+// kernels of their own; one kernel for every option does the rest.
 enum class Kind {
   plain,   // neither: class weights of the indices alone, z_loss
   bent,    // a scale or a softcap
@@ -32,11 +32,12 @@ enum class Kind {
 };
 inline Kind kind_of(const CrossEntropyRows& a) {
   const bool moved = a.logit_scale != 1.0 || a.softcap != 0.0, smooth = a.label_smoothing != 0.0;
-  if (a.dtype == DType::float64 || !a.layout.adjacent_classes() || a.has_mask || a.statistics) return Kind::general;
+  if (a.dtype == DType::float64 || a.has_mask || a.statistics) return Kind::general;
   if (!a.has_dense && !smooth) return moved ? Kind::bent : Kind::plain;
   if (moved || a.class_weight) return Kind::general;
   if (!a.has_dense) return Kind::smooth;
-  return a.dense.dtype == a.dtype && a.dense.layout.adjacent_classes() ? Kind::dense : Kind::general;
+  const bool alike = a.dense.layout.adjacent_classes() || !a.layout.adjacent_classes();
+  return a.dense.dtype == a.dtype && alike ? Kind::dense : Kind::general;
 }
 // Runs the code with kKind, which is not general.
 #define FUSED_OPS_WITH_KIND(kind, kKind, ...) \
@@ -279,6 +280,11 @@ struct FastStep {
     const unsigned i = static_cast<unsigned>(at), u = i / kApart, k = i % kApart;
     return i < kClasses && k < kV ? static_cast<int>(u * kV + k) : -1;
   }
+};
+
+// The same where classes are strided: kCount values, one by one.
+struct LaneStep {
+  static constexpr int kV = 8, kU = 1, kCount = kU * kV, kApart = kV;
 };
 
 // Blocks of a multiprocessor at once: 64 or 80 registers a thread.

@@ -37,12 +37,12 @@ template <class T>
 __device__ inline RowGradient row_gradient(const RowsBackwardCall& c, int64_t row, const OptionTarget& t) {
   const CrossEntropyRowsBackward& b = c.args;
   const CrossEntropyRows& a = b.rows;
-  const auto read = [&](const double* from) { return from ? from[row] : 0.0; };
+  const auto read = [&](const double* from, int which) { return from ? from[row * c.steps[which]] : 0.0; };
   if (t.ignored && !a.statistics) return {0, 0, 0, 0, 0, 0, true};
-  const double scale = read(b.grad_nll), g = t.ignored ? 0 : scale, h = read(b.grad_entropy);
-  const double along = t.one ? read(b.grad_target_log_probability) : 0;
+  const double scale = read(b.grad_nll, 0), g = t.ignored ? 0 : scale, h = read(b.grad_entropy, 2);
+  const double along = t.one ? read(b.grad_target_log_probability, 3) : 0;
   const double on = t.one ? (1.0 - a.label_smoothing) * weight_of<T>(a, t.target) : 0;
-  double rest = read(b.grad_lse);
+  double rest = read(b.grad_lse, 1);
   if (c.z_loss != 0 && scale != 0) rest += 2 * c.z_loss * b.lse[row] * scale;
   return {g,
           b.mass[row],
@@ -335,15 +335,12 @@ __device__ inline float fast_probability(const FastGradient& f, float u) {
     return fast_exp2((u - f.high) * kLog2E - f.low * kLog2E);
 }
 
-// Gradients of a vector, of which `left` classes are in the row, to v, but for the index's class at `place`, whose
-// logit, bent, goes to `met`; returns the sum of p without it.
-template <class T, Kind kKind, bool kFull>
-__device__ inline float fast_gradients(const Bend& bend, const Words& x, const Words& q, int left, int place,
-                                       const FastGradient& f, float& met, float* v) {
-  constexpr int kV = kVector<T>;
-  float sum = 0, p[kV];
-  unpack_fast<T>(x, v);
-  if constexpr (kKind == Kind::dense) unpack_fast<T>(q, p);
+// Gradients of kV classes, of which `left` are in the row, from logits to v, but for the index's class at `place`,
+// whose logit, bent, goes to `met`; returns the sum of p without it.
+template <class T, int kV, Kind kKind, bool kFull>
+__device__ inline float fast_gradients(const Bend& bend, const float* p, int left, int place, const FastGradient& f,
+                                       float& met, float* v) {
+  float sum = 0;
   if constexpr (kKind == Kind::bent) {
 #pragma unroll
     for (int k = 0; k < kV; ++k) v[k] = kFull || k < left ? bend.bent(v[k]) : -kInfinity<float>;
@@ -393,9 +390,11 @@ __device__ inline float fast_step(const Bend& bend, const T* x, const T* q, T* g
   float sum = 0;
 #pragma unroll
   for (int u = 0; u < Step::kU; ++u) {
-    float v[kV];
+    float v[kV], p[kV];
     const int have = left - u * Step::kApart, at = place / kV == u ? place - u * kV : -1;
-    sum += fast_gradients<T, kKind, kFull>(bend, xs[u], qs[u], have, at, f, met, v);
+    unpack_fast<T>(xs[u], v);
+    if constexpr (kKind == Kind::dense) unpack_fast<T>(qs[u], p);
+    sum += fast_gradients<T, kV, kKind, kFull>(bend, p, have, at, f, met, v);
     store_fast<T, kFull>(grad + u * Step::kApart, have, even, offset, lane, v);
   }
   return sum;
@@ -434,14 +433,12 @@ __device__ inline double fast_write(const RowsBackwardCall& c, int64_t row, int6
   return others;
 }
 
-// The gradient of the index's class in [begin, end), by the thread that met its logit. `others` is the sum of the other
-// classes' p, or negative: not known.
-template <class T, int kGroup, Kind kKind>
-__device__ inline void fast_target(const RowsBackwardCall& c, int64_t row, int64_t begin, int64_t end,
-                                   const OptionTarget& t, double low, double others, int lane, float met) {
-  sync_group<kGroup>();  // what another lane has written of the same memory comes first
+// The gradient of the index's class, of which met is the logit, bent. `others` is the sum of the other classes' p, or
+// negative: not known.
+template <class T, Kind kKind>
+__device__ inline void write_target(const RowsBackwardCall& c, int64_t row, const OptionTarget& t, double low,
+                                    double others, float met) {
   const CrossEntropyRows& a = c.args.rows;
-  if (!t.one || t.target < begin || t.target >= end || (t.target - begin) / kVector<T> % kGroup != lane) return;
   const RowGradient r = row_gradient<T>(c, row, t);
   if (r.none) return;
   const double u = static_cast<double>(kKind == Kind::bent ? u_of(a, met) : met);
@@ -451,16 +448,25 @@ __device__ inline void fast_target(const RowsBackwardCall& c, int64_t row, int64
   const double q = a.label_smoothing == 0 ? 0 : a.label_smoothing / static_cast<double>(a.layout.classes);
   const double value = r.target * residual + r.g * (p * r.mass - q) + p * r.rest;
   T* grad = static_cast<T*>(c.args.grad_logits) + row_offset(c.args.grad_layout, row);
-  set(grad[t.target], static_cast<float>(value) * (kKind == Kind::bent ? slope_of(a, met) : 1.0f));
+  set(grad[t.target * c.args.grad_layout.class_stride],
+      static_cast<float>(value) * (kKind == Kind::bent ? slope_of(a, met) : 1.0f));
+}
+// The same by the thread that met it in classes [begin, end).
+template <class T, int kGroup, Kind kKind>
+__device__ inline void fast_target(const RowsBackwardCall& c, int64_t row, int64_t begin, int64_t end,
+                                   const OptionTarget& t, double low, double others, int lane, float met) {
+  sync_group<kGroup>();  // what another lane has written of the same memory comes first
+  if (!t.one || t.target < begin || t.target >= end || (t.target - begin) / kVector<T> % kGroup != lane) return;
+  write_target<T, kKind>(c, row, t, low, others, met);
 }
 
-// log sum_j exp(u_j - high) of a row, by the threads of a group.
-template <class T, int kGroup>
-__device__ inline double low_again(const CrossEntropyRows& a, int64_t row, acc_t<T> high, int lane) {
+// sum_j exp(u_j - high) of every `step`-th class of a row.
+template <class T>
+__device__ inline double sum_again(const CrossEntropyRows& a, int64_t row, acc_t<T> high, int first, int step) {
   double sum = 0;
-  for (int64_t j = lane; j < a.layout.classes; j += kGroup)
+  for (int64_t j = first; j < a.layout.classes; j += step)
     sum += static_cast<double>(exact_exp(u_of(a, bent_at<T>(a, row, j)) - high));
-  return log(sum_group<kGroup>(sum));
+  return sum;
 }
 
 // A group a row of one segment.
@@ -480,7 +486,7 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
     const double lse = c.args.lse[row];
     const float high = static_cast<float>(lse);
     double low = lse - static_cast<double>(high);
-    if (fabs(lse) >= kFar && !t.bad && !r.none) low = low_again<T, kGroup>(a, row, high, lane);
+    if (fabs(lse) >= kFar && !t.bad && !r.none) low = log(sum_group<kGroup>(sum_again<T>(a, row, high, lane, kGroup)));
     float met = 0;
     double others = fast_write<T, kGroup, kKind>(c, row, 0, a.layout.classes, t, r, low, even, lane, met);
     if (t.bad && lane == 0) refuse_target();
@@ -511,14 +517,105 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
   }
 }
 
+// Rows side by side, as options_backward_lanes: every kShare-th class, kCount of them in a step.
+template <class T, Kind kKind, bool kFull>
+__device__ inline float write_strided(const Bend& bend, const T* x, int64_t x_apart, const T* q, int64_t q_apart,
+                                      T* grad, int64_t apart, int left, int64_t place, const FastGradient& f,
+                                      float& met) {
+  constexpr int kCount = LaneStep::kCount;
+  float v[kCount], p[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = kFull || i < left ? to_acc(x[i * x_apart]) : -kInfinity<float>;
+    if constexpr (kKind == Kind::dense) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
+  }
+  const float sum =
+      fast_gradients<T, kCount, kKind, kFull>(bend, p, left, place < kCount ? static_cast<int>(place) : -1, f, met, v);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (kFull || i < left) set(grad[i * apart], v[i]);
+  return sum;
+}
+template <class T, int kShare, Kind kKind>
+__device__ inline double strided_write(const RowsBackwardCall& c, int64_t row, const OptionTarget& t,
+                                       const RowGradient& r, double low, int part, float& met) {
+  constexpr int kCount = LaneStep::kCount;
+  const CrossEntropyRows& a = c.args.rows;
+  const int64_t x_apart = a.layout.class_stride * kShare, apart = c.args.grad_layout.class_stride * kShare;
+  T* grad = static_cast<T*>(c.args.grad_logits) + row_offset(c.args.grad_layout, row) +
+            part * c.args.grad_layout.class_stride;
+  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride, *q = x;
+  int64_t q_apart = 0, left = (a.layout.classes - part + kShare - 1) / kShare;
+  if constexpr (kKind == Kind::dense) {
+    q_apart = a.dense.layout.class_stride * kShare;
+    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + part * a.dense.layout.class_stride;
+  }
+  if (t.bad || r.none) {
+    for (; left > 0; --left, grad += apart) set(*grad, t.bad ? kNaN<float> : 0.0f);
+    return 0;
+  }
+  const Bend bend(a);
+  const FastGradient f = fast_gradient<T>(a, r, c.args.lse[row], low);
+  int64_t place = t.one && t.target % kShare == part ? t.target / kShare : -1;
+  double others = 0;
+  for (; left >= kCount; left -= kCount, place -= kCount) {
+    others += static_cast<double>(
+        write_strided<T, kKind, true>(bend, x, x_apart, q, q_apart, grad, apart, kCount, place, f, met));
+    x += kCount * x_apart, q += kCount * q_apart, grad += kCount * apart;
+  }
+  if (left > 0)
+    others += static_cast<double>(write_strided<T, kKind, false>(bend, x, x_apart, q, q_apart, grad, apart,
+                                                                 static_cast<int>(left), place, f, met));
+  return others;
+}
+template <class T, int kShare, Kind kKind>
+__global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>)) options_backward_fast_lanes(RowsBackwardCall c) {
+  constexpr int kRows = kBlock / kShare;
+  const CrossEntropyRows& a = c.args.rows;
+  const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
+  const int64_t rows = a.layout.batch * a.layout.spatial;
+  __shared__ double shares[kBlock];
+  for (int64_t base = int64_t{blockIdx.x} * kRows; base < rows; base += int64_t{gridDim.x} * kRows) {
+    const int64_t row = base + lane;
+    OptionTarget t{0, 1, -1, false, true, false};
+    RowGradient r{0, 0, 0, 0, 0, 0, true};
+    double low = 0, others = 0;
+    bool far = false;
+    float met = 0;
+    if (row < rows) {
+      t = option_target(a, row);
+      if (!t.bad) r = row_gradient<T>(c, row, t);
+      const double lse = c.args.lse[row];
+      const float high = static_cast<float>(lse);
+      low = lse - static_cast<double>(high), far = fabs(lse) >= kFar && !t.bad && !r.none;
+      if (far)  // each of the row's threads for itself
+        low = log(sum_again<T>(a, row, high, 0, 1));
+    }
+    if constexpr (kShare > 1) __syncthreads();  // in place, a far row has been read
+    if (row < rows) others = strided_write<T, kShare, kKind>(c, row, t, r, low, part, met);
+    if constexpr (kShare > 1) {
+      shares[threadIdx.x] = others;
+      __syncthreads();
+      others = 0;
+      for (int k = 0; k < kShare; ++k) others += shares[k * kRows + lane];
+    }
+    if (row < rows && t.one && t.target % kShare == part) write_target<T, kKind>(c, row, t, low, others, met);
+    if (row < rows && t.bad && part == 0) refuse_target();
+  }
+}
+
 template <class T>
-void launch_fast(Launcher& launch, const RowsBackwardCall& c, const Scratch& scratch, Kind kind, bool even,
+void launch_fast(Launcher& launch, const RowsBackwardCall& c, const Scratch& scratch, Kind kind, bool wide, bool even,
                  int64_t segments) {
   if constexpr (sizeof(T) <= 4) {
     const CrossEntropyRows& a = c.args.rows;
     const int64_t rows = a.layout.rows();
     FUSED_OPS_WITH_KIND(kind, kKind, {
-      if (segments > 1)
+      if (!wide && a.layout.classes >= kManyClasses)
+        launch(options_backward_fast_lanes<T, kShares, kKind>, blocks_for(ceil_div(rows, kBlock / kShares)), kBlock, c);
+      else if (!wide)
+        launch(options_backward_fast_lanes<T, 1, kKind>, blocks_for(ceil_div(rows, kBlock)), kBlock, c);
+      else if (segments > 1)
         launch(options_backward_fast_segments<T, kKind>, blocks_for(rows * segments), kBlock, c, scratch, even,
                segments);
       else if (vectors_of(a.dtype, a.layout) > kWarpVectors)
@@ -537,7 +634,9 @@ int32_t backward(const RowsBackwardCall& c, void* stream) {
   const int64_t rows = a.layout.rows(), segments = wide ? option_segments(a.layout) : 1;
   const Scratch scratch = scratch_of(c, segments);
   const bool even = rows_are_aligned(c.args.grad_logits, c.args.grad_layout, sizeof(T));
-  const Kind kind = wide && vectors_of(a.dtype, a.layout) > 8 ? kind_of(a) : Kind::general;
+  const bool dense_strided = a.has_dense && !a.dense.layout.adjacent_classes();
+  const bool vectors = wide && vectors_of(a.dtype, a.layout) > 8 && !dense_strided;
+  const Kind kind = vectors || !a.layout.adjacent_classes() ? kind_of(a) : Kind::general;
   launch_shares(launch, a, c.scratch);
   const bool prepared = kind == Kind::general || segments > 1 || a.sparse;
   if (!prepared) {
@@ -548,7 +647,7 @@ int32_t backward(const RowsBackwardCall& c, void* stream) {
   else
     launch(options_prepare<T, kBlock>, blocks_for(rows), kBlock, c, scratch);
   if (kind != Kind::general) {
-    launch_fast<T>(launch, c, scratch, kind, even, segments);
+    launch_fast<T>(launch, c, scratch, kind, wide, even, segments);
   } else if (!wide) {
     const bool share = a.layout.classes >= kManyClasses;
     launch(share ? options_backward_lanes<T, kShares> : options_backward_lanes<T, 1>,
