@@ -8,8 +8,8 @@
 // still fill the chip; a warp or a block a channel merges the parts in order: no float atomics, the same bits always. A
 // part of a channel costs 24 bytes twice.
 //
-// Stability: some values at a time around their own mean, from there in double around a shift; shifts are merged around
-// the mean of all (Chan et al., all at once). x - mean comes before any scaling. See docs/batch_norm.md.
+// Stability: some values at a time around the first of them, from there in double around a shift; shifts are merged
+// around the mean of all (Chan et al., all at once). x - mean comes before any scaling. See docs/batch_norm.md.
 #include "batch_norm_walk.cuh"
 
 namespace fused_ops {
@@ -23,33 +23,42 @@ template <class T, bool kFast>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || !kFast ? 2 : 4)
     plane_moments(BatchNormForwardCall c, int64_t parts) {
   using A = acc_t<T>;
-  constexpr int kAhead = kUnitsOf<T, 1>;
+  constexpr int kAhead = kUnitsOf<T, 1>, kTogether = kAhead < 2 ? 1 : 2;
   const BatchNormShape& s = c.shape;
   const int64_t part = quotient(blockIdx.x, s.channels), channel = blockIdx.x - part * s.channels;
   const T* x = static_cast<const T*>(c.input);
   PlaneWalk walk(s, channel, part, parts);
-  Shifted<A> sums;
+  Shifted<A, double> sums;
   int64_t n = 0;
-  for (int64_t turns = quotient(walk.left + threadIdx.x + kAhead * kBlock - 1, kAhead * kBlock); turns > 0; --turns) {
+  const auto turn = [&](auto full) {  // all units there, and whole
+    constexpr bool kFull = decltype(full)::value;
     Raw<T> raw[kAhead];
     int have[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      have[k] = walk.have<kFast>();
-      raw[k] = load_raw<T, kFast>(x + walk.at(), have[k]);
+      have[k] = kFull ? kUnit : walk.have<kFast>();
+      raw[k] = load_raw<T, kFast>(x + (kFull ? walk.offset : walk.at()), have[k]);
       walk.advance();
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      A v[kUnit];
-      unpack_raw<T>(raw[k], v);
-      if (have[k] == kUnit)
-        sums.template add<kUnit>(v, kUnit, n == 0);
-      else if (!kFast)
-        sums.template add<kUnit>(v, have[k], n == 0);
-      n += have[k];
+    for (int k = 0; k < kAhead; k += kTogether) {
+      A v[kTogether * kUnit];
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) unpack_raw<T>(raw[k + i], v + i * kUnit), count += have[k + i];
+      if constexpr (kFull) {
+        sums.template add<kTogether * kUnit>(v, kTogether * kUnit, n == 0, All{});
+      } else if (count > 0) {
+        const auto there = [&](int i) { return i % kUnit < have[k + i / kUnit]; };
+        sums.template add<kTogether * kUnit>(v, count, n == 0, there);
+      }
+      n += count;
     }
-  }
+  };
+  const int64_t units = walk.left + threadIdx.x;  // of the block
+  const int64_t full = kFast && units > 0 ? quotient(units, kAhead * kBlock) : 0;
+  for (int64_t i = 0; i < full; ++i) turn(std::true_type{});
+  for (int64_t i = full * kAhead * kBlock; i < units; i += kAhead * kBlock) turn(std::false_type{});
   const double count = static_cast<double>(n);
   const Moments all = group_moments<kBlock>(sums.total(count), count, [&](double m) { return sums.around(m, count); });
   if (threadIdx.x == 0) keep_moments(partials_of(c.scratch, s.channels) + 3 * (channel * parts + part), all);
@@ -63,7 +72,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
   constexpr int kRows = 2 * kUnitsOf<T, 1>;
   const Spot s(r, t, blockIdx.x);
   const T* x = static_cast<const T*>(c.input) + s.first;
-  Shifted<A> sums[kUnit];
+  Shifted<A, A> sums[kUnit];
   int64_t n = 0;
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
     Raw<T> raw[kRows];
@@ -78,14 +87,14 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
       for (int i = 0; i < kUnit; ++i) {
 #pragma unroll
         for (int k = 0; k < kRows; ++k) column[k] = v[k][i];
-        sums[i].template add<kRows>(column, kRows, n == 0);
+        sums[i].template add<kRows>(column, kRows, n == 0, All{});
       }
-    } else {
+    } else if (rows > 0) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
 #pragma unroll
         for (int k = 0; k < kRows; ++k) column[k] = v[k][i];
-        sums[i].template add<kRows>(column, rows, n == 0);
+        sums[i].template add<kRows>(column, rows, n == 0, [&](int k) { return k < rows; });
       }
     }
     n += rows;
@@ -213,11 +222,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1
   int64_t channel[kUnit];
   A mean[kUnit], scale[kUnit], shift[kUnit];
   channels_of(r, s, channel);
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    mean[i] = coefficients.mean[channel[i]], scale[i] = coefficients.scale[channel[i]];
-    shift[i] = coefficients.shift[channel[i]];
-  }
+  load_columns<kFast>(coefficients.mean, r, s, channel, mean);
+  load_columns<kFast>(coefficients.scale, r, s, channel, scale);
+  load_columns<kFast>(coefficients.shift, r, s, channel, shift);
   const T *x = static_cast<const T*>(c.input) + s.first, *residual = static_cast<const T*>(c.residual) + s.first;
   T* y = static_cast<T*>(c.output) + s.first;
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {

@@ -172,7 +172,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
     mean[i] = static_cast<A>(c.mean[channel[i]]);
-    if (kFrom != From::gradient) scale[i] = coefficients.scale[channel[i]], shift[i] = coefficients.shift[channel[i]];
+  }
+  if constexpr (kFrom != From::gradient) {
+    load_columns<kFast>(coefficients.scale, r, s, channel, scale);
+    load_columns<kFast>(coefficients.shift, r, s, channel, shift);
   }
   double sums[kUnit], dots[kUnit];
 #pragma unroll
@@ -314,13 +317,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   int64_t channel[kUnit];
   A mean[kUnit], scale[kUnit], shift[kUnit], grad_mean[kUnit], grad_slope[kUnit];
   channels_of(r, s, channel);
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    const int64_t j = channel[i];
-    mean[i] = coefficients.mean[j], scale[i] = coefficients.scale[j];
-    if (kFrom != From::gradient) shift[i] = coefficients.shift[j];
-    grad_mean[i] = coefficients.grad_mean[j], grad_slope[i] = coefficients.grad_slope[j];
-  }
+  load_columns<kFast>(coefficients.mean, r, s, channel, mean);
+  load_columns<kFast>(coefficients.scale, r, s, channel, scale);
+  if constexpr (kFrom != From::gradient) load_columns<kFast>(coefficients.shift, r, s, channel, shift);
+  load_columns<kFast>(coefficients.grad_mean, r, s, channel, grad_mean);
+  load_columns<kFast>(coefficients.grad_slope, r, s, channel, grad_slope);
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
     Raw<T> raw[kRows], grad[kRows], extra[kRows];
     unsigned bits[kRows];

@@ -247,6 +247,18 @@ struct Spot {
   }
 };
 
+// One value of each column of a unit from an array of the scratch memory with one a channel.
+template <bool kFast, class A>
+__device__ inline void load_columns(const A* from, const Rows& r, const Spot& s, const int64_t* channel, A* out) {
+  if (kFast && r.side == 1) {
+#pragma unroll
+    for (int k = 0; k < kUnit; k += kVector<A>) unpack<A>(load_aligned(from + s.first + k), out + k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) out[k] = from[channel[k]];
+  }
+}
+
 // The channel of each column of a unit.
 __device__ inline void channels_of(const Rows& r, const Spot& s, int64_t* channel) {
   int64_t c = r.side == 1 ? s.first : quotient(s.first, r.side), within = s.first - c * r.side;
@@ -380,26 +392,25 @@ __device__ inline Moments group_moments(double total, double n, const Around& ar
   return moments_around(near, sum_group<kGroup>(around(near)), all.b);
 }
 
-// Sums of x - shift and of its square, in double. The shift is the mean of the first values, so that little cancels.
-template <class A>
+// Sums of x - shift and of its square, in double. The shift is the first value, so that little cancels. S keeps it:
+// double where there are registers for it, which saves a conversion a step.
+template <class A, class S>
 struct Shifted {
-  A shift = 0;
+  S shift = 0;
   double sum = 0, squares = 0;
 
-  // Adds the first `count` of kCount values; around their own mean in A, from there in double. n: were there any.
-  template <int kCount>
-  __device__ void add(const A* v, int count, bool fresh) {
-    if (count <= 0) return;
-    A total = 0, rest = 0, squared = 0;
+  // Adds `count` of kCount values, those that there(k), and the first: around that one in A, from there in double. One
+  // that is far off costs no digits, since then its own share is as large. fresh: there were none before.
+  template <int kCount, class There>
+  __device__ void add(const A* v, int count, bool fresh, const There& there) {
+    const A near = v[0];
+    A rest = 0, squared = 0;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) total += k < count ? v[k] : A(0);
-    const A near = total / A(count);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const A d = k < count ? v[k] - near : A(0);
+    for (int k = 1; k < kCount; ++k) {
+      const A d = there(k) ? v[k] - near : A(0);
       rest += d, squared += d * d;
     }
-    if (fresh) shift = near;
+    if (fresh) shift = static_cast<S>(near);
     const double delta = static_cast<double>(near) - static_cast<double>(shift), r = static_cast<double>(rest);
     sum += count * delta + r;
     squares += static_cast<double>(squared) + delta * (2 * r + count * delta);
@@ -409,6 +420,9 @@ struct Shifted {
     const double d = static_cast<double>(shift) - near;
     return {sum + n * d, squares + d * (2 * sum + n * d)};
   }
+};
+struct All {
+  __device__ bool operator()(int) const { return true; }
 };
 
 // ---- parameters and coefficients
