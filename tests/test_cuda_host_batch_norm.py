@@ -11,8 +11,8 @@ from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
 from fused_ops.testing import assert_no_worse_than
 
-# Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of columns of all
-# widths; several parts; 32 small or odd planes of a channel and more, which are walked as columns.
+# Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of columns of
+# all widths; several parts; 32 small or odd planes of a channel and more, which are walked as columns.
 SHAPES = [
     *((2, 1), (3, 5), (17, 32), (129, 33), (40, 64), (1025, 3), (2, 3, 1), (3, 4, 7), (2, 3, 8), (2, 5, 9)),
     *((2, 3, 31), (2, 3, 32), (2, 3, 33), (3, 2, 49), (2, 40, 64), (4, 3, 16, 16), (1, 2, 8193), (5, 1, 63, 65)),

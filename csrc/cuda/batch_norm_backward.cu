@@ -303,7 +303,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
 
 // A block a (part of the rows, tile of columns), also from the end. A thread keeps the coefficients of its columns.
 template <class T, bool kFast, From kFrom>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 1 : 2)
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 1
+                                          : sizeof(T) == 4                     ? 3
+                                                                               : 2)
     write_columns(BatchNormBackwardCall c, Rows r, Tiles t) {
   using A = acc_t<T>;
   constexpr int kRows = kUnitsOf<T, 2>;
