@@ -30,15 +30,17 @@ Tensor rows_backward(bool in_place, const MaybeTensor& grad_nll, const MaybeTens
   if (grad_entropy && !entropy) raise(kOp, ": expected entropy beside grad_entropy, got none");
   const OnDevice device(input);
   MaybeTensor owners[7];
-  auto values = [&, check = on_device_of(input), next = 0](const char* name, const MaybeTensor& t) mutable {
-    return row_values(name, t, p, owners[next++], check);
+  auto values = [&, check = on_device_of(input), next = 0](const char* name, const MaybeTensor& t,
+                                                           int64_t* step = nullptr) mutable {
+    return row_values(name, t, p, owners[next++], check, step);
   };
   RowsBackwardCall call{};
+  int64_t* steps = call.steps;
   call.args.rows = p.rows;
-  call.args.grad_nll = values("grad_nll", grad_nll);
-  call.args.grad_lse = values("grad_lse", grad_lse);
-  call.args.grad_entropy = values("grad_entropy", grad_entropy);
-  call.args.grad_target_log_probability = values("grad_target_log_probability", grad_log_probability);
+  call.args.grad_nll = values("grad_nll", grad_nll, steps);
+  call.args.grad_lse = values("grad_lse", grad_lse, steps + 1);
+  call.args.grad_entropy = values("grad_entropy", grad_entropy, steps + 2);
+  call.args.grad_target_log_probability = values("grad_target_log_probability", grad_log_probability, steps + 3);
   call.args.lse = values("lse", lse);
   call.args.mass = values("mass", mass);
   if (grad_entropy) call.args.entropy = values("entropy", entropy);

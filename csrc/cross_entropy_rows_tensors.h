@@ -261,10 +261,17 @@ struct RowOutputs {
   }
 };
 
-// A tensor of one double per row, or null.
+// Whether all elements of an expanded tensor are one in memory.
+inline bool is_one_value(const Tensor& t) {
+  bool one = t.numel() > 1;
+  for (int64_t d = 0; one && d < t.dim(); ++d) one = t.size(d) == 1 || t.stride(d) == 0;
+  return one;
+}
+
+// A tensor of one double per row, or null. With `step`, from a row's to the next, one value may be for all: 0.
 template <class CheckDevice>
 const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner,
-                         const CheckDevice& check_device) {
+                         const CheckDevice& check_device, int64_t* step = nullptr) {
   if (!t) return nullptr;
   check_device(name, *t);
   check_dtype(kOp, name, *t, ScalarType::Double, "float64");
@@ -272,7 +279,9 @@ const double* row_values(const char* name, const MaybeTensor& t, const RowArgume
   for (int64_t d = 0; fits && d < t->dim(); ++d) fits = t->size(d) == p.rows_shape[static_cast<size_t>(d)];
   if (!fits)
     raise(kOp, ": ", name, " must have one value per row of input ", shape_of(p.input), ", got shape ", shape_of(*t));
-  owner = dense(*t);
+  const bool one = step && is_one_value(*t);
+  if (step) *step = one ? 0 : 1;
+  owner = one ? *t : dense(*t);
   return static_cast<const double*>(owner->const_data_ptr());
 }
 inline const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner) {

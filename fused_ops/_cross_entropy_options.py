@@ -264,7 +264,7 @@ def _counted(call: Call) -> Tensor | None:
 
 def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
-    if torch.compiler.is_compiling():  # where sizes may be symbols
+    if rows.is_cuda or torch.compiler.is_compiling():  # one order by the size; sizes that may be symbols
         return rows.sum()
     blocks = rows.reshape(-1)
     while blocks.numel() > _BLOCK:
@@ -367,7 +367,7 @@ def reduced_loss(
 
     z_rows = None
     if call.z_loss:
-        counted = _counted(call)
+        counted = _counted(call) if return_outputs else None  # without statistics lse is 0 in rows that do not count
         z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0)).square()
     loss = reduced(nll if z_rows is None else nll + z_rows).to(call.loss_dtype)
     if not return_outputs:

@@ -11,11 +11,12 @@ from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
 from fused_ops.testing import assert_no_worse_than
 
-# Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of 32 columns;
-# steps of 16 rows; several parts.
+# Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of columns of
+# all widths; several parts; 32 small or odd planes of a channel and more, which are walked as columns.
 SHAPES = [
     *((2, 1), (3, 5), (17, 32), (129, 33), (40, 64), (1025, 3), (2, 3, 1), (3, 4, 7), (2, 3, 8), (2, 5, 9)),
     *((2, 3, 31), (2, 3, 32), (2, 3, 33), (3, 2, 49), (2, 40, 64), (4, 3, 16, 16), (1, 2, 8193), (5, 1, 63, 65)),
+    *((40, 3, 7, 7), (33, 8, 3, 3), (70, 5, 41), (32, 12, 6, 6), (3, 2, 4096), (600, 264), (270, 24), (2100, 8)),
 ]
 RELU, LEAKY, NONE = _activation.RELU, _activation.LEAKY_RELU, _activation.NONE
 
@@ -121,7 +122,7 @@ def test_shapes(kernels, shape, layout, dtype):
 @pytest.mark.parametrize("layout", [None, last])
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_error_rule(kernels, mean, layout, dtype):
-    for shape in ((64, 12), (6, 4, 300), (3, 5, 7, 7)):
+    for shape in ((64, 12), (6, 4, 300), (3, 5, 7, 7), (35, 5, 7, 7), (700, 16), (3, 3, 4096)):
         case = Case(shape, dtype, layout, mean=mean)
         (y, *_), (grad_input, _, grad_weight, grad_bias) = run(kernels, case)
 
@@ -142,7 +143,13 @@ def test_error_rule(kernels, mean, layout, dtype):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_activations(kernels, activation, residual, training, dtype):
-    for shape, layout in (((9, 5), None), ((2, 3, 4), None), ((2, 3, 40), None), ((2, 3, 40), last)):
+    for shape, layout in (
+        ((9, 8), None),
+        ((2, 3, 4), None),
+        ((2, 3, 40), None),
+        ((2, 3, 40), last),
+        ((32, 2, 41), None),
+    ):
         case = Case(shape, dtype, layout, residual=residual)
         if activation not in (NONE, RELU, LEAKY) and dtype != torch.float64:
             (y, *_), grads = run(kernels, case, training=training, activation=activation)
@@ -163,7 +170,10 @@ def test_parameters_of_another_dtype(kernels, dtype, parameters):
 @pytest.mark.parametrize("offset", [1, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alignment(kernels, offset, dtype):
-    for shape, layout in (((20, 24), None), ((2, 3, 64), None), ((2, 8, 5, 5), last), ((2, 3, 16), None)):
+    for shape, layout in (
+        *(((20, 24), None), ((2, 3, 64), None), ((2, 8, 5, 5), last), ((2, 3, 16), None), ((3, 2, 4096), None)),
+        *(((33, 8, 7, 7), None), ((300, 40), None), ((2, 16, 200), last)),
+    ):
         here, there = (Case(shape, dtype, layout, k, residual=True) for k in (0, offset))
         first, second = (run(kernels, case, activation=RELU) for case in (here, there))
         for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
@@ -172,7 +182,13 @@ def test_alignment(kernels, offset, dtype):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_no_bit_depends_on_the_order_of_threads_and_blocks(cuda_host, order):
-    for shape, layout in (((300, 40), None), ((2, 3, 5000), None), ((2, 3, 16), None), ((2, 36, 90), last)):
+    for shape, layout in (
+        ((300, 40), None),
+        ((2, 3, 5000), None),
+        ((2, 3, 16), None),
+        ((2, 36, 90), last),
+        ((33, 5, 41), None),
+    ):
         case = Case(shape, torch.float32, layout, residual=True)
         first, second = (run(BatchNorm(cuda_host, k), case, activation=RELU) for k in (0, order))
         for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):

@@ -286,6 +286,21 @@ def test_nothing_to_do(host_ops):
                 assert host_ops["cross_entropy_rows_forward"](*a, *o)[0].shape == (rows,)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]])
+def test_one_upstream_gradient_serves_all_rows(host_ops, case):
+    """The gradient of a sum, expanded, is the same as its copies."""
+    for classes in (9, 300, 40000):
+        a, o = draw(case, 5, classes, torch.float32)
+        results = host_ops["cross_entropy_rows_forward"](*a, *o)
+        saved = (results[1], results[2], results[4] if o.statistics else None)
+        value = torch.tensor(0.3, dtype=torch.float64)
+        for given in range(4 if o.statistics else 2):
+            one = RowGrads(*(value.expand(5) if i == given else None for i in range(4)))
+            each = RowGrads(*(g if g is None else g.contiguous() for g in one))
+            found, expected = (host_ops["cross_entropy_rows_backward"](*g, *a, *saved, *o) for g in (one, each))
+            assert torch.equal(found, expected) and bool(found.any()) == (given < 3 or a.probabilities is None)
+
+
 def test_quiet_rows_have_no_gradient_whatever_they_hold(host_ops):
     a, o = draw("index + smoothing", 4, 30, torch.float32)
     a.input[1] = float("nan")

@@ -4,8 +4,11 @@
 //   grad_x = scale * (h - mean(h) - (x - mean) * grad_slope)
 //   grad_slope = invstd^2 * sum(h * (x - mean)) / (n - correction)
 //
-// Memory: reads x and g twice and writes grad_x (and grad_residual) once. z is rebuilt, except that relu and leaky_relu
-// after a residual read the forward's bit of its sign. Sums as the forward's: parts by the shape, merged in order.
+// Memory, with N values of e bytes: sums 2 N e (x, g), gradient 3 N e (x and g again, of which the second-level cache
+// still has what was read last: grad_x is written from the end), N e more for grad_residual. z is rebuilt, except that
+// relu and leaky_relu after a residual read the forward's bit of its sign, N / 8 twice; other activations after a
+// residual read that, 2 N e. Sums as the forward's: parts by the shape, merged in order; 16 bytes twice for a part of a
+// channel.
 //
 // Stability: g - mean(g) and x - mean are formed before any scaling; sums are double. See docs/batch_norm.md.
 #include "batch_norm_walk.cuh"
@@ -18,13 +21,8 @@ namespace {
 template <class T>
 using product_t = std::conditional_t<std::is_same_v<T, float>, double, acc_t<T>>;
 
-struct GradSums {
-  double sum, dot;  // of h, and of h * (x - mean)
-};
-__device__ inline GradSums shuffled(const GradSums& v, int lanes) {
-  return {cuda::shuffled(v.sum, lanes), cuda::shuffled(v.dot, lanes)};
-}
-__device__ inline GradSums operator+(const GradSums& a, const GradSums& b) { return {a.sum + b.sum, a.dot + b.dot}; }
+// How a kernel gets h: from g and the mask if there is one, from z by an activation of few registers, or any way.
+enum class From { gradient, light, any };
 
 // g = g * activation'(z) for kCount values; `bits` are the forward's where there is a mask.
 template <int kCount, class A>
@@ -41,171 +39,341 @@ __device__ inline void before_activation(const BatchNormBackwardCall& c, const A
   }
 }
 
-// h of one unit: x into v, h into h. `byte` is where the mask has its bits.
-template <class T>
-__device__ inline void unit_before(const BatchNormBackwardCall& c, const Coefficients<acc_t<T>>& k, int64_t at,
-                                   int have, const int64_t* channel, int64_t byte, acc_t<T>* v, acc_t<T>* h) {
-  using A = acc_t<T>;
-  A z[kUnit];
-  load_unit(static_cast<const T*>(c.input) + at, have, v);
-  load_unit(static_cast<const T*>(c.grad_output) + at, have, h);
-  if (c.activation == Activation::none) return;
-  const bool rebuild = c.mask == nullptr;
-  if (rebuild && c.residual != nullptr) load_unit(static_cast<const T*>(c.residual) + at, have, z);
+// The same, called: inlined, double's functions leave too few registers.
+__attribute__((noinline)) __device__ void before_any(const BatchNormBackwardCall& c, const double* z, unsigned bits,
+                                                     double* g) {
+  before_activation<kUnit>(c, z, bits, g);
+}
+
+// h from z and g as kFrom says, h into g.
+template <From kFrom, class A>
+__device__ inline void unit_before(const BatchNormBackwardCall& c, const A* z, unsigned bits, A* g) {
+  if constexpr (kFrom == From::gradient) {
+    if (c.mask == nullptr) return;
+    const A slope = static_cast<A>(c.slope);
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    const A shift = k.shift[channel[i]];
-    if (rebuild)
-      z[i] = (v[i] - k.mean[channel[i]]) * k.scale[channel[i]] + (c.residual != nullptr ? shift + z[i] : shift);
+    for (int i = 0; i < kUnit; ++i) {
+      const A below = slope == A(0) ? A(0) : g[i] * slope;
+      g[i] = (bits >> i) & 1u ? g[i] : below;
+    }
+  } else if constexpr (kFrom == From::light) {
+    const A slope = static_cast<A>(c.slope);
+    const bool relu = c.activation == Activation::relu;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const A below = relu ? A(0) : g[i] * slope;
+      g[i] = (relu ? !(z[i] <= A(0)) : z[i] > A(0)) ? g[i] : below;
+    }
+  } else if (c.activation != Activation::none) {
+    if constexpr (std::is_same_v<A, double>)
+      before_any(c, z, bits, g);
+    else
+      before_activation<kUnit>(c, z, bits, g);
   }
-  before_activation<kUnit>(c, z, rebuild ? 0u : c.mask[byte], h);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) set_coefficients(BatchNormBackwardCall c) {
-  const int64_t channel = int64_t{blockIdx.x} * kBlock + threadIdx.x;
-  if (channel >= c.shape.channels) return;
+__device__ inline void set_affine(const BatchNormBackwardCall& c, const Coefficients<acc_t<T>>& k, int64_t channel) {
   const Parameters& p = c.parameters;
-  const Coefficients<acc_t<T>> k(c.scratch, c.shape.channels);
   k.set_affine(channel, c.mean[channel], c.invstd[channel] * value_at(p.weight, p.dtype, channel, 1),
                value_at(p.bias, p.dtype, channel, 0));
 }
 
-__device__ inline void keep_sums(double* to, const GradSums& s) { to[0] = s.sum, to[1] = s.dot; }
-
-// A block a (channel, part), as plane_moments.
+// Where the sums rebuild z, or nothing is summed; else finish_sums does this.
 template <class T>
-__global__ void __launch_bounds__(kBlock) plane_sums(BatchNormBackwardCall c, Rows r, int64_t parts) {
+__global__ void __launch_bounds__(kBlock) set_coefficients(BatchNormBackwardCall c) {
+  const int64_t channel = int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  if (channel < c.shape.channels) set_affine<T>(c, Coefficients<acc_t<T>>(c.scratch, c.shape.channels), channel);
+}
+
+__device__ inline void keep_sums(double* to, const Pair& s) { to[0] = s.a, to[1] = s.b; }
+
+// A block a (part, channel), as plane_moments.
+template <class T, bool kFast, From kFrom>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 2 : 4)
+    plane_sums(BatchNormBackwardCall c, Rows r, int64_t parts) {
   using A = acc_t<T>;
+  constexpr int kAhead = kUnitsOf<T, 2>;
   const BatchNormShape& s = c.shape;
-  const int64_t channel = blockIdx.x / parts, part = blockIdx.x - channel * parts;
-  const int64_t units = (s.spatial + kUnit - 1) / kUnit, total = s.batch * units;
-  const int64_t each = (total + parts - 1) / parts, end = (part + 1) * each < total ? (part + 1) * each : total;
-  const Coefficients<A> k(c.scratch, s.channels);
-  const A mean = k.mean[channel];
-  GradSums sums{0, 0};
-  int64_t same[kUnit];
+  const int64_t part = quotient(blockIdx.x, s.channels), channel = blockIdx.x - part * s.channels;
+  const T *x = static_cast<const T*>(c.input), *g = static_cast<const T*>(c.grad_output);
+  const T* residual = static_cast<const T*>(c.residual);
+  const bool masked = kFrom != From::light && c.mask != nullptr;
+  const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
+  const Coefficients<A> coefficients(c.scratch, s.channels);
+  const A mean = static_cast<A>(c.mean[channel]);
+  A scale = 0, shift = 0;
+  if (kFrom != From::gradient) scale = coefficients.scale[channel], shift = coefficients.shift[channel];
+  PlaneWalk walk(s, channel, part, parts);
+  Pair sums{0, 0};
+  for (int64_t turns = quotient(walk.left + threadIdx.x + kAhead * kBlock - 1, kAhead * kBlock); turns > 0; --turns) {
+    Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
+    int have[kAhead];
+    unsigned bits[kAhead];
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) same[i] = channel;
-  for (int64_t i = part * each + threadIdx.x; i < end; i += kBlock) {
-    const int64_t b = quotient(i, units), first = (i - b * units) * kUnit, left = s.spatial - first;
-    const int have = left < kUnit ? static_cast<int>(left) : kUnit;
-    const int64_t plane = b * s.channels + channel, at = plane * s.spatial + first;
-    A v[kUnit], h[kUnit];
-    if (r.walk == Walk::repeat && c.mask != nullptr) {  // the bits of a small plane may begin within a byte
-      load_unit(static_cast<const T*>(c.input) + at, have, v);
-      load_unit(static_cast<const T*>(c.grad_output) + at, have, h);
-      unsigned bits = 0;
-      for (int j = 0; j < have; ++j) {
-        const int64_t bit = channel * s.spatial + first + j;
-        bits |= ((c.mask[b * r.units + bit / 8] >> (bit % 8)) & 1u) << j;
+    for (int k = 0; k < kAhead; ++k) {
+      have[k] = walk.have<kFast>(), bits[k] = 0;
+      raw[k] = load_raw<T, kFast>(x + walk.at(), have[k]), grad[k] = load_raw<T, kFast>(g + walk.at(), have[k]);
+      if (added) extra[k] = load_raw<T, kFast>(residual + walk.at(), have[k]);
+      if (masked && kFast) {
+        bits[k] = c.mask[walk.at() / kUnit];
+      } else if (masked && r.walk == Walk::plane) {
+        bits[k] = c.mask[have[k] > 0 ? walk.byte : 0];
+      } else if (masked) {  // the bits of a small plane may begin within a byte
+        const uint8_t* row = c.mask + quotient(walk.byte, s.channels * walk.units) * r.units;
+        for (int j = 0; j < have[k]; ++j) {
+          const int64_t bit = channel * s.spatial + walk.unit * kUnit + j;
+          bits[k] |= ((row[bit / 8] >> (bit % 8)) & 1u) << j;
+        }
       }
-      before_activation<kUnit, A>(c, v, bits, h);
-    } else {
-      unit_before<T>(c, k, at, have, same, plane * units + first / kUnit, v, h);
+      walk.advance();
     }
-    product_t<T> sum = 0, dot = 0;
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      const product_t<T> value = j < have ? h[j] : A(0), centered = v[j] - mean;
-      sum += value, dot += j < have ? value * centered : product_t<T>(0);
+    for (int k = 0; k < kAhead; ++k) {
+      A v[kUnit], h[kUnit], z[kUnit];
+      unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
+      if constexpr (kFrom != From::gradient) {
+        if (added) unpack_raw<T>(extra[k], z);
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean) * scale + (added ? shift + z[i] : shift);
+      }
+      unit_before<kFrom, A>(c, z, bits[k], h);
+      product_t<T> sum = 0, dot = 0;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        const bool there = kFast || i < have[k];
+        const product_t<T> value = there ? h[i] : A(0), centered = there ? v[i] - mean : A(0);
+        sum += value, dot += value * centered;
+      }
+      if (have[k] > 0) sums = sums + Pair{static_cast<double>(sum), static_cast<double>(dot)};
     }
-    sums.sum += static_cast<double>(sum), sums.dot += static_cast<double>(dot);
   }
   sums = sum_group<kBlock>(sums);
-  if (threadIdx.x == 0) keep_sums(partials_of(c.scratch, s.channels) + 2 * int64_t{blockIdx.x}, sums);
+  if (threadIdx.x == 0) keep_sums(partials_of(c.scratch, s.channels) + 2 * (channel * parts + part), sums);
 }
 
-// A block a (tile of columns, part of the rows), as column_moments; four rows at a time.
-template <class T>
-__global__ void __launch_bounds__(kBlock) column_sums(BatchNormBackwardCall c, Rows r, int64_t parts) {
+// A block a (part of the rows, tile of columns), as column_moments.
+template <class T, bool kFast, From kFrom>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 1 : 2)
+    column_sums(BatchNormBackwardCall c, Rows r, Tiles t) {
   using A = acc_t<T>;
-  constexpr int kWarps = kBlock / kTileColumns, kCount = 4;
-  const int lane = static_cast<int>(threadIdx.x) % kTileColumns, warp = static_cast<int>(threadIdx.x) / kTileColumns;
-  const int64_t channels = r.channels, tile = blockIdx.x / parts, part = blockIdx.x - tile * parts;
-  const int64_t channel = tile * kTileColumns + lane;
-  const int64_t each = (r.rows + parts - 1) / parts, end = (part + 1) * each < r.rows ? (part + 1) * each : r.rows;
-  const Coefficients<A> k(c.scratch, channels);
-  const bool exists = channel < channels;
-  const A mean = exists ? k.mean[channel] : A(0), scale = exists ? k.scale[channel] : A(0);
-  const A shift = exists ? k.shift[channel] : A(0);
-  GradSums sums{0, 0};
-  for (int64_t row = part * each + warp * kCount; exists && row < end; row += kWarps * kCount) {
-    const int64_t at = row * channels + channel;
-    const int have = end - row < kCount ? static_cast<int>(end - row) : kCount;
-    A v[kCount], h[kCount], z[kCount];
-    unsigned bits = 0;
+  constexpr int kRows = sizeof(T) < 8 && kFrom == From::gradient ? 2 * kUnitsOf<T, 2> : kUnitsOf<T, 2>;
+  constexpr int kFold = 2 * kUnitsOf<T, 2>;  // whatever kRows is: the same bits
+  const Spot s(r, t, blockIdx.x);
+  const MaskPlace place(r, s);
+  const bool masked = kFrom != From::light && c.mask != nullptr;
+  const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
+  const T *x = static_cast<const T*>(c.input) + s.first, *g = static_cast<const T*>(c.grad_output) + s.first;
+  const T* residual = static_cast<const T*>(c.residual) + s.first;
+  const Coefficients<A> coefficients(c.scratch, r.channels);
+  int64_t channel[kUnit];
+  A mean[kUnit], scale[kUnit], shift[kUnit];
+  channels_of(r, s, channel);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t from = at + (i < have ? i : 0) * channels;
-      v[i] = to_acc(static_cast<const T*>(c.input)[from]), h[i] = to_acc(static_cast<const T*>(c.grad_output)[from]);
-      z[i] = (v[i] - mean) * scale;
-      if (c.mask != nullptr)
-        bits |= ((c.mask[(row + (i < have ? i : 0)) * r.units + channel / 8] >> (channel % 8)) & 1u) << i;
-      else
-        z[i] += c.residual != nullptr ? shift + to_acc(static_cast<const T*>(c.residual)[from]) : shift;
+  for (int i = 0; i < kUnit; ++i) {
+    mean[i] = static_cast<A>(c.mean[channel[i]]);
+  }
+  if constexpr (kFrom != From::gradient) {
+    load_columns<kFast>(coefficients.scale, r, s, channel, scale);
+    load_columns<kFast>(coefficients.shift, r, s, channel, shift);
+  }
+  double sums[kUnit], dots[kUnit];
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) sums[i] = 0, dots[i] = 0;
+  A sum[kUnit], dot[kUnit];  // of kFold rows of 16-bit values
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) sum[i] = 0, dot[i] = 0;
+  int pending = 0;
+  for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
+    Raw<T> raw[kRows], grad[kRows], extra[kRows];
+    unsigned bits[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = s.row_at(base, k);
+      raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
+      if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
+      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
     }
-    if (c.activation != Activation::none) before_activation<kCount>(c, z, bits, h);
+    const int rows = s.rows_at(base, kRows);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i >= have) continue;
-      const product_t<T> value = h[i], centered = v[i] - mean;
-      sums.sum += static_cast<double>(value), sums.dot += static_cast<double>(value * centered);
+    for (int k = 0; k < kRows; ++k) {
+      A v[kUnit], h[kUnit], z[kUnit];
+      unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
+      if constexpr (kFrom != From::gradient) {
+        if (added) unpack_raw<T>(extra[k], z);
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+      }
+      unit_before<kFrom, A>(c, z, bits[k], h);
+      if (k >= rows) continue;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        const product_t<T> value = h[i], centered = v[i] - mean[i];
+        if constexpr (sizeof(T) == 2)
+          sum[i] += value, dot[i] += value * centered;
+        else
+          sums[i] += value, dots[i] += value * centered;
+      }
+    }
+    pending += kRows;
+    if (sizeof(T) == 2 && (pending == kFold || base + kRows * s.step >= s.end)) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        sums[i] += static_cast<double>(sum[i]), dots[i] += static_cast<double>(dot[i]);
+        sum[i] = 0, dot[i] = 0;
+      }
+      pending = 0;
     }
   }
-  __shared__ GradSums shares[kBlock];
-  shares[threadIdx.x] = sums;
-  __syncthreads();
-  if (warp != 0 || !exists) return;
-  for (int w = 1; w < kWarps; ++w) sums = sums + shares[w * kTileColumns + lane];
-  keep_sums(partials_of(c.scratch, channels) + 2 * (channel * parts + part), sums);
+  const double total = sum_columns(t.lanes, sums), product = sum_columns(t.lanes, dots);
+  const int64_t column = s.tile * t.lanes * kUnit + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < t.lanes * kUnit && column < r.length)
+    keep_sums(partials_of(c.scratch, r.channels) + 2 * (column * t.parts + s.part), {total, product});
 }
 
-// A warp a channel: the parameters' gradients and what every value of grad_x needs.
-template <class T>
+// A group of threads a channel: the parameters' gradients and what every value of grad_x needs.
+template <class T, int kGroup>
 __global__ void __launch_bounds__(kBlock) finish_sums(BatchNormBackwardCall c, int64_t parts) {
   using A = acc_t<T>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t channels = c.shape.channels, channel = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / 32;
-  GradSums all{0, 0};
+  const int lane = static_cast<int>(threadIdx.x) % kGroup;
+  const int64_t channels = c.shape.channels, channel = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kGroup;
+  Pair all{0, 0};
   const double* from = partials_of(c.scratch, channels) + 2 * channel * parts;
-  for (int64_t i = lane; channel < channels && i < parts; i += 32) all = all + GradSums{from[2 * i], from[2 * i + 1]};
-  all = sum_group<32>(all);
+  for (int64_t i = lane; channel < channels && i < parts; i += kGroup) all = all + Pair{from[2 * i], from[2 * i + 1]};
+  all = sum_group<kGroup>(all);
   if (lane != 0 || channel >= channels) return;
   const double n = static_cast<double>(c.shape.batch * c.shape.spatial), invstd = c.invstd[channel];
   const double low = lost_of<A>(c.mean[channel]);
-  const double dot = all.dot - low * all.sum;  // around the exact mean
+  const double dot = all.b - low * all.a;  // around the exact mean
   set_value(c.grad_weight, c.grad_dtype, channel, n > 0 ? dot * invstd : 0.0);
-  set_value(c.grad_bias, c.grad_dtype, channel, n > 0 ? all.sum : 0.0);
+  set_value(c.grad_bias, c.grad_dtype, channel, n > 0 ? all.a : 0.0);
   const Coefficients<A> k(c.scratch, channels);
+  set_affine<T>(c, k, channel);
   const double slope = dot * invstd * invstd / (n - static_cast<double>(c.correction));
-  k.grad_mean[channel] = static_cast<A>(all.sum / n - low * slope);
+  k.grad_mean[channel] = static_cast<A>(all.a / n - low * slope);
   k.grad_slope[channel] = static_cast<A>(slope);
 }
 
-template <class T, Walk kWalk>
-__global__ void __launch_bounds__(kBlock) write_grads(BatchNormBackwardCall c, Rows r) {
+// A block some units of planes, from the end of the tensor on: the sums' kernel has read that last.
+template <class T, bool kFast, From kFrom>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 2 : 4)
+    write_planes(BatchNormBackwardCall c, Rows r) {
   using A = acc_t<T>;
-  const Coefficients<A> k(c.scratch, r.channels);
-  const int64_t total = r.rows * r.units;
-  for (int64_t index = int64_t{blockIdx.x} * kBlock + threadIdx.x; index < total;
-       index += int64_t{gridDim.x} * kBlock) {
-    const Unit u = unit_at(r, index);
-    int64_t channel[kUnit];
-    A v[kUnit], h[kUnit];
-    channels_of<kWalk>(r, u, channel);
-    unit_before<T>(c, k, u.at, u.have, channel, index, v, h);
-    if (c.grad_residual != nullptr) store_unit(static_cast<T*>(c.grad_residual) + u.at, u.have, h);
-    if (c.grad_input == nullptr) continue;
+  constexpr int kAhead = kUnitsOf<T, 2>;
+  const Coefficients<A> coefficients(c.scratch, r.channels);
+  const PlaneUnits<kAhead> u(r, int64_t{gridDim.x} - 1 - blockIdx.x);
+  const T *x = static_cast<const T*>(c.input), *g = static_cast<const T*>(c.grad_output);
+  const T* residual = static_cast<const T*>(c.residual);
+  const bool masked = kFrom != From::light && c.mask != nullptr;
+  const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
+  Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
+  unsigned bits[kAhead];
+  A mean[kAhead], scale[kAhead], shift[kAhead], grad_mean[kAhead], grad_slope[kAhead];
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const int64_t j = channel[i];
-      if (c.training) h[i] = (h[i] - k.grad_mean[j]) - (v[i] - k.mean[j]) * k.grad_slope[j];
-      h[i] *= k.scale[j];
+  for (int k = 0; k < kAhead; ++k) {
+    const int64_t j = u.channel[k];
+    mean[k] = coefficients.mean[j], scale[k] = coefficients.scale[j], shift[k] = coefficients.shift[j];
+    grad_mean[k] = coefficients.grad_mean[j], grad_slope[k] = coefficients.grad_slope[j];
+    raw[k] = load_raw<T, kFast>(x + u.at[k], u.have[k]), grad[k] = load_raw<T, kFast>(g + u.at[k], u.have[k]);
+    if (added) extra[k] = load_raw<T, kFast>(residual + u.at[k], u.have[k]);
+    bits[k] = masked ? c.mask[u.index[k]] : 0u;
+  }
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    A v[kUnit], h[kUnit], z[kUnit];
+    unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
+    if constexpr (kFrom != From::gradient) {
+      if (added) unpack_raw<T>(extra[k], z);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[k]) * scale[k] + (added ? shift[k] + z[i] : shift[k]);
     }
-    store_unit(static_cast<T*>(c.grad_input) + u.at, u.have, h);
+    unit_before<kFrom, A>(c, z, bits[k], h);
+    if (!u.exists[k]) continue;
+    if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + u.at[k], u.have[k], h);
+    if (c.grad_input == nullptr) continue;
+    if (c.training) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) h[i] = (h[i] - grad_mean[k]) - (v[i] - mean[k]) * grad_slope[k];
+    }
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) h[i] *= scale[k];
+    store_unit<T, kFast>(static_cast<T*>(c.grad_input) + u.at[k], u.have[k], h);
   }
 }
+
+// A block a (part of the rows, tile of columns), also from the end. A thread keeps the coefficients of its columns.
+template <class T, bool kFast, From kFrom>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ? 1
+                                          : sizeof(T) == 4                     ? 3
+                                                                               : 2)
+    write_columns(BatchNormBackwardCall c, Rows r, Tiles t) {
+  using A = acc_t<T>;
+  constexpr int kRows = kUnitsOf<T, 2>;
+  const Spot s(r, t, int64_t{gridDim.x} - 1 - blockIdx.x);
+  const MaskPlace place(r, s);
+  const bool masked = kFrom != From::light && c.mask != nullptr;
+  const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
+  const T *x = static_cast<const T*>(c.input) + s.first, *g = static_cast<const T*>(c.grad_output) + s.first;
+  const T* residual = static_cast<const T*>(c.residual) + s.first;
+  const Coefficients<A> coefficients(c.scratch, r.channels);
+  int64_t channel[kUnit];
+  A mean[kUnit], scale[kUnit], shift[kUnit], grad_mean[kUnit], grad_slope[kUnit];
+  channels_of(r, s, channel);
+  load_columns<kFast>(coefficients.mean, r, s, channel, mean);
+  load_columns<kFast>(coefficients.scale, r, s, channel, scale);
+  if constexpr (kFrom != From::gradient) load_columns<kFast>(coefficients.shift, r, s, channel, shift);
+  load_columns<kFast>(coefficients.grad_mean, r, s, channel, grad_mean);
+  load_columns<kFast>(coefficients.grad_slope, r, s, channel, grad_slope);
+  for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
+    Raw<T> raw[kRows], grad[kRows], extra[kRows];
+    unsigned bits[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = s.row_at(base, k);
+      raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
+      if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
+      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
+    }
+    const int rows = s.owner ? s.rows_at(base, kRows) : 0;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t at = s.first + s.row_at(base, k) * r.length;
+      A v[kUnit], h[kUnit], z[kUnit];
+      unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
+      if constexpr (kFrom != From::gradient) {
+        if (added) unpack_raw<T>(extra[k], z);
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+      }
+      unit_before<kFrom, A>(c, z, bits[k], h);
+      if (k >= rows) continue;
+      if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + at, s.have, h);
+      if (c.grad_input == nullptr) continue;
+      if (c.training) {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) h[i] = (h[i] - grad_mean[i]) - (v[i] - mean[i]) * grad_slope[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) h[i] *= scale[i];
+      store_unit<T, kFast>(static_cast<T*>(c.grad_input) + at, s.have, h);
+    }
+  }
+}
+
+// Runs the code with kFast and kFrom; what is rare has one kernel for all.
+#define FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom, ...) \
+  if (!(fast) || (from) == From::any) {                    \
+    constexpr From kFrom = From::any;                      \
+    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__)          \
+  } else if ((from) == From::light) {                      \
+    constexpr From kFrom = From::light;                    \
+    constexpr bool kFast = true;                           \
+    __VA_ARGS__;                                           \
+  } else {                                                 \
+    constexpr From kFrom = From::gradient;                 \
+    constexpr bool kFast = true;                           \
+    __VA_ARGS__;                                           \
+  }
 
 template <class T>
 int32_t backward(const BatchNormBackwardCall& call, void* stream) {
@@ -213,18 +381,38 @@ int32_t backward(const BatchNormBackwardCall& call, void* stream) {
   BatchNormBackwardCall c = call;
   if (c.activation == Activation::relu) c.slope = 0;
   const Rows r = rows_of(c.shape);
-  const int64_t parts = parts_of(c.shape), channels = c.shape.channels;
-  launch(set_coefficients<T>, ceil_div(channels, kBlock), kBlock, c);
-  if ((c.training && c.grad_input != nullptr) || c.grad_weight != nullptr) {
-    if (r.walk == Walk::column)
-      launch(column_sums<T>, ceil_div(channels, kTileColumns) * parts, kBlock, c, r, parts);
+  const int64_t channels = c.shape.channels, each = partials_each(c.shape);
+  const bool some = r.rows * r.units > 0, sums = (c.training && c.grad_input != nullptr) || c.grad_weight != nullptr;
+  const bool fast = fast_walk(r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
+  const From from = c.activation == Activation::none || c.mask != nullptr     ? From::gradient
+                    : light_activation(c.activation) && c.residual == nullptr ? From::light
+                                                                              : From::any;
+  if (!sums || from != From::gradient || !fast) launch(set_coefficients<T>, ceil_div(channels, kBlock), kBlock, c);
+  if (sums) {
+    const bool columns = sums_columns(r);
+    if (some && columns) {
+      const Tiles t = tiles_of(r, kColumnBlocks);
+      FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom,
+                          launch(column_sums<T, kFast, kFrom>, t.across * t.parts, kBlock, c, r, t))
+    } else if (some) {
+      FUSED_OPS_WITH_FROM(fast && c.shape.spatial % kUnit == 0, from, kFast, kFrom,
+                          launch(plane_sums<T, kFast, kFrom>, channels * each, kBlock, c, r, each))
+    }
+    const int64_t parts = some ? each : 0;
+    if (parts > kFewParts)
+      launch(finish_sums<T, kBlock>, channels, kBlock, c, parts);
     else
-      launch(plane_sums<T>, channels * parts, kBlock, c, r, parts);
-    launch(finish_sums<T>, ceil_div(channels * 32, kBlock), kBlock, c, parts);
+      launch(finish_sums<T, 32>, ceil_div(channels * 32, kBlock), kBlock, c, parts);
   }
-  if (c.grad_input == nullptr && c.grad_residual == nullptr) return launch.error();
-  const int64_t blocks = std::min(ceil_div(r.rows * r.units, kBlock), kWriteBlocks);
-  FUSED_OPS_WITH_WALK(r.walk, kWalk, launch(write_grads<T, kWalk>, blocks, kBlock, c, r))
+  if (!some || (c.grad_input == nullptr && c.grad_residual == nullptr)) return launch.error();
+  if (r.walk == Walk::column) {
+    const Tiles t = tiles_of(r, kWriteBlocks);
+    FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom,
+                        launch(write_columns<T, kFast, kFrom>, t.across * t.parts, kBlock, c, r, t))
+  } else {
+    const int64_t blocks = ceil_div(r.rows * r.units, kBlock * kUnitsOf<T, 2>);
+    FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom, launch(write_planes<T, kFast, kFrom>, blocks, kBlock, c, r))
+  }
   return launch.error();
 }
 

@@ -1,6 +1,10 @@
 // How the batch-norm kernels walk a tensor: eight values of a row at a time, and a channel's values in parts.
+//
+// A thread loads kBytesAhead bytes (several units) of a tensor before it uses any, without a branch: what is behind the
+// end is loaded from a place that exists and left out. Whether units are whole and aligned is decided on the host.
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 
 #include "activation.cuh"
 #include "batch_norm.h"
@@ -10,81 +14,96 @@
 namespace fused_ops {
 namespace cuda {
 
-constexpr int kUnit = 8;                 // values of one step of a thread, and bits of one byte of the mask
-constexpr int64_t kReduceBlocks = 2048;  // of a reduction, if every block still has kPartValues: the same on all GPUs
+constexpr int kUnit = 8;                // values of one step of a thread, and bits of one byte of the mask
+constexpr int64_t kPlaneBlocks = 1056;  // of a reduction over planes, if every block still has kPartValues,
+constexpr int64_t kColumnBlocks = 528;  // and over columns: the same on all GPUs
+constexpr int64_t kWriteBlocks = 1056;  // that write columns
 constexpr int64_t kPartValues = 4096;
-constexpr int64_t kWriteBlocks = 8192;
-constexpr int kColumnRows = 16;  // rows of a column that a thread loads together
-constexpr int kTileColumns = 32;
-constexpr int64_t kSmallPlaneValues = 32;  // planes up to this many values are masked as rows of columns
+constexpr int64_t kStepRows = 8;              // rows of a thread that parts of columns are multiples of
+constexpr int64_t kSmallPlaneValues = 32;     // planes up to this many values are masked as rows of columns
+constexpr int64_t kMiddlePlaneValues = 2048;  // planes that are no whole units are walked as columns up to here,
+constexpr int64_t kColumnPlanes = 32;         // if there are as many of a channel
+constexpr int64_t kFewParts = 64;             // that a warp merges; more, a block
 constexpr int kCoefficients = 5;
+constexpr int kBytesAhead = 64;  // that a thread loads before it uses any
+
+// Units of each of kTensors that a thread loads together.
+template <class T, int kTensors>
+constexpr int kUnitsOf = std::max(1, kBytesAhead / (kTensors * kUnit * static_cast<int>(sizeof(T))));
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return b ? (a + b - 1) / b : 0; }
 
 // Rows of values that are walked in units, each beginning a byte of the mask.
-enum class Walk {
-  plane,   // (batch * channels, spatial): one channel a row
-  column,  // (batch * spatial, channels): value k is of channel k
-  repeat,  // (batch, channels * spatial) of small planes: value k is of channel k / spatial
-};
+//
+// plane: (batch * channels, spatial), one channel a row. column: value k of a row is of channel k / side. Channels last
+// are (batch * spatial, channels), side 1; planes of some sizes are (batch, channels * spatial), side = spatial, since
+// then all rows are aligned as the tensor is, whatever the size of a plane.
+enum class Walk { plane, column };
 
 struct Rows {
   Walk walk;
+  bool plane_mask;              // of columns: the mask's rows are the planes
   int64_t rows, length, units;  // units of a row
-  int64_t channels, spatial;
+  int64_t channels, side;
 };
 
 inline Rows rows_of(const BatchNormShape& s) {
-  Rows r{Walk::plane, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial};
+  Rows r{Walk::plane, false, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial};
+  const bool small = s.spatial <= kSmallPlaneValues;
   if (s.channels_last || s.spatial == 1)
-    r.walk = Walk::column, r.rows = s.batch * s.spatial, r.length = s.channels;
-  else if (s.spatial <= kSmallPlaneValues)
-    r.walk = Walk::repeat, r.rows = s.batch, r.length = s.channels * s.spatial;
+    r.walk = Walk::column, r.rows = s.batch * s.spatial, r.length = s.channels, r.side = 1;
+  else if (small || (s.spatial % kUnit != 0 && s.spatial <= kMiddlePlaneValues && s.batch >= kColumnPlanes))
+    r.walk = Walk::column, r.rows = s.batch, r.length = s.channels * s.spatial, r.plane_mask = !small;
   r.units = ceil_div(r.length, kUnit);
   return r;
 }
 
-// The parts that a channel's values are cut into for a reduction, by the shape alone.
-inline int64_t parts_of(const BatchNormShape& s) {
-  const bool columns = s.channels_last || s.spatial == 1;
-  const int64_t across = columns ? ceil_div(s.channels, kTileColumns) : s.channels;
-  const int64_t least = columns ? kPartValues / kTileColumns : kPartValues;
-  return std::max<int64_t>(1, std::min(kReduceBlocks / std::max<int64_t>(across, 1), ceil_div(s.values(), least)));
+// A block's share of columns: `lanes` threads side by side with a unit each, 256 / lanes rows below each other.
+struct Tiles {
+  int lanes;             // a power of two
+  int64_t across, step;  // tiles of a row, and the units from one to the next
+  int64_t parts, rows;   // parts of the rows, and the rows of a part
+};
+
+inline int lanes_of(int64_t units) {
+  for (const int lanes : {32, 16, 8})
+    if (units % lanes == 0) return lanes;
+  for (int lanes = 32; lanes >= 4; lanes /= 2)
+    if (ceil_div(units, lanes) * lanes * 4 <= units * 5) return lanes;
+  int lanes = 1;
+  while (lanes < units && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+// With `overlap`, the last lane of a tile has the unit of the next tile's first.
+inline Tiles tiles_of(const Rows& r, int64_t blocks, bool overlap = false) {
+  Tiles t{overlap ? 32 : lanes_of(r.units), 0, 0, 1, 0};
+  t.step = t.lanes - overlap, t.across = std::max<int64_t>(1, ceil_div(r.units, t.step));
+  const int64_t least = kBlock / t.lanes * kStepRows, steps = ceil_div(r.rows, least);
+  t.rows = std::max<int64_t>(1, ceil_div(steps, std::max<int64_t>(1, blocks / t.across))) * least;
+  t.parts = std::max<int64_t>(1, ceil_div(r.rows, t.rows));
+  return t;
+}
+
+// Whether a channel's values are summed by columns, which then are added, or plane by plane.
+inline bool sums_columns(const Rows& r) { return r.walk == Walk::column && (r.side == 1 || r.rows >= kColumnPlanes); }
+
+// The parts that a channel's planes are cut into for a reduction, by the shape alone.
+inline int64_t plane_parts(const BatchNormShape& s) {
+  const int64_t most = kPlaneBlocks / std::max<int64_t>(s.channels, 1);
+  return std::max<int64_t>(1, std::min(most, ceil_div(s.values(), kPartValues)));
+}
+
+// Partial sums of a channel, side by side in memory.
+inline int64_t partials_each(const BatchNormShape& s) {
+  const Rows r = rows_of(s);
+  return sums_columns(r) ? r.side * tiles_of(r, kColumnBlocks).parts : plane_parts(s);
 }
 
 // 64-bit division takes some forty instructions; most tensors do not need it.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
-}
-
-// Eight values of a row, `have` of them there.
-struct Unit {
-  int64_t row, first, at;  // its row, the first value's index in the row and in memory
-  int have;
-};
-__device__ inline Unit unit_at(const Rows& r, int64_t index) {
-  Unit u;
-  u.row = quotient(index, r.units), u.first = (index - u.row * r.units) * kUnit, u.at = u.row * r.length + u.first;
-  const int64_t left = r.length - u.first;
-  u.have = left < kUnit ? static_cast<int>(left) : kUnit;
-  return u;
-}
-
-// The channel of each value of a unit.
-template <Walk kWalk>
-__device__ inline void channels_of(const Rows& r, const Unit& u, int64_t* channel) {
-  if constexpr (kWalk == Walk::plane) {
-    const int64_t c = u.row - quotient(u.row, r.channels) * r.channels;
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) channel[k] = c;
-  } else {
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) {
-      const int64_t at = k < u.have ? u.first + k : u.first;
-      channel[k] = kWalk == Walk::column ? at : quotient(at, r.spatial);
-    }
-  }
 }
 
 template <class T>
@@ -94,9 +113,34 @@ __device__ inline void load_unit(const T* p, int have, acc_t<T>* out) {
   for (int k = 0; k < kUnit; k += kVector<T>) load_vector<T>(p + k, have - k, offset, acc_t<T>(0), out + k);
 }
 
+// A unit as it lies in memory. Fast: it is whole and aligned, so that its loads depend on nothing.
 template <class T>
+struct Raw {
+  Words w[kUnit / kVector<T>];
+};
+template <class T, bool kFast>
+__device__ inline Raw<T> load_raw(const T* p, int have) {
+  Raw<T> raw;
+  if constexpr (kFast) {
+#pragma unroll
+    for (int i = 0; i < kUnit / kVector<T>; ++i) raw.w[i] = load_aligned(p + i * kVector<T>);
+  } else {
+    acc_t<T> v[kUnit];
+    load_unit(p, have, v);
+#pragma unroll
+    for (int i = 0; i < kUnit / kVector<T>; ++i) raw.w[i] = pack<T>(v + i * kVector<T>);
+  }
+  return raw;
+}
+template <class T>
+__device__ inline void unpack_raw(const Raw<T>& raw, acc_t<T>* out) {
+#pragma unroll
+  for (int i = 0; i < kUnit / kVector<T>; ++i) unpack<T>(raw.w[i], out + i * kVector<T>);
+}
+
+template <class T, bool kFast>
 __device__ inline void store_unit(T* p, int have, const acc_t<T>* v) {
-  if (have == kUnit && misalignment(p) == 0) {
+  if (kFast || (have == kUnit && misalignment(p) == 0)) {
 #pragma unroll
     for (int k = 0; k < kUnit; k += kVector<T>) store_aligned(p + k, pack<T>(v + k));
     return;
@@ -106,52 +150,279 @@ __device__ inline void store_unit(T* p, int have, const acc_t<T>* v) {
     if (k < have) set(p[k], v[k]);
 }
 
+// Whether every unit is whole and aligned in these tensors, of which some may be null.
+inline bool fast_walk(const Rows& r, std::initializer_list<const void*> tensors) {
+  bool fast = r.length % kUnit == 0;
+  for (const void* p : tensors) fast = fast && (reinterpret_cast<uintptr_t>(p) & 15u) == 0;
+  return fast;
+}
+
+// ---- planes
+
+// The units of one channel in a part, kBlock apart: `offset` is of the tensor.
+struct PlaneWalk {
+  int64_t offset, left;  // left: units of the part from this one on
+  int64_t unit, units;
+  int64_t step, step_unit, jump, origin;
+  int64_t byte, step_byte, jump_byte;  // of a mask whose rows are the planes
+  int64_t spatial;
+
+  __device__ PlaneWalk(const BatchNormShape& s, int64_t channel, int64_t part, int64_t parts) : spatial(s.spatial) {
+    units = (s.spatial + kUnit - 1) / kUnit;
+    const int64_t total = s.batch * units, each = quotient(total + parts - 1, parts), first = part * each;
+    const int64_t index = first + threadIdx.x, end = first + each < total ? first + each : total;
+    const int64_t b = quotient(index, units), rows = quotient(kBlock, units);
+    left = end - index, unit = index - b * units;
+    const int64_t stride = s.channels * s.spatial;
+    origin = channel * s.spatial, offset = b * stride + origin + unit * kUnit;
+    step_unit = kBlock - rows * units, step = rows * stride + step_unit * kUnit;
+    jump = stride - units * kUnit;
+    byte = (b * s.channels + channel) * units + unit;
+    step_byte = rows * s.channels * units + step_unit, jump_byte = (s.channels - 1) * units;
+  }
+  __device__ void advance() {
+    left -= kBlock, unit += step_unit, offset += step, byte += step_byte;
+    if (unit >= units) unit -= units, offset += jump, byte += jump_byte;
+  }
+  // The unit's values, 0 behind the end; and where to load it, something else behind the end.
+  template <bool kFast>
+  __device__ int have() const {
+    if (left <= 0) return 0;
+    const int64_t rest = spatial - unit * kUnit;
+    return kFast || rest >= kUnit ? kUnit : static_cast<int>(rest);
+  }
+  __device__ int64_t at() const { return left > 0 ? offset : origin; }
+};
+
+// The units of a block that writes: kAhead of a thread, kBlock apart.
+template <int kAhead>
+struct PlaneUnits {
+  int64_t index[kAhead], at[kAhead], channel[kAhead];
+  int have[kAhead];
+  bool exists[kAhead];  // else it is the last one again
+
+  __device__ PlaneUnits(const Rows& r, int64_t block) {
+    const int64_t last = r.rows * r.units - 1;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = (block * kAhead + k) * kBlock + threadIdx.x;
+      exists[k] = i <= last, index[k] = exists[k] ? i : last;
+      const int64_t row = quotient(index[k], r.units), first = (index[k] - row * r.units) * kUnit;
+      channel[k] = row - quotient(row, r.channels) * r.channels, at[k] = row * r.length + first;
+      have[k] = r.length - first < kUnit ? static_cast<int>(r.length - first) : kUnit;
+    }
+  }
+};
+
+// ---- columns
+
+// A thread's place in its tile.
+struct Spot {
+  int64_t unit, first;  // its unit in the row, and that unit's first column
+  int64_t begin, end;   // rows of the part
+  int64_t tile, part;
+  int lane, row, step;  // step: rows that the block walks at once
+  int have;             // columns of the unit
+  bool exists, owner;
+
+  __device__ Spot(const Rows& r, const Tiles& t, int64_t block) {
+    part = quotient(block, t.across), tile = block - part * t.across;
+    const int thread = static_cast<int>(threadIdx.x);
+    lane = thread & (t.lanes - 1), row = thread / t.lanes, step = kBlock / t.lanes;
+    unit = tile * t.step + lane, exists = unit < r.units, owner = exists && lane < t.step;
+    if (!exists) unit = r.units - 1;
+    first = unit * kUnit;
+    have = r.length - first < kUnit ? static_cast<int>(r.length - first) : kUnit;
+    begin = part * t.rows, end = begin + t.rows < r.rows ? begin + t.rows : r.rows;
+  }
+  // The k-th of this thread's rows from `base` on, or the last row of the part.
+  __device__ int64_t row_at(int64_t base, int k) const {
+    const int64_t at = base + row + k * step;
+    return at < end ? at : end - 1;
+  }
+  __device__ int rows_at(int64_t base, int most) const {
+    const int64_t left = end - base - row;
+    if (left <= 0) return 0;
+    return left > int64_t{most - 1} * step ? most : (static_cast<int>(left) + step - 1) / step;
+  }
+};
+
+// One value of each column of a unit from an array of the scratch memory with one a channel.
+template <bool kFast, class A>
+__device__ inline void load_columns(const A* from, const Rows& r, const Spot& s, const int64_t* channel, A* out) {
+  if (kFast && r.side == 1) {
+#pragma unroll
+    for (int k = 0; k < kUnit; k += kVector<A>) unpack<A>(load_aligned(from + s.first + k), out + k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) out[k] = from[channel[k]];
+  }
+}
+
+// The channel of each column of a unit.
+__device__ inline void channels_of(const Rows& r, const Spot& s, int64_t* channel) {
+  int64_t c = r.side == 1 ? s.first : quotient(s.first, r.side), within = s.first - c * r.side;
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) {
+    channel[k] = k < s.have ? c : channel[0];
+    if (++within == r.side) within = 0, ++c;
+  }
+}
+
+// Where the mask's bits of a unit's columns are: up to three bytes if its rows are planes, else one.
+struct MaskPlace {
+  int64_t at[3], row_bytes;
+  int shift, behind[2];
+  __device__ MaskPlace(const Rows& r, const Spot& s)
+      : at{s.unit, s.unit, s.unit}, row_bytes(r.units), shift(0), behind{kUnit, kUnit} {
+    if (!r.plane_mask) return;
+    const int64_t bytes = (r.side + kUnit - 1) / kUnit, channel = quotient(s.first, r.side);
+    const int64_t within = s.first - channel * r.side;
+    row_bytes = r.channels * bytes, shift = static_cast<int>(within % kUnit);
+    at[0] = channel * bytes + within / kUnit;
+    const int64_t rest = r.side - within;  // of the plane
+    behind[0] = static_cast<int>(rest < kUnit - shift ? rest : kUnit - shift);
+    const int64_t more = rest > behind[0] && rest - behind[0] < kUnit ? rest - behind[0] : kUnit;
+    behind[1] = behind[0] + static_cast<int>(more);
+    at[1] = at[0] + (behind[0] < s.have), at[2] = at[1] + (behind[1] < s.have);
+  }
+  __device__ unsigned load(const Rows& r, const uint8_t* mask, int64_t row) const {
+    const uint8_t* from = mask + row * row_bytes;
+    if (!r.plane_mask) return from[at[0]];
+    const unsigned a = from[at[0]], b = from[at[1]], c = from[at[2]];
+    return (a >> shift) | (behind[0] < kUnit ? b << behind[0] : 0u) | (behind[1] < kUnit ? c << behind[1] : 0u);
+  }
+};
+
+// Writes the mask's bytes that begin in a unit's columns: one, or up to two if its rows are planes.
+struct MaskWriter {
+  int64_t row_bytes;
+  uint32_t at[2];          // from the row's first byte
+  int start[2], count[2];  // the byte's first column in the unit, and its bits; none where count is 0
+  __device__ MaskWriter(const Rows& r, const Spot& s)
+      : row_bytes(r.units), at{static_cast<uint32_t>(s.unit), 0}, start{0, 0}, count{s.owner ? kUnit : 0, 0} {
+    if (!r.plane_mask) return;
+    const int64_t bytes = (r.side + kUnit - 1) / kUnit, channel = quotient(s.first, r.side);
+    const int64_t within = s.first - channel * r.side, next = (within + kUnit - 1) / kUnit, rest = r.side - within;
+    row_bytes = r.channels * bytes;
+    start[0] = static_cast<int>(next * kUnit - within), at[0] = static_cast<uint32_t>(channel * bytes + next);
+    const int64_t bits = r.side - next * kUnit;  // of the plane from there on
+    count[0] = !s.owner || bits <= 0 ? 0 : bits < kUnit ? static_cast<int>(bits) : kUnit;
+    start[1] = static_cast<int>(rest < kUnit ? rest : 0), at[1] = static_cast<uint32_t>((channel + 1) * bytes);
+    count[1] = s.owner && start[1] > 0 && start[1] < s.have ? kUnit : 0;
+  }
+  // By all threads of a warp together. A byte's other columns are in the next lane's unit.
+  __device__ void store(const Rows& r, uint8_t* mask, int64_t row, bool exists, unsigned bits) const {
+    uint8_t* to = mask + row * row_bytes;
+    if (!r.plane_mask) {
+      if (exists) to[at[0]] = static_cast<uint8_t>(bits);
+      return;
+    }
+    bits |= __shfl_down_sync(kAll, bits, 1) << kUnit;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (exists && count[i] > 0) to[at[i]] = static_cast<uint8_t>((bits >> start[i]) & ((1u << count[i]) - 1));
+  }
+};
+
+// Sums over the threads of a block that have the same columns: the i-th thread gets those of the tile's i-th column.
+__device__ inline double sum_columns(int lanes, double* v) {
+  __shared__ double shares[kBlock / 32][32 * kUnit];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int d = lanes; d < 32; d *= 2) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) v[k] += shuffled(v[k], d);
+  }
+  __syncthreads();  // the sums before these have been read
+  if (lane < lanes) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) shares[warp][lane * kUnit + k] = v[k];
+  }
+  __syncthreads();
+  double sum = 0;
+  if (static_cast<int>(threadIdx.x) < lanes * kUnit) {
+    sum = shares[0][threadIdx.x];
+#pragma unroll
+    for (int w = 1; w < kBlock / 32; ++w) sum += shares[w][threadIdx.x];
+  }
+  return sum;
+}
+
+// ---- activations
+
+// Those that take few registers have kernels of their own, of which more run at once.
+inline bool light_activation(Activation a) {
+  return a == Activation::none || a == Activation::relu || a == Activation::leaky_relu;
+}
+template <int kCount, class A>
+__device__ inline void activate_light(Activation kind, A* z, A slope) {
+  if (kind == Activation::none) return;
+  const A factor = kind == Activation::relu ? A(0) : slope;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const A below = factor == A(0) ? A(0) : z[i] * factor;  // relu: 0 also times infinity
+    z[i] = z[i] <= A(0) ? below : z[i];
+  }
+}
+
 // ---- moments
+
+struct Pair {
+  double a, b;
+};
+__device__ inline Pair shuffled(const Pair& v, int lanes) { return {shuffled(v.a, lanes), shuffled(v.b, lanes)}; }
+__device__ inline Pair operator+(const Pair& x, const Pair& y) { return {x.a + y.a, x.b + y.b}; }
 
 // Mean, sum of squared distances and number of some values.
 struct Moments {
   double mean, m2, n;
 };
-__device__ inline Moments shuffled(const Moments& v, int lanes) {
-  return {shuffled(v.mean, lanes), shuffled(v.m2, lanes), shuffled(v.n, lanes)};
+// From sums of x - near and its square over n values.
+__device__ inline Moments moments_around(double near, const Pair& sums, double n) {
+  if (n == 0) return {0, 0, 0};
+  const double off = sums.a / n, m2 = sums.b - sums.a * off;
+  return {near + off, m2 < 0 ? 0.0 : m2, n};
 }
-// Chan's merge, the same bits for (a, b) and (b, a).
-__device__ inline Moments merged(const Moments& a, const Moments& b) {
-  if (a.n == 0) return b;
-  if (b.n == 0) return a;
-  const double n = a.n + b.n, delta = b.mean - a.mean;
-  return {(a.n * a.mean + b.n * b.mean) / n, (a.m2 + b.m2) + delta * delta * (a.n * b.n / n), n};
+// Of a group: `total` and `n` are every thread's, around(near) its sums of x - near and of the square. Adds and divides
+// once where Chan's merge, which is this for two threads, divides at every step.
+template <int kGroup, class Around>
+__device__ inline Moments group_moments(double total, double n, const Around& around) {
+  const Pair all = sum_group<kGroup>(Pair{total, n});
+  const double near = all.b == 0 ? 0.0 : all.a / all.b;
+  return moments_around(near, sum_group<kGroup>(around(near)), all.b);
 }
 
-// Sums of x - shift and of its square, in double. The shift is the mean of the first values, so that little cancels.
+// Sums of x - shift and of its square, in double. The shift is the first value, so that little cancels. S keeps it:
+// double where there are registers for it, which saves a conversion a step.
+template <class A, class S>
 struct Shifted {
-  double shift = 0, sum = 0, squares = 0;
-  int64_t n = 0;
+  S shift = 0;
+  double sum = 0, squares = 0;
 
-  // Adds the first `count` of kCount values; around their own mean in A, from there in double.
-  template <int kCount, class A>
-  __device__ void add(const A* v, int count) {
-    if (count <= 0) return;
-    A total = 0, rest = 0, squared = 0;
+  // Adds `count` of kCount values, those that there(k), and the first: around that one in A, from there in double. One
+  // that is far off costs no digits, since then its own share is as large. fresh: there were none before.
+  template <int kCount, class There>
+  __device__ void add(const A* v, int count, bool fresh, const There& there) {
+    const A near = v[0];
+    A rest = 0, squared = 0;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) total += k < count ? v[k] : A(0);
-    const A near = total / A(count);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const A d = k < count ? v[k] - near : A(0);
+    for (int k = 1; k < kCount; ++k) {
+      const A d = there(k) ? v[k] - near : A(0);
       rest += d, squared += d * d;
     }
-    if (n == 0) shift = static_cast<double>(near);
-    const double delta = static_cast<double>(near) - shift, r = static_cast<double>(rest);
+    if (fresh) shift = static_cast<S>(near);
+    const double delta = static_cast<double>(near) - static_cast<double>(shift), r = static_cast<double>(rest);
     sum += count * delta + r;
     squares += static_cast<double>(squared) + delta * (2 * r + count * delta);
-    n += count;
   }
-  __device__ Moments moments() const {
-    if (n == 0) return {0, 0, 0};
-    const double count = static_cast<double>(n), m2 = squares - sum * sum / count;
-    return {shift + sum / count, m2 < 0 ? 0.0 : m2, count};
+  __device__ double total(double n) const { return n * static_cast<double>(shift) + sum; }
+  __device__ Pair around(double near, double n) const {
+    const double d = static_cast<double>(shift) - near;
+    return {sum + n * d, squares + d * (2 * sum + n * d)};
   }
+};
+struct All {
+  __device__ bool operator()(int) const { return true; }
 };
 
 // ---- parameters and coefficients
@@ -204,23 +475,14 @@ __host__ __device__ inline double* partials_of(double* scratch, int64_t channels
   return scratch + kCoefficients * channels;
 }
 
-#define FUSED_OPS_WITH_WALK(walk, kWalk, ...) \
-  switch (walk) {                             \
-    case Walk::plane: {                       \
-      constexpr Walk kWalk = Walk::plane;     \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
-    case Walk::column: {                      \
-      constexpr Walk kWalk = Walk::column;    \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
-    case Walk::repeat: {                      \
-      constexpr Walk kWalk = Walk::repeat;    \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
+// Runs the code with kName, whether `value` is true.
+#define FUSED_OPS_WITH_BOOL(value, kName, ...) \
+  if (value) {                                 \
+    constexpr bool kName = true;               \
+    __VA_ARGS__;                               \
+  } else {                                     \
+    constexpr bool kName = false;              \
+    __VA_ARGS__;                               \
   }
 
 }  // namespace cuda

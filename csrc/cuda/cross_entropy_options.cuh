@@ -21,6 +21,56 @@ constexpr int kShort = 4;  // threads of a row of up to 8 vectors
     __VA_ARGS__;                                          \
   }
 
+// What the classes of a call need. All but `general` are for float accumulators, without mask and statistics, and have
+// kernels of their own; one kernel for every option does the rest.
+enum class Kind {
+  plain,   // neither: class weights of the indices alone, z_loss
+  bent,    // a scale or a softcap
+  smooth,  // the same q for each class
+  dense,   // class probabilities of the logits' dtype
+  general
+};
+inline Kind kind_of(const CrossEntropyRows& a) {
+  const bool moved = a.logit_scale != 1.0 || a.softcap != 0.0, smooth = a.label_smoothing != 0.0;
+  if (a.dtype == DType::float64 || a.has_mask || a.statistics) return Kind::general;
+  if (!a.has_dense && !smooth) return moved ? Kind::bent : Kind::plain;
+  if (moved || a.class_weight) return Kind::general;
+  if (!a.has_dense) return Kind::smooth;
+  const bool alike = a.dense.layout.adjacent_classes() || !a.layout.adjacent_classes();
+  return a.dense.dtype == a.dtype && alike ? Kind::dense : Kind::general;
+}
+// Runs the code with kKind, which is not general.
+#define FUSED_OPS_WITH_KIND(kind, kKind, ...) \
+  switch (kind) {                             \
+    case Kind::plain: {                       \
+      constexpr Kind kKind = Kind::plain;     \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case Kind::bent: {                        \
+      constexpr Kind kKind = Kind::bent;      \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case Kind::smooth: {                      \
+      constexpr Kind kKind = Kind::smooth;    \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case Kind::dense: {                       \
+      constexpr Kind kKind = Kind::dense;     \
+      __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case Kind::general: break;                \
+  }
+
+// Classes of a long row that one block takes, by the row's length alone.
+constexpr int64_t kSegmentClasses = 32768;
+inline int64_t option_segments(const RowLayout& l) {
+  return l.adjacent_classes() && l.classes > kSegmentClasses ? ceil_div(l.classes, kSegmentClasses) : 1;
+}
+
 inline int64_t blocks_for(int64_t items) { return items < kMaxBlocks ? items : kMaxBlocks; }
 // Shares of the smoothing, one for all rows or one a row, that scratch begins with.
 inline int64_t shares_of(const CrossEntropyRows& a) {
@@ -40,16 +90,19 @@ __device__ inline int64_t index_of(const CrossEntropyRows& a, const OptionTarget
 __device__ inline OptionTarget option_target(const CrossEntropyRows& a, int64_t row) {
   OptionTarget t{0, 1, -1, false, !a.has_dense, false};
   if (a.has_dense) return t;
+  if (!a.sparse) {  // one index
+    const RowTarget one = row_target(a.indices, row, a.layout.classes);
+    return {row, 1, one.counts ? one.target : -1, one.counts, !one.counts && !one.bad, one.bad};
+  }
   t.step = a.index_spatial;
   t.first = row / t.step * t.step * a.per_row + row % t.step;
   for (int64_t k = 0; k < a.per_row; ++k) {
     const int64_t target = index_of(a, t, k);
     if (target == a.indices.ignore_index) continue;
-    t.ignored = false, t.target = target;
+    t.ignored = false;
     t.bad |= target < 0 || target >= a.layout.classes;
   }
-  t.one = !a.sparse && !t.ignored && !t.bad;
-  if (!t.one) t.target = -1;
+  t.target = -1;
   return t;
 }
 
@@ -62,22 +115,31 @@ __device__ inline bool is_allowed(const CrossEntropyRows& a, int64_t row, int64_
   return static_cast<const uint8_t*>(a.mask.data)[row_offset(a.mask.layout, row) + c * a.mask.layout.class_stride] != 0;
 }
 
-__device__ inline float tanh_of(float x) { return tanhf(x); }
-__device__ inline double tanh_of(double x) { return tanh(x); }
-
 // A logit's place on the way to u: scaled, and without the factor softcap where there is one. Kept, since the slope
-// needs it as it is.
-template <class A>
-__device__ inline A bent(const CrossEntropyRows& a, A x) {
-  if (a.logit_scale != 1.0) x *= static_cast<A>(a.logit_scale);
-  return a.softcap == 0.0 ? x : tanh_of(x / static_cast<A>(a.softcap));
+// needs it as it is. In float the scale and the division are one factor.
+struct Bend {
+  float scale, factor, cap;
+  bool capped;
+  __device__ explicit Bend(const CrossEntropyRows& a)
+      : scale(static_cast<float>(a.logit_scale)),
+        factor(static_cast<float>(a.softcap == 0.0 ? a.logit_scale : a.logit_scale / a.softcap)),
+        cap(a.softcap == 0.0 ? 1.0f : static_cast<float>(a.softcap)),
+        capped(a.softcap != 0.0) {}
+  __device__ float bent(float x) const { return capped ? tanhf(x * factor) : x * factor; }
+  __device__ float u_of(float t) const { return t * cap; }
+  __device__ float slope(float t) const { return capped ? scale * (1.0f - t * t) : scale; }  // du/dx
+};
+__device__ inline float bent(const CrossEntropyRows& a, float x) { return Bend(a).bent(x); }
+__device__ inline double bent(const CrossEntropyRows& a, double x) {
+  x *= a.logit_scale;
+  return a.softcap == 0.0 ? x : tanh(x / a.softcap);
 }
 template <class A>
 __device__ inline A u_of(const CrossEntropyRows& a, A t) {
   return a.softcap == 0.0 ? t : static_cast<A>(a.softcap) * t;
 }
 template <class A>
-__device__ inline A slope_of(const CrossEntropyRows& a, A t) {  // du/dx
+__device__ inline A slope_of(const CrossEntropyRows& a, A t) {
   const A scale = static_cast<A>(a.logit_scale);
   return a.softcap == 0.0 ? scale : scale * (A(1) - t * t);
 }
@@ -205,6 +267,124 @@ __global__ void __launch_bounds__(kBlock) smoothing_shares(CrossEntropyRows a, d
     count = sum_group<kGroup>(count);
     if (lane == 0 && row < masks) shares[row] = a.label_smoothing / static_cast<double>(count > 0 ? count : 1);
   }
+}
+
+// The vectors that one thread takes in a step of a kind that is not general: all of them are loaded before the first is
+// used. In a full step all are there; in the last one some may not be, or one in part.
+template <class T, int kGroup, Kind kKind>
+struct FastStep {
+  static constexpr int kV = kVector<T>, kU = kKind == Kind::dense && sizeof(T) == 2 ? 2 : 4, kCount = kU * kV;
+  static constexpr int kApart = kGroup * kV, kClasses = kU * kApart;  // between a thread's vectors; of a step
+  // Of class `at`, counted from the thread's first one: where the thread has it, or -1.
+  static __device__ int place(int at) {
+    const unsigned i = static_cast<unsigned>(at), u = i / kApart, k = i % kApart;
+    return i < kClasses && k < kV ? static_cast<int>(u * kV + k) : -1;
+  }
+};
+
+// The same where classes are strided: kCount values, one by one.
+struct LaneStep {
+  static constexpr int kV = 8, kU = 1, kCount = kU * kV, kApart = kV;
+};
+
+// Blocks of a multiprocessor at once: 64 or 80 registers a thread.
+template <class T, Kind kKind>
+constexpr int kFastBlocks = kKind == Kind::dense && sizeof(T) == 4 ? 3 : 4;
+
+// Elements [0, have) of a vector at p, `filler` behind them.
+template <class T>
+__device__ inline Words partial_words(const T* p, int have, acc_t<T> filler) {
+  acc_t<T> v[kVector<T>];
+#pragma unroll
+  for (int k = 0; k < kVector<T>; ++k) v[k] = k < have ? to_acc(p[k]) : filler;
+  return pack<T>(v);
+}
+
+// A step's vectors from the thread's first element on, of which `have` are left in the row.
+template <bool kFull, class Step, class T>
+__device__ inline void load_fast(const T* p, unsigned offset, int have, acc_t<T> filler, Words* words) {
+  if (kFull && offset == 0) {
+#pragma unroll
+    for (int u = 0; u < Step::kU; ++u) words[u] = load_aligned(p + u * Step::kApart);
+  } else if (kFull) {
+#pragma unroll
+    for (int u = 0; u < Step::kU; ++u) words[u] = load_words(p + u * Step::kApart, offset);
+  } else {
+    const Words none = partial_words(p, 0, filler);
+#pragma unroll
+    for (int u = 0; u < Step::kU; ++u) words[u] = none;
+    if (offset == 0) {
+#pragma unroll
+      for (int u = 0; u < Step::kU; ++u)
+        if (have - u * Step::kApart >= Step::kV) words[u] = load_aligned(p + u * Step::kApart);
+    } else {
+#pragma unroll
+      for (int u = 0; u < Step::kU; ++u)
+        if (have - u * Step::kApart >= Step::kV) words[u] = load_words(p + u * Step::kApart, offset);
+    }
+#pragma unroll
+    for (int u = 0; u < Step::kU; ++u) {
+      const int left = have - u * Step::kApart;
+      if (left > 0 && left < Step::kV) words[u] = partial_words(p + u * Step::kApart, left, filler);
+    }
+  }
+}
+
+// As unpack and pack, with the instructions for two elements at once.
+template <class T>
+__device__ inline void unpack_fast(const Words& words, acc_t<T>* out) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, float16_t>) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const __half2 both = *reinterpret_cast<const __half2*>(&words.w[k]);
+      const float2 two = __half22float2(both);
+      out[2 * k] = two.x, out[2 * k + 1] = two.y;
+    }
+    return;
+  }
+#endif
+  unpack<T>(words, out);
+}
+template <class T>
+__device__ inline Words pack_fast(const acc_t<T>* in) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) {
+    Words words;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (std::is_same_v<T, float16_t>) {
+        const __half2 two = __floats2half2_rn(in[2 * k], in[2 * k + 1]);
+        words.w[k] = *reinterpret_cast<const uint32_t*>(&two);
+      } else {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(in[2 * k], in[2 * k + 1]);
+        words.w[k] = *reinterpret_cast<const uint32_t*>(&two);
+      }
+    }
+    return words;
+  }
+#endif
+  return pack<T>(in);
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+// 2^x, 0 below the normal numbers: relative to a maximum, or as a probability, nobody sees those.
+__device__ inline float fast_exp2(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+// exp for an element of T, where its accumulator is float: float32 keeps its digits.
+template <class T>
+__device__ inline float fast_exp(float x) {
+  if constexpr (std::is_same_v<T, float>)
+    return expf(x);
+  else
+    return fast_exp2(x * kLog2E);
 }
 
 // Fills the shares at the beginning of scratch.

@@ -16,6 +16,8 @@ struct RowsBackwardCall {
   CrossEntropyRowsBackward args;
   double z_loss;    // adds 2 z_loss lse grad_nll to grad_lse
   double* scratch;  // rows_backward_scratch(...) doubles
+  // From a row's upstream gradient to the next one's, in the order of the arguments: 0 where one value is for all rows.
+  int64_t steps[4] = {1, 1, 1, 1};
 };
 
 int64_t rows_forward_scratch(const CrossEntropyRows& rows);
