@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       const int64_t row = s.row_at(base, k);
       raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
       if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
-      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
     }
+    place.load<kRows>(r, s, masked ? c.mask : nullptr, base, bits);
     const int rows = s.rows_at(base, kRows);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       const int64_t row = s.row_at(base, k);
       raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
       if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
-      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
     }
+    place.load<kRows>(r, s, masked ? c.mask : nullptr, base, bits);
     const int rows = s.owner ? s.rows_at(base, kRows) : 0;
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
