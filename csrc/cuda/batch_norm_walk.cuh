@@ -16,7 +16,7 @@ namespace cuda {
 
 constexpr int kUnit = 8;                // values of one step of a thread, and bits of one byte of the mask
 constexpr int64_t kPlaneBlocks = 1056;  // of a reduction over planes, if every block still has kPartValues,
-constexpr int64_t kColumnBlocks = 528;  // and over columns: the same on all GPUs
+constexpr int64_t kColumnBlocks = 264;  // and over columns: the same on all GPUs
 constexpr int64_t kWriteBlocks = 1056;  // that write columns
 constexpr int64_t kPartValues = 4096;
 constexpr int64_t kStepRows = 8;              // rows of a thread that parts of columns are multiples of
