@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       const int64_t row = s.row_at(base, k);
       raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
       if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
-      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
     }
+    place.load<kRows>(r, s, masked ? c.mask : nullptr, base, bits);
     const int rows = s.rows_at(base, kRows);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       const int64_t row = s.row_at(base, k);
       raw[k] = load_raw<T, kFast>(x + row * r.length, s.have), grad[k] = load_raw<T, kFast>(g + row * r.length, s.have);
       if (added) extra[k] = load_raw<T, kFast>(residual + row * r.length, s.have);
-      bits[k] = masked ? place.load(r, c.mask, row) : 0u;
     }
+    place.load<kRows>(r, s, masked ? c.mask : nullptr, base, bits);
     const int rows = s.owner ? s.rows_at(base, kRows) : 0;
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
@@ -387,15 +387,15 @@ int32_t backward(const BatchNormBackwardCall& call, void* stream) {
   const From from = c.activation == Activation::none || c.mask != nullptr     ? From::gradient
                     : light_activation(c.activation) && c.residual == nullptr ? From::light
                                                                               : From::any;
-  if (!sums || from != From::gradient || !fast) launch(set_coefficients<T>, ceil_div(channels, kBlock), kBlock, c);
+  const bool columns = sums_columns(r), fast_sums = fast && (columns || c.shape.spatial % kUnit == 0);
+  if (!sums || from != From::gradient || !fast_sums) launch(set_coefficients<T>, ceil_div(channels, kBlock), kBlock, c);
   if (sums) {
-    const bool columns = sums_columns(r);
     if (some && columns) {
       const Tiles t = tiles_of(r, kColumnBlocks);
-      FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom,
+      FUSED_OPS_WITH_FROM(fast_sums, from, kFast, kFrom,
                           launch(column_sums<T, kFast, kFrom>, t.across * t.parts, kBlock, c, r, t))
     } else if (some) {
-      FUSED_OPS_WITH_FROM(fast && c.shape.spatial % kUnit == 0, from, kFast, kFrom,
+      FUSED_OPS_WITH_FROM(fast_sums, from, kFast, kFrom,
                           launch(plane_sums<T, kFast, kFrom>, channels * each, kBlock, c, r, each))
     }
     const int64_t parts = some ? each : 0;

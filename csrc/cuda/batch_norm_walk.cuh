@@ -16,7 +16,7 @@ namespace cuda {
 
 constexpr int kUnit = 8;                // values of one step of a thread, and bits of one byte of the mask
 constexpr int64_t kPlaneBlocks = 1056;  // of a reduction over planes, if every block still has kPartValues,
-constexpr int64_t kColumnBlocks = 528;  // and over columns: the same on all GPUs
+constexpr int64_t kColumnBlocks = 264;  // and over columns: the same on all GPUs
 constexpr int64_t kWriteBlocks = 1056;  // that write columns
 constexpr int64_t kPartValues = 4096;
 constexpr int64_t kStepRows = 8;              // rows of a thread that parts of columns are multiples of
@@ -45,16 +45,19 @@ struct Rows {
   bool plane_mask;              // of columns: the mask's rows are the planes
   int64_t rows, length, units;  // units of a row
   int64_t channels, side;
+  int64_t turn_rows, turn_units, turn_channels;  // how far kBlock units are: so many rows and units; rows mod channels
 };
 
 inline Rows rows_of(const BatchNormShape& s) {
-  Rows r{Walk::plane, false, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial};
+  Rows r{Walk::plane, false, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial, 0, 0, 0};
   const bool small = s.spatial <= kSmallPlaneValues;
   if (s.channels_last || s.spatial == 1)
     r.walk = Walk::column, r.rows = s.batch * s.spatial, r.length = s.channels, r.side = 1;
   else if (small || (s.spatial % kUnit != 0 && s.spatial <= kMiddlePlaneValues && s.batch >= kColumnPlanes))
     r.walk = Walk::column, r.rows = s.batch, r.length = s.channels * s.spatial, r.plane_mask = !small;
   r.units = ceil_div(r.length, kUnit);
+  if (r.units > 0) r.turn_rows = kBlock / r.units, r.turn_units = kBlock % r.units;
+  if (r.channels > 0) r.turn_channels = r.turn_rows % r.channels;
   return r;
 }
 
@@ -199,17 +202,22 @@ template <int kAhead>
 struct PlaneUnits {
   int64_t index[kAhead], at[kAhead], channel[kAhead];
   int have[kAhead];
-  bool exists[kAhead];  // else it is the last one again
+  bool exists[kAhead];  // else it is the first of all
 
   __device__ PlaneUnits(const Rows& r, int64_t block) {
-    const int64_t last = r.rows * r.units - 1;
+    const int64_t total = r.rows * r.units;
+    int64_t i = block * kAhead * kBlock + threadIdx.x, row = quotient(i, r.units), unit = i - row * r.units;
+    int64_t c = row - quotient(row, r.channels) * r.channels;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int64_t i = (block * kAhead + k) * kBlock + threadIdx.x;
-      exists[k] = i <= last, index[k] = exists[k] ? i : last;
-      const int64_t row = quotient(index[k], r.units), first = (index[k] - row * r.units) * kUnit;
-      channel[k] = row - quotient(row, r.channels) * r.channels, at[k] = row * r.length + first;
-      have[k] = r.length - first < kUnit ? static_cast<int>(r.length - first) : kUnit;
+      exists[k] = i < total;
+      const int64_t first = exists[k] ? unit * kUnit : 0, left = r.length - first;
+      index[k] = exists[k] ? i : 0, channel[k] = exists[k] ? c : 0;
+      at[k] = exists[k] ? row * r.length + first : 0;
+      have[k] = left < kUnit ? static_cast<int>(left) : kUnit;
+      i += kBlock, row += r.turn_rows, unit += r.turn_units, c += r.turn_channels;
+      if (unit >= r.units) unit -= r.units, ++row, ++c;
+      if (c >= r.channels) c -= r.channels;
     }
   }
 };
@@ -286,11 +294,23 @@ struct MaskPlace {
     behind[1] = behind[0] + static_cast<int>(more);
     at[1] = at[0] + (behind[0] < s.have), at[2] = at[1] + (behind[1] < s.have);
   }
-  __device__ unsigned load(const Rows& r, const uint8_t* mask, int64_t row) const {
-    const uint8_t* from = mask + row * row_bytes;
-    if (!r.plane_mask) return from[at[0]];
-    const unsigned a = from[at[0]], b = from[at[1]], c = from[at[2]];
-    return (a >> shift) | (behind[0] < kUnit ? b << behind[0] : 0u) | (behind[1] < kUnit ? c << behind[1] : 0u);
+  // The bits of some rows of the part.
+  template <int kRows>
+  __device__ void load(const Rows& r, const Spot& s, const uint8_t* mask, int64_t base, unsigned* bits) const {
+    if (mask == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) bits[k] = 0;
+    } else if (!r.plane_mask) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) bits[k] = mask[s.row_at(base, k) * row_bytes + at[0]];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        const uint8_t* from = mask + s.row_at(base, k) * row_bytes;
+        const unsigned a = from[at[0]], b = from[at[1]], c = from[at[2]];
+        bits[k] = (a >> shift) | (behind[0] < kUnit ? b << behind[0] : 0u) | (behind[1] < kUnit ? c << behind[1] : 0u);
+      }
+    }
   }
 };
 
