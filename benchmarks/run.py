@@ -89,7 +89,8 @@ def run_case(case: Case, threads: int, options: Options) -> list[Row]:
             reasons[name] = check.note
             del runners[name]
     rows = []
-    for direction in case.directions if options.suite == "full" else case.directions[-1:]:
+    every = options.suite == "full" or options.device == "cuda"  # where a direction takes a second
+    for direction in case.directions if every else case.directions[-1:]:
         able = {p.name: runners[p.name] for p in wanted if p.name in runners and direction in p.directions}
         rows += _rows(case, wanted, able, reasons, checks, direction, threads, options)
     return rows

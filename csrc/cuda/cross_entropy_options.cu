@@ -304,8 +304,8 @@ __device__ inline void add_vectors(const Bend& bend, const T* x, const T* q, uns
   if constexpr (kKind == Kind::dense) load_fast<kFull, Step>(q, q_offset, left, 0.0f, qs);
 #pragma unroll
   for (int u = 0; u < Step::kU; ++u) {
-    unpack_fast<T>(xs[u], v + u * Step::kV);
-    if constexpr (kKind == Kind::dense) unpack_fast<T>(qs[u], p + u * Step::kV);
+    unpack<T>(xs[u], v + u * Step::kV);
+    if constexpr (kKind == Kind::dense) unpack<T>(qs[u], p + u * Step::kV);
   }
   add_fast<T, Step, kKind, kFull>(bend, v, p, left, Step::place(target), soft, share, s);
 }

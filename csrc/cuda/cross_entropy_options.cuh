@@ -330,54 +330,7 @@ __device__ inline void load_fast(const T* p, unsigned offset, int have, acc_t<T>
   }
 }
 
-// As unpack and pack, with the instructions for two elements at once.
-template <class T>
-__device__ inline void unpack_fast(const Words& words, acc_t<T>* out) {
-#if defined(__CUDACC__)
-  if constexpr (std::is_same_v<T, float16_t>) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const __half2 both = *reinterpret_cast<const __half2*>(&words.w[k]);
-      const float2 two = __half22float2(both);
-      out[2 * k] = two.x, out[2 * k + 1] = two.y;
-    }
-    return;
-  }
-#endif
-  unpack<T>(words, out);
-}
-template <class T>
-__device__ inline Words pack_fast(const acc_t<T>* in) {
-#if defined(__CUDACC__)
-  if constexpr (sizeof(T) == 2) {
-    Words words;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (std::is_same_v<T, float16_t>) {
-        const __half2 two = __floats2half2_rn(in[2 * k], in[2 * k + 1]);
-        words.w[k] = *reinterpret_cast<const uint32_t*>(&two);
-      } else {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(in[2 * k], in[2 * k + 1]);
-        words.w[k] = *reinterpret_cast<const uint32_t*>(&two);
-      }
-    }
-    return words;
-  }
-#endif
-  return pack<T>(in);
-}
-
 constexpr float kLog2E = 1.4426950408889634f;
-// 2^x, 0 below the normal numbers: relative to a maximum, or as a probability, nobody sees those.
-__device__ inline float fast_exp2(float x) {
-#if defined(__CUDACC__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
 // exp for an element of T, where its accumulator is float: float32 keeps its digits.
 template <class T>
 __device__ inline float fast_exp(float x) {

@@ -372,7 +372,7 @@ __device__ inline void store_fast(T* grad, int left, bool even, unsigned offset,
   if (!even)
     store_vector<T, 32, false>(grad, left, offset, lane, v);
   else if (kFull || left >= kVector<T>)
-    store_aligned(grad, pack_fast<T>(v));
+    store_aligned(grad, pack<T>(v));
   else
     store_elements(grad, 0, left > 0 ? left : 0, v);
 }
@@ -392,8 +392,8 @@ __device__ inline float fast_step(const Bend& bend, const T* x, const T* q, T* g
   for (int u = 0; u < Step::kU; ++u) {
     float v[kV], p[kV];
     const int have = left - u * Step::kApart, at = place / kV == u ? place - u * kV : -1;
-    unpack_fast<T>(xs[u], v);
-    if constexpr (kKind == Kind::dense) unpack_fast<T>(qs[u], p);
+    unpack<T>(xs[u], v);
+    if constexpr (kKind == Kind::dense) unpack<T>(qs[u], p);
     sum += fast_gradients<T, kV, kKind, kFull>(bend, p, have, at, f, met, v);
     store_fast<T, kFull>(grad + u * Step::kApart, have, even, offset, lane, v);
   }

@@ -58,6 +58,19 @@ struct alignas(16) Words {
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
+// The two halves of a word.
+__device__ inline void both_of(uint32_t word, float* out) {
+#if defined(__CUDACC__)
+  const __half2 both(__ushort_as_half(static_cast<unsigned short>(word)),
+                     __ushort_as_half(static_cast<unsigned short>(word >> 16)));
+  const float2 two = __half22float2(both);
+  out[0] = two.x, out[1] = two.y;
+#else
+  out[0] = to_acc(float16_t{static_cast<uint16_t>(word)}),
+  out[1] = to_acc(float16_t{static_cast<uint16_t>(word >> 16)});
+#endif
+}
+
 template <class T>
 __device__ inline void unpack(const Words& words, acc_t<T>* out) {
 #pragma unroll
@@ -66,6 +79,8 @@ __device__ inline void unpack(const Words& words, acc_t<T>* out) {
       out[k] = __hiloint2double(static_cast<int>(words.w[2 * k + 1]), static_cast<int>(words.w[2 * k]));
     } else if constexpr (std::is_same_v<T, float>) {
       out[k] = __uint_as_float(words.w[k]);
+    } else if constexpr (std::is_same_v<T, float16_t>) {
+      if (k % 2 == 0) both_of(words.w[k / 2], out + k);
     } else {
       const uint32_t word = words.w[k / 2];
       out[k] = to_acc(T{static_cast<uint16_t>(k % 2 ? word >> 16 : word & 0xffffu)});
