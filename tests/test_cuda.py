@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CE_SHAPES = [(33, 2), (100, 10), (64, 1000), (9, 2049), (5, 50257), (2, 300001), (3, 19, 20, 33), (2, 150, 65)]
 BN_SHAPES = [(129, 33), (8, 64, 7, 7), (4, 32, 56, 56), (16, 3, 4, 4), (2, 5, 100001), (4096, 256)]
+BN_SHAPES += [(40, 24, 7, 7), (64, 16, 4, 4), (20000, 8)]
 
 
 def reversed_last(x):

@@ -266,6 +266,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   const T* residual = static_cast<const T*>(c.residual);
   const bool masked = kFrom != From::light && c.mask != nullptr;
   const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
+  const bool centered = c.training && c.grad_input != nullptr;
   Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
   unsigned bits[kAhead];
   A mean[kAhead], scale[kAhead], shift[kAhead], grad_mean[kAhead], grad_slope[kAhead];
@@ -273,7 +274,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   for (int k = 0; k < kAhead; ++k) {
     const int64_t j = u.channel[k];
     mean[k] = coefficients.mean[j], scale[k] = coefficients.scale[j], shift[k] = coefficients.shift[j];
-    grad_mean[k] = coefficients.grad_mean[j], grad_slope[k] = coefficients.grad_slope[j];
+    grad_mean[k] = centered ? coefficients.grad_mean[j] : A(0);
+    grad_slope[k] = centered ? coefficients.grad_slope[j] : A(0);
     raw[k] = load_raw<T, kFast>(x + u.at[k], u.have[k]), grad[k] = load_raw<T, kFast>(g + u.at[k], u.have[k]);
     if (added) extra[k] = load_raw<T, kFast>(residual + u.at[k], u.have[k]);
     bits[k] = masked ? c.mask[u.index[k]] : 0u;
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     if (!u.exists[k]) continue;
     if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + u.at[k], u.have[k], h);
     if (c.grad_input == nullptr) continue;
-    if (c.training) {
+    if (centered) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) h[i] = (h[i] - grad_mean[k]) - (v[i] - mean[k]) * grad_slope[k];
     }
@@ -317,13 +319,16 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   const T* residual = static_cast<const T*>(c.residual) + s.first;
   const Coefficients<A> coefficients(c.scratch, r.channels);
   int64_t channel[kUnit];
-  A mean[kUnit], scale[kUnit], shift[kUnit], grad_mean[kUnit], grad_slope[kUnit];
+  A mean[kUnit], scale[kUnit], shift[kUnit], grad_mean[kUnit] = {}, grad_slope[kUnit] = {};
   channels_of(r, s, channel);
   load_columns<kFast>(coefficients.mean, r, s, channel, mean);
   load_columns<kFast>(coefficients.scale, r, s, channel, scale);
   if constexpr (kFrom != From::gradient) load_columns<kFast>(coefficients.shift, r, s, channel, shift);
-  load_columns<kFast>(coefficients.grad_mean, r, s, channel, grad_mean);
-  load_columns<kFast>(coefficients.grad_slope, r, s, channel, grad_slope);
+  const bool centered = c.training && c.grad_input != nullptr;
+  if (centered) {
+    load_columns<kFast>(coefficients.grad_mean, r, s, channel, grad_mean);
+    load_columns<kFast>(coefficients.grad_slope, r, s, channel, grad_slope);
+  }
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
     Raw<T> raw[kRows], grad[kRows], extra[kRows];
     unsigned bits[kRows];
@@ -349,7 +354,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       if (k >= rows) continue;
       if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + at, s.have, h);
       if (c.grad_input == nullptr) continue;
-      if (c.training) {
+      if (centered) {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) h[i] = (h[i] - grad_mean[i]) - (v[i] - mean[i]) * grad_slope[i];
       }
