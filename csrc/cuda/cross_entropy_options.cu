@@ -259,7 +259,7 @@ template <class T, class Step, Kind kKind, bool kFull>
 __device__ inline void add_fast(const Bend& bend, float* v, const float* p, int have, int place, float soft,
                                 float share, FastState& s) {
   constexpr int kCount = Step::kCount, kV = Step::kV;
-  constexpr bool kDense = kKind == Kind::dense;
+  constexpr bool kDense = kFactors<kKind>;
   float max = s.max;
   if constexpr (kKind == Kind::bent) {
 #pragma unroll
@@ -296,16 +296,17 @@ __device__ inline void add_fast(const Bend& bend, float* v, const float* p, int 
 
 // Loads a step of vectors and adds it.
 template <class T, class Step, Kind kKind, bool kFull>
-__device__ inline void add_vectors(const Bend& bend, const T* x, const T* q, unsigned x_offset, unsigned q_offset,
-                                   int left, int target, float soft, float share, FastState& s) {
-  Words xs[Step::kU], qs[Step::kU];
-  float v[Step::kCount], p[kKind == Kind::dense ? Step::kCount : 1];
+__device__ inline void add_vectors(const Bend& bend, const T* x, const factor_t<T, kKind>* q, unsigned x_offset,
+                                   unsigned q_offset, int left, int target, float soft, float share, FastState& s) {
+  using P = factor_t<T, kKind>;
+  Words xs[Step::kU], qs[Step::kU * kPieces<Step, P>];
+  float v[Step::kCount], p[Step::kCount];
   load_fast<kFull, Step>(x, x_offset, left, -kInfinity<float>, xs);
-  if constexpr (kKind == Kind::dense) load_fast<kFull, Step>(q, q_offset, left, 0.0f, qs);
+  if constexpr (kFactors<kKind>) load_fast<kFull, Step>(q, q_offset, left, 0.0f, qs);
 #pragma unroll
   for (int u = 0; u < Step::kU; ++u) {
-    unpack<T>(xs[u], v + u * Step::kV);
-    if constexpr (kKind == Kind::dense) unpack<T>(qs[u], p + u * Step::kV);
+    unpack_step<Step, T>(xs, u, v + u * Step::kV);
+    if constexpr (kFactors<kKind>) unpack_step<Step, P>(qs, u, p + u * Step::kV);
   }
   add_fast<T, Step, kKind, kFull>(bend, v, p, left, Step::place(target), soft, share, s);
 }
@@ -315,10 +316,14 @@ template <class T, int kGroup, Kind kKind>
 __device__ inline FastState fast_share(const CrossEntropyRows& a, int64_t row, int64_t begin, int64_t end,
                                        int64_t except, float share, int lane) {
   using Step = FastStep<T, kGroup, kKind>;
-  const float soft = static_cast<float>(1.0 - a.label_smoothing);
-  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + begin + lane * Step::kV, *q = x;
-  if constexpr (kKind == Kind::dense)
-    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + begin + lane * Step::kV;
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + begin + lane * Step::kV;
+  const factor_t<T, kKind>* q = nullptr;
+  float soft = 0;
+  if constexpr (kFactors<kKind>) {
+    const auto factors = factors_of<factor_t<T, kKind>>(a, row);
+    q = factors.data + begin + lane * Step::kV;
+    soft = static_cast<float>(factors.soft), share = static_cast<float>(factors.share);
+  }
   const unsigned x_offset = misalignment(x), q_offset = misalignment(q);
   int left = static_cast<int>(end - begin) - lane * Step::kV;  // from the thread's first class on
   int target = except >= begin && except < end ? static_cast<int>(except - begin) - lane * Step::kV : -1;
@@ -341,7 +346,7 @@ __device__ inline State<float> fast_row(const CrossEntropyRows& a, int64_t row, 
     s = fast_share<T, kGroup, kKind>(a, row, begin, end, t.target, smoothing_share<float>(a, nullptr, row), lane);
     if (a.sparse && begin == 0) add_indices<T>(a, row, t, lane, kGroup, s);
   }
-  constexpr bool kDot = kKind == Kind::smooth || kKind == Kind::dense;
+  constexpr bool kDot = kKind == Kind::smooth || kFactors<kKind>;
   s = a.sparse ? group_total<kGroup, true, true>(s) : group_total<kGroup, kDot, false>(s);
   return {s.max, s.max, s.sum, 0, s.mass, s.dot, s.t_weight, 0};
 }
@@ -364,26 +369,28 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>)) options_forwa
 
 // Rows side by side, as options_forward_lanes: every kShare-th class, kCount of them in a step.
 template <class T, int kShare, Kind kKind, bool kFull>
-__device__ inline void add_strided(const Bend& bend, const T* x, int64_t x_apart, const T* q, int64_t q_apart, int left,
-                                   int place, float soft, float share, FastState& s) {
+__device__ inline void add_strided(const Bend& bend, const T* x, int64_t x_apart, const factor_t<T, kKind>* q,
+                                   int64_t q_apart, int left, int place, float soft, float share, FastState& s) {
   using Step = LaneStep;
   float v[Step::kCount], p[Step::kCount];
 #pragma unroll
   for (int i = 0; i < Step::kCount; ++i) {
     v[i] = kFull || i < left ? to_acc(x[i * x_apart]) : -kInfinity<float>;
-    if constexpr (kKind == Kind::dense) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
+    if constexpr (kFactors<kKind>) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
   }
   add_fast<T, Step, kKind, kFull>(bend, v, p, left, place < Step::kCount ? place : -1, soft, share, s);
 }
 template <class T, int kShare, Kind kKind>
 __device__ inline FastState strided_share(const CrossEntropyRows& a, int64_t row, int64_t except, int part) {
-  const float soft = static_cast<float>(1.0 - a.label_smoothing), share = smoothing_share<float>(a, nullptr, row);
+  float soft = 0, share = smoothing_share<float>(a, nullptr, row);
   const int64_t x_apart = a.layout.class_stride * kShare;
-  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride, *q = x;
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride;
+  const factor_t<T, kKind>* q = nullptr;
   int64_t q_apart = 0;
-  if constexpr (kKind == Kind::dense) {
-    q_apart = a.dense.layout.class_stride * kShare;
-    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + part * a.dense.layout.class_stride;
+  if constexpr (kFactors<kKind>) {
+    const auto factors = factors_of<factor_t<T, kKind>>(a, row);
+    q = factors.data + part * factors.stride, q_apart = factors.stride * kShare;
+    soft = static_cast<float>(factors.soft), share = static_cast<float>(factors.share);
   }
   const Bend bend(a);
   FastState s{-kInfinity<float>, 0, 0, 0, 0};
@@ -400,7 +407,7 @@ __device__ inline FastState strided_share(const CrossEntropyRows& a, int64_t row
   return s;
 }
 template <class T, int kShare, Kind kKind>
-__global__ void __launch_bounds__(kBlock, kFastBlocks<T, kKind>) options_forward_fast_lanes(RowsForwardCall c) {
+__global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>)) options_forward_fast_lanes(RowsForwardCall c) {
   constexpr int kRows = kBlock / kShare;
   const CrossEntropyRows& a = c.args.rows;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
@@ -540,11 +547,11 @@ bool fast_forward(Launcher& launch, const RowsForwardCall& c, int64_t segments, 
     const Kind kind = kind_of(a);
     const int64_t rows = a.layout.rows(), vectors = vectors_of(a.dtype, a.layout);
     const bool wide = a.layout.adjacent_classes();
-    if (kind == Kind::general || (wide && vectors <= 8)) return false;
+    if (kind == Kind::general) return false;
     FUSED_OPS_WITH_KIND(kind, kKind, {
       if (!wide && a.layout.classes >= kManyClasses) {
         launch(options_forward_fast_lanes<T, kShares, kKind>, blocks_for(ceil_div(rows, kBlock / kShares)), kBlock, c);
-      } else if (!wide) {
+      } else if (!wide || vectors <= 8) {
         launch(options_forward_fast_lanes<T, 1, kKind>, blocks_for(ceil_div(rows, kBlock)), kBlock, c);
       } else if (segments > 1) {
         launch(options_forward_fast_segments<T, kKind>, blocks_for(rows * segments), kBlock, c, segments, parts);

@@ -27,19 +27,26 @@ enum class Kind {
   plain,   // neither: class weights of the indices alone, z_loss
   bent,    // a scale or a softcap
   smooth,  // the same q for each class
-  dense,   // class probabilities of the logits' dtype
+  dense,   // q of a factor per class, of the logits' dtype: a probability, or a class weight and smoothing
+  wide,    // the same in float beside 16-bit logits
   general
 };
 inline Kind kind_of(const CrossEntropyRows& a) {
   const bool moved = a.logit_scale != 1.0 || a.softcap != 0.0, smooth = a.label_smoothing != 0.0;
   if (a.dtype == DType::float64 || a.has_mask || a.statistics) return Kind::general;
   if (!a.has_dense && !smooth) return moved ? Kind::bent : Kind::plain;
-  if (moved || a.class_weight) return Kind::general;
-  if (!a.has_dense) return Kind::smooth;
-  const bool alike = a.dense.layout.adjacent_classes() || !a.layout.adjacent_classes();
-  return a.dense.dtype == a.dtype && alike ? Kind::dense : Kind::general;
+  if (moved || (a.class_weight && a.has_dense)) return Kind::general;
+  if (!a.has_dense && !a.class_weight) return Kind::smooth;
+  if (a.has_dense && !a.dense.layout.adjacent_classes() && a.layout.adjacent_classes()) return Kind::general;
+  const DType factors = a.has_dense ? a.dense.dtype : DType::float32;
+  return factors == a.dtype ? Kind::dense : factors == DType::float32 ? Kind::wide : Kind::general;
 }
-// Runs the code with kKind, which is not general.
+template <Kind kKind>
+constexpr bool kFactors = kKind == Kind::dense || kKind == Kind::wide;
+template <class T, Kind kKind>
+using factor_t = std::conditional_t<kKind == Kind::wide, float, T>;
+
+// Runs the code with kKind, which is not general, for elements of T.
 #define FUSED_OPS_WITH_KIND(kind, kKind, ...) \
   switch (kind) {                             \
     case Kind::plain: {                       \
@@ -60,6 +67,13 @@ inline Kind kind_of(const CrossEntropyRows& a) {
     case Kind::dense: {                       \
       constexpr Kind kKind = Kind::dense;     \
       __VA_ARGS__;                            \
+      break;                                  \
+    }                                         \
+    case Kind::wide: {                        \
+      if constexpr (sizeof(T) == 2) {         \
+        constexpr Kind kKind = Kind::wide;    \
+        __VA_ARGS__;                          \
+      }                                       \
       break;                                  \
     }                                         \
     case Kind::general: break;                \
@@ -252,6 +266,21 @@ __device__ inline void load_coefficients(const CrossEntropyRows& a, int64_t row,
   for (int i = 0; i < kCount; ++i) q[i] += allowed >> i & 1u ? weight[i] * share : A(0);
 }
 
+// q of a row's class in a kind with factors: soft * factor + share.
+template <class P>
+struct Factors {
+  const P* data;
+  int64_t stride;
+  double soft, share;
+};
+template <class P>
+__device__ inline Factors<P> factors_of(const CrossEntropyRows& a, int64_t row) {
+  const double share = a.label_smoothing == 0.0 ? 0.0 : a.label_smoothing / static_cast<double>(a.layout.classes);
+  if (!a.has_dense) return {static_cast<const P*>(a.class_weight), 1, share, 0.0};
+  const RowLayout& l = a.dense.layout;
+  return {static_cast<const P*>(a.dense.data) + row_offset(l, row), l.class_stride, 1.0 - a.label_smoothing, share};
+}
+
 // A group a row: the share of label smoothing by the row's mask, or by the one mask.
 template <int kGroup>
 __global__ void __launch_bounds__(kBlock) smoothing_shares(CrossEntropyRows a, double* shares, int64_t masks) {
@@ -273,7 +302,7 @@ __global__ void __launch_bounds__(kBlock) smoothing_shares(CrossEntropyRows a, d
 // used. In a full step all are there; in the last one some may not be, or one in part.
 template <class T, int kGroup, Kind kKind>
 struct FastStep {
-  static constexpr int kV = kVector<T>, kU = kKind == Kind::dense && sizeof(T) == 2 ? 2 : 4, kCount = kU * kV;
+  static constexpr int kV = kVector<T>, kU = kFactors<kKind> && sizeof(T) == 2 ? 2 : 4, kCount = kU * kV;
   static constexpr int kApart = kGroup * kV, kClasses = kU * kApart;  // between a thread's vectors; of a step
   // Of class `at`, counted from the thread's first one: where the thread has it, or -1.
   static __device__ int place(int at) {
@@ -289,7 +318,7 @@ struct LaneStep {
 
 // Blocks of a multiprocessor at once: 64 or 80 registers a thread.
 template <class T, Kind kKind>
-constexpr int kFastBlocks = kKind == Kind::dense && sizeof(T) == 4 ? 3 : 4;
+constexpr int kFastBlocks = kFactors<kKind> && (sizeof(T) == 4 || kKind == Kind::wide) ? 3 : 4;
 
 // Elements [0, have) of a vector at p, `filler` behind them.
 template <class T>
@@ -300,34 +329,45 @@ __device__ inline Words partial_words(const T* p, int have, acc_t<T> filler) {
   return pack<T>(v);
 }
 
-// A step's vectors from the thread's first element on, of which `have` are left in the row.
-template <bool kFull, class Step, class T>
-__device__ inline void load_fast(const T* p, unsigned offset, int have, acc_t<T> filler, Words* words) {
+// A step's elements of a row from the thread's first one on, of which `have` are left. In P, a vector of T is kW ones.
+template <class Step, class P>
+constexpr int kPieces = Step::kV / kVector<P>;
+template <bool kFull, class Step, class P>
+__device__ inline void load_fast(const P* p, unsigned offset, int have, acc_t<P> filler, Words* words) {
+  constexpr int kW = kPieces<Step, P>, kWords = Step::kU * kW;
+  const auto at = [](int i) { return i / kW * Step::kApart + i % kW * kVector<P>; };
   if (kFull && offset == 0) {
 #pragma unroll
-    for (int u = 0; u < Step::kU; ++u) words[u] = load_aligned(p + u * Step::kApart);
+    for (int i = 0; i < kWords; ++i) words[i] = load_aligned(p + at(i));
   } else if (kFull) {
 #pragma unroll
-    for (int u = 0; u < Step::kU; ++u) words[u] = load_words(p + u * Step::kApart, offset);
+    for (int i = 0; i < kWords; ++i) words[i] = load_words(p + at(i), offset);
   } else {
     const Words none = partial_words(p, 0, filler);
 #pragma unroll
-    for (int u = 0; u < Step::kU; ++u) words[u] = none;
+    for (int i = 0; i < kWords; ++i) words[i] = none;
     if (offset == 0) {
 #pragma unroll
-      for (int u = 0; u < Step::kU; ++u)
-        if (have - u * Step::kApart >= Step::kV) words[u] = load_aligned(p + u * Step::kApart);
+      for (int i = 0; i < kWords; ++i)
+        if (have - at(i) >= kVector<P>) words[i] = load_aligned(p + at(i));
     } else {
 #pragma unroll
-      for (int u = 0; u < Step::kU; ++u)
-        if (have - u * Step::kApart >= Step::kV) words[u] = load_words(p + u * Step::kApart, offset);
+      for (int i = 0; i < kWords; ++i)
+        if (have - at(i) >= kVector<P>) words[i] = load_words(p + at(i), offset);
     }
 #pragma unroll
-    for (int u = 0; u < Step::kU; ++u) {
-      const int left = have - u * Step::kApart;
-      if (left > 0 && left < Step::kV) words[u] = partial_words(p + u * Step::kApart, left, filler);
+    for (int i = 0; i < kWords; ++i) {
+      const int left = have - at(i);
+      if (left > 0 && left < kVector<P>) words[i] = partial_words(p + at(i), left, filler);
     }
   }
+}
+// The u-th of a step's vectors.
+template <class Step, class P>
+__device__ inline void unpack_step(const Words* words, int u, acc_t<P>* out) {
+  constexpr int kW = kPieces<Step, P>;
+#pragma unroll
+  for (int w = 0; w < kW; ++w) unpack<P>(words[u * kW + w], out + w * kVector<P>);
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

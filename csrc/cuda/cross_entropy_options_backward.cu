@@ -320,12 +320,16 @@ __global__ void __launch_bounds__(kBlock) options_targets(RowsBackwardCall c, Sc
 struct FastGradient {
   float high, low, rise, soft, share;
 };
-template <class T>
-__device__ inline FastGradient fast_gradient(const CrossEntropyRows& a, const RowGradient& r, double lse, double low) {
-  const double soft = a.has_dense ? r.g * (1.0 - a.label_smoothing) : 0;
-  const double share = a.label_smoothing == 0 ? 0 : r.g * (a.label_smoothing / static_cast<double>(a.layout.classes));
+template <class T, Kind kKind>
+__device__ inline FastGradient fast_gradient(const CrossEntropyRows& a, int64_t row, const RowGradient& r, double lse,
+                                             double low) {
+  double soft = 0, share = a.label_smoothing == 0 ? 0 : a.label_smoothing / static_cast<double>(a.layout.classes);
+  if constexpr (kFactors<kKind>) {
+    const auto factors = factors_of<factor_t<T, kKind>>(a, row);
+    soft = factors.soft, share = factors.share;
+  }
   return {static_cast<float>(lse), static_cast<float>(low), static_cast<float>(r.g * r.mass + r.rest + r.target),
-          static_cast<float>(soft), static_cast<float>(share)};
+          static_cast<float>(r.g * soft), static_cast<float>(r.g * share)};
 }
 template <class T>
 __device__ inline float fast_probability(const FastGradient& f, float u) {
@@ -345,7 +349,7 @@ __device__ inline float fast_gradients(const Bend& bend, const float* p, int lef
 #pragma unroll
     for (int k = 0; k < kV; ++k) v[k] = kFull || k < left ? bend.bent(v[k]) : -kInfinity<float>;
   }
-  if (kKind != Kind::dense && place >= 0) {
+  if (place >= 0) {
 #pragma unroll
     for (int k = 0; k < kV; ++k)
       if (k == place) met = v[k], v[k] = -kInfinity<float>;
@@ -354,7 +358,7 @@ __device__ inline float fast_gradients(const Bend& bend, const float* p, int lef
   for (int k = 0; k < kV; ++k) {
     const float t = v[k], e = fast_probability<T>(f, kKind == Kind::bent ? bend.u_of(t) : t);
     sum += e;
-    if constexpr (kKind == Kind::dense)
+    if constexpr (kFactors<kKind>)
       v[k] = e * f.rise - (f.soft * p[k] + f.share);
     else if constexpr (kKind == Kind::smooth)
       v[k] = e * f.rise - f.share;
@@ -379,21 +383,22 @@ __device__ inline void store_fast(T* grad, int left, bool even, unsigned offset,
 
 // A step's gradients: the vectors are loaded, then each is used and written.
 template <class T, class Step, Kind kKind, bool kFull>
-__device__ inline float fast_step(const Bend& bend, const T* x, const T* q, T* grad, int left, int target,
-                                  const FastGradient& f, bool even, int lane, float& met) {
+__device__ inline float fast_step(const Bend& bend, const T* x, const factor_t<T, kKind>* q, T* grad, int left,
+                                  int target, const FastGradient& f, bool even, int lane, float& met) {
   constexpr int kV = Step::kV;
   const int place = Step::place(target);
   const unsigned offset = misalignment(grad);
-  Words xs[Step::kU], qs[Step::kU];
+  using P = factor_t<T, kKind>;
+  Words xs[Step::kU], qs[Step::kU * kPieces<Step, P>];
   load_fast<kFull, Step>(x, misalignment(x), left, -kInfinity<float>, xs);
-  if constexpr (kKind == Kind::dense) load_fast<kFull, Step>(q, misalignment(q), left, 0.0f, qs);
+  if constexpr (kFactors<kKind>) load_fast<kFull, Step>(q, misalignment(q), left, 0.0f, qs);
   float sum = 0;
 #pragma unroll
   for (int u = 0; u < Step::kU; ++u) {
-    float v[kV], p[kV];
     const int have = left - u * Step::kApart, at = place / kV == u ? place - u * kV : -1;
-    unpack<T>(xs[u], v);
-    if constexpr (kKind == Kind::dense) unpack<T>(qs[u], p);
+    float v[kV], p[kV];
+    unpack_step<Step, T>(xs, u, v);
+    if constexpr (kFactors<kKind>) unpack_step<Step, P>(qs, u, p);
     sum += fast_gradients<T, kV, kKind, kFull>(bend, p, have, at, f, met, v);
     store_fast<T, kFull>(grad + u * Step::kApart, have, even, offset, lane, v);
   }
@@ -408,9 +413,9 @@ __device__ inline double fast_write(const RowsBackwardCall& c, int64_t row, int6
   using Step = FastStep<T, kGroup, kKind>;
   const CrossEntropyRows& a = c.args.rows;
   T* grad = static_cast<T*>(c.args.grad_logits) + row_offset(c.args.grad_layout, row) + begin + lane * Step::kV;
-  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + begin + lane * Step::kV, *q = x;
-  if constexpr (kKind == Kind::dense)
-    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + begin + lane * Step::kV;
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + begin + lane * Step::kV;
+  const factor_t<T, kKind>* q = nullptr;
+  if constexpr (kFactors<kKind>) q = factors_of<factor_t<T, kKind>>(a, row).data + begin + lane * Step::kV;
   int left = static_cast<int>(end - begin) - lane * Step::kV;  // from the thread's first class on
   int target = t.one && t.target >= begin && t.target < end ? static_cast<int>(t.target - begin) - lane * Step::kV : -1;
   if (t.bad || r.none) {
@@ -422,7 +427,7 @@ __device__ inline double fast_write(const RowsBackwardCall& c, int64_t row, int6
     return 0;
   }
   const Bend bend(a);
-  const FastGradient f = fast_gradient<T>(a, r, c.args.lse[row], low);
+  const FastGradient f = fast_gradient<T, kKind>(a, row, r, c.args.lse[row], low);
   double others = 0;
   for (; left + lane * Step::kV >= Step::kClasses; left -= Step::kClasses) {
     others += static_cast<double>(fast_step<T, Step, kKind, true>(bend, x, q, grad, left, target, f, even, lane, met));
@@ -445,7 +450,8 @@ __device__ inline void write_target(const RowsBackwardCall& c, int64_t row, cons
   const double log_p = (u - static_cast<double>(static_cast<float>(c.args.lse[row]))) - low, p = exp(log_p);
   const bool known = others >= 0 && log_p > kConfident;
   const double residual = known ? target_residual(p, others) : p < 0.5 ? p - 1.0 : expm1(log_p);
-  const double q = a.label_smoothing == 0 ? 0 : a.label_smoothing / static_cast<double>(a.layout.classes);
+  const double share = a.label_smoothing == 0 ? 0 : a.label_smoothing / static_cast<double>(a.layout.classes);
+  const double q = share == 0 ? 0 : share * weight_of<T>(a, t.target);
   const double value = r.target * residual + r.g * (p * r.mass - q) + p * r.rest;
   T* grad = static_cast<T*>(c.args.grad_logits) + row_offset(c.args.grad_layout, row);
   set(grad[t.target * c.args.grad_layout.class_stride],
@@ -490,7 +496,7 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
     float met = 0;
     double others = fast_write<T, kGroup, kKind>(c, row, 0, a.layout.classes, t, r, low, even, lane, met);
     if (t.bad && lane == 0) refuse_target();
-    if (kKind == Kind::dense || !t.one) continue;
+    if (a.has_dense || !t.one) continue;
     others = sum_group<kGroup>(others);
     fast_target<T, kGroup, kKind>(c, row, 0, a.layout.classes, t, low, others, lane, met);
   }
@@ -512,22 +518,21 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
     float met = 0;
     fast_write<T, kBlock, kKind>(c, row, begin, end, t, r, low, even, lane, met);
     if (t.bad && lane == 0) refuse_target();
-    if (kKind != Kind::dense && t.one)
-      fast_target<T, kBlock, kKind>(c, row, begin, end, t, low, scratch.others[row], lane, met);
+    if (t.one) fast_target<T, kBlock, kKind>(c, row, begin, end, t, low, scratch.others[row], lane, met);
   }
 }
 
 // Rows side by side, as options_backward_lanes: every kShare-th class, kCount of them in a step.
 template <class T, Kind kKind, bool kFull>
-__device__ inline float write_strided(const Bend& bend, const T* x, int64_t x_apart, const T* q, int64_t q_apart,
-                                      T* grad, int64_t apart, int left, int64_t place, const FastGradient& f,
-                                      float& met) {
+__device__ inline float write_strided(const Bend& bend, const T* x, int64_t x_apart, const factor_t<T, kKind>* q,
+                                      int64_t q_apart, T* grad, int64_t apart, int left, int64_t place,
+                                      const FastGradient& f, float& met) {
   constexpr int kCount = LaneStep::kCount;
   float v[kCount], p[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     v[i] = kFull || i < left ? to_acc(x[i * x_apart]) : -kInfinity<float>;
-    if constexpr (kKind == Kind::dense) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
+    if constexpr (kFactors<kKind>) p[i] = kFull || i < left ? to_acc(q[i * q_apart]) : 0.0f;
   }
   const float sum =
       fast_gradients<T, kCount, kKind, kFull>(bend, p, left, place < kCount ? static_cast<int>(place) : -1, f, met, v);
@@ -544,18 +549,19 @@ __device__ inline double strided_write(const RowsBackwardCall& c, int64_t row, c
   const int64_t x_apart = a.layout.class_stride * kShare, apart = c.args.grad_layout.class_stride * kShare;
   T* grad = static_cast<T*>(c.args.grad_logits) + row_offset(c.args.grad_layout, row) +
             part * c.args.grad_layout.class_stride;
-  const T *x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride, *q = x;
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row) + part * a.layout.class_stride;
+  const factor_t<T, kKind>* q = nullptr;
   int64_t q_apart = 0, left = (a.layout.classes - part + kShare - 1) / kShare;
-  if constexpr (kKind == Kind::dense) {
-    q_apart = a.dense.layout.class_stride * kShare;
-    q = static_cast<const T*>(a.dense.data) + row_offset(a.dense.layout, row) + part * a.dense.layout.class_stride;
+  if constexpr (kFactors<kKind>) {
+    const auto factors = factors_of<factor_t<T, kKind>>(a, row);
+    q = factors.data + part * factors.stride, q_apart = factors.stride * kShare;
   }
   if (t.bad || r.none) {
     for (; left > 0; --left, grad += apart) set(*grad, t.bad ? kNaN<float> : 0.0f);
     return 0;
   }
   const Bend bend(a);
-  const FastGradient f = fast_gradient<T>(a, r, c.args.lse[row], low);
+  const FastGradient f = fast_gradient<T, kKind>(a, row, r, c.args.lse[row], low);
   int64_t place = t.one && t.target % kShare == part ? t.target / kShare : -1;
   double others = 0;
   for (; left >= kCount; left -= kCount, place -= kCount) {
@@ -634,13 +640,12 @@ int32_t backward(const RowsBackwardCall& c, void* stream) {
   const int64_t rows = a.layout.rows(), segments = wide ? option_segments(a.layout) : 1;
   const Scratch scratch = scratch_of(c, segments);
   const bool even = rows_are_aligned(c.args.grad_logits, c.args.grad_layout, sizeof(T));
-  const bool dense_strided = a.has_dense && !a.dense.layout.adjacent_classes();
-  const bool vectors = wide && vectors_of(a.dtype, a.layout) > 8 && !dense_strided;
+  const bool vectors = wide && vectors_of(a.dtype, a.layout) > 8;
   const Kind kind = vectors || !a.layout.adjacent_classes() ? kind_of(a) : Kind::general;
   launch_shares(launch, a, c.scratch);
   const bool prepared = kind == Kind::general || segments > 1 || a.sparse;
   if (!prepared) {
-  } else if (!a.layout.adjacent_classes())
+  } else if (!a.layout.adjacent_classes() || (sizeof(T) <= 4 && vectors_of(a.dtype, a.layout) <= 8))
     launch(options_prepare<T, 1>, blocks_for(ceil_div(rows, kBlock)), kBlock, c, scratch);
   else if (kind != Kind::general || vectors_of(a.dtype, a.layout) <= kWarpVectors)
     launch(options_prepare<T, 32>, blocks_for(ceil_div(rows, kBlock / 32)), kBlock, c, scratch);
