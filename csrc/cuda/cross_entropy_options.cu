@@ -3,9 +3,10 @@
 //
 //   lse = log sum_j exp(u_j),   nll = sum_j q_j (lse - u_j),   entropy = lse - sum_j p_j u_j
 //
-// Memory: reads every logit, class probability and mask once (a mask of each row twice with label smoothing), writes 8
-// bytes a row and result. All sums are found together, relative to a running maximum. Rows are walked as in
-// cross_entropy.cu: by a part of a warp, a warp, a block or several blocks, or a thread a row where rows are adjacent.
+// Memory: 2 to 8 bytes a logit, as many a class probability, 1 a mask (twice with label smoothing and a mask of each
+// row): each is read once. Writes 8 bytes a row and result. All sums are found together, relative to a running maximum.
+// Rows are walked by a warp, a block or several blocks, or by a thread where they are short or adjacent. The common
+// options have kernels without a branch per element and load 64 bytes a thread before they use the first.
 //
 // Stability: with one index a row, the sum leaves that class out; sums of steps are double. How a row is cut
 // depends on its length alone, and all merges are in a fixed order. See docs/cross_entropy.md.

@@ -3,9 +3,11 @@
 //
 //   grad_u_j = p_j (g S + l - t + h (lse - entropy - u_j)) - g q_j + t [j == target],   grad_x_j = grad_u_j du_j/dx_j
 //
-// Memory: reads every logit, class probability and mask once and writes every gradient once, in place if that is asked
-// for. A small launch before reads the logits of the rows' indices, a small one after writes their gradients, which
-// need the sum of the other classes' p, or have several parts.
+// Memory: reads 2 to 8 bytes a logit, as many a class probability and 1 a mask once and writes as many as it reads
+// logits, in place if that is asked for. The common options (Kind) write the gradient of a row's index themselves, once
+// the sum of the other classes' p is known; only rows of several segments need a small launch before, for rows whose
+// target is nearly certain. With sparse targets, and for all other options, a small launch before reads the logits of
+// the rows' indices, and a small one after writes their gradients.
 //
 // Stability: as in cross_entropy_backward.cu. See docs/cross_entropy.md.
 #include "cross_entropy_options.cuh"
