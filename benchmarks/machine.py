@@ -44,15 +44,17 @@ def isa() -> str:
 def commit() -> str:
     """Short commit of the working tree, with ``-dirty`` if a file that git knows differs from it.
 
-    ``FUSED_OPS_COMMIT`` names it where the tree is a copy without its history.
+    ``FUSED_OPS_COMMIT`` names it where the tree is a copy whose history says something else, or nothing.
     """
+    if "FUSED_OPS_COMMIT" in os.environ:
+        return os.environ["FUSED_OPS_COMMIT"]
     # Results, plots and the pages generated from them follow from a run, so they do not make its commit dirty.
     watched = ["--", ".", ":!benchmarks/results", ":!docs", ":!*.md"]
     try:
         name = _git("rev-parse", "--short=10", "HEAD").strip()
         return f"{name}-dirty" if _git("status", "--porcelain", "--untracked-files=no", *watched).strip() else name
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FUSED_OPS_COMMIT", "unknown")
+        return "unknown"
 
 
 def _git(*args: str) -> str:
