@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fused_ops
 
-from . import rivals
+from . import pages, rivals
 from .accuracy import AccuracyCase
 from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider, Runner
 from .instructions import InstructionCase
@@ -213,6 +214,14 @@ def case(
     )
 
 
+def _pages(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """A case with and without huge pages, in turns; there is nothing to compare but on the CPU."""
+    made = case(device, shape, dtype, part=pages.PART, directions=ALL, quick=True)
+    both = [p for p in made.providers if p.name in (TRUTH, OURS)]
+    both += [pages.provider(_ours({}))] if device == "cpu" else []
+    return dataclasses.replace(made, name=f"{made.name} pages", providers=tuple(both))
+
+
 def cases(device: str) -> list[Case]:
     """The shape classes of the targets below, then the sweeps."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -235,6 +244,8 @@ def cases(device: str) -> list[Case]:
         make((1024, 32000), f32, target="weighted", memory=FULL),
         make((1024, 32000), f32, target="probabilities", memory=FULL),
     ]
+    found += [_pages(device, shape, dtype) for shape, dtype in (((1024, 32000), f32), ((1024, 32000), bf16))]
+    found.append(_pages(device, (8192, 1000), f32))
     elements = 1 << 23
     for classes in (27, 100, 316, 1000, 3162, 10000, 32000, 100000, 262144):
         fields = {
