@@ -156,24 +156,25 @@ class _SmallFunction(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, options: tuple[int, int]) -> Tensor:
         loss: Tensor
-        loss, *ctx.found = _with_gradient_op(input, target, *options)
-        ctx.options = options
+        loss, gradient, ignored = _with_gradient_op(input, target, *options)
+        ctx.found = gradient, ignored, options
         ctx.save_for_backward(input, target)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         input, target = ctx.saved_tensors
-        # None: a second backward through a graph that was retained
-        gradient, ignored = ctx.found or _with_gradient_op(input.detach(), target, *ctx.options)[1:]
+        gradient, ignored, options = ctx.found
+        if gradient is None:  # a second backward through a graph that was retained
+            gradient = _with_gradient_op(input.detach(), target, *options)[1]
         # An ignored row's gradient is 0 even for an upstream gradient that is not finite.
         if not ignored and not torch.is_grad_enabled():
             if is_one(grad_loss):
-                ctx.found = None  # it is handed over, not only lent
+                ctx.found = None, ignored, options  # it is handed over, not only lent
                 return gradient, None, None
             return gradient.mul(grad_loss), None, None
-        _, lse, total = _forward_op(input.detach(), target, *ctx.options)
-        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *ctx.options), None, None
+        _, lse, total = _forward_op(input.detach(), target, *options)
+        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
 
 
 class _CompiledFunction(CrossEntropyFunction):

@@ -252,6 +252,20 @@ PYTHON = [
         BN, "mask = pack(~(z <= 0), input)", "mask = pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
     ),
     Mutant(
+        PLAIN,
+        "ctx.found = None, ignored, options  #",
+        "pass  #",
+        "ce",
+        "a small loss hands the same gradient over twice",
+    ),
+    Mutant(
+        PLAIN,
+        "if not ignored and not torch.is_grad_enabled():",
+        "if not torch.is_grad_enabled():",
+        "ce",
+        "an ignored row's gradient times an upstream one that is not finite",
+    ),
+    Mutant(
         SMALL,
         "gradients = [g * grad_loss for g in gradients]",
         "gradients = list(gradients)",
@@ -259,9 +273,9 @@ PYTHON = [
         "a small head without the upstream gradient",
     ),
     Mutant(
-        SMALL,
-        "return grad_loss.item() == 1",
-        "return True",
+        "fused_ops/_function.py",
+        "not _is_batched(grad) and grad.item() == 1",
+        "not _is_batched(grad)",
         "lce",
         "every upstream gradient of a small head taken for 1",
     ),
