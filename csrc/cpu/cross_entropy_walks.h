@@ -51,9 +51,16 @@ float max_of_row(const T* x, int64_t n) {  // -inf for NaN: the sum finds those
   return reduce_max(max_vec(max_vec(m[0], m[1]), max_vec(m[2], m[3])));
 }
 
-// sum of exp(x - shift), without the class `target` if kExcept.
-template <bool kExcept, class T>
-float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target) {
+// What is read next, while there is arithmetic to do: the maximum that comes first would wait for it.
+template <class T>
+inline void fetch(const T* next, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(next + i);
+}
+
+// sum of exp(x - shift), without the class `target` if kExcept; kFetch: fetches as many values from `next` meanwhile.
+template <bool kExcept, bool kFetch = false, class T>
+float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target, const T* next = nullptr) {
   float_vec s[4] = {};
   const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
   int_vec at = iota();
@@ -63,15 +70,19 @@ float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target) {
     return e;
   };
   int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    if constexpr (kFetch) fetch(next + i, 4 * kWidth);
     for (int64_t k = 0; k < 4; ++k) s[k] += term(load_vec(x + i + k * kWidth));
+  }
   for (; i + kWidth <= n; i += kWidth) s[0] += term(load_vec(x + i));
   if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));
   return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// `next` is the row that is walked after this one.
 template <class T>
-void row_sums(const T* x, int64_t classes, int64_t target, double* max_out, double* others_out, double* below) {
+void row_sums(const T* x, int64_t classes, int64_t target, const T* next, double* max_out, double* others_out,
+              double* below) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   float max = kNone;
   double others = 0;
@@ -84,8 +95,9 @@ void row_sums(const T* x, int64_t classes, int64_t target, double* max_out, doub
     }
     const float shift = max == kNone ? 0.0f : max;
     const bool here = target >= c && target < c + n;
-    others += static_cast<double>(here ? sum_exp_of_row<true>(x + c, n, shift, target - c)
-                                       : sum_exp_of_row<false>(x + c, n, shift, 0));
+    const T* ahead = c + n < classes ? x + c + n : next;
+    others += static_cast<double>(here ? sum_exp_of_row<true, true>(x + c, n, shift, target - c, ahead)
+                                       : sum_exp_of_row<false, true>(x + c, n, shift, 0, ahead));
   }
   *max_out = max, *others_out = others;
   *below = static_cast<double>(to_acc(x[target])) - max;  // NaN for a row of only -inf and for +inf, as in PyTorch
