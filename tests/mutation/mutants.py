@@ -514,10 +514,31 @@ NATIVE = [
     ),
     Mutant(
         CWALK,
-        "if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));",
-        "if (i + 1 < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));",
+        "if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);",
+        "if (i + 1 < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);",
         "ce",
         "a tail of one",
+    ),
+    Mutant(
+        CWALK,
+        "s[k + 1] += term(v.second, at + kPairStep<T>);",
+        "s[k + 1] += term(v.second, at + 1);",
+        "ce",
+        "pairs of floats counted like those of bfloat16",
+    ),
+    Mutant(
+        VECTOR,
+        "return kAlternates<T> ? 2 * iota() : iota();",
+        "return iota();",
+        "ce",
+        "pairs of bfloat16 counted like those of floats",
+    ),
+    Mutant(
+        VECTOR,
+        "_mm512_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000))",
+        "_mm512_test_epi32_mask(number, u, _mm512_set1_epi32(0x20000))",
+        "ce",
+        "ties of a pair of bfloat16 to the wrong side",
     ),
     Mutant(
         CWALK,
