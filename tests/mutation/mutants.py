@@ -535,8 +535,8 @@ NATIVE = [
     ),
     Mutant(
         VECTOR,
-        "_mm512_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000))",
-        "_mm512_test_epi32_mask(number, u, _mm512_set1_epi32(0x20000))",
+        "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000))",
+        "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x20000))",
         "ce",
         "ties of a pair of bfloat16 to the wrong side",
     ),
