@@ -277,6 +277,20 @@ def test_gradients_of_cross_entropy_are_rounded_to_nearest(options, layout, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:])
+def test_a_gradient_halfway_between_two_numbers_goes_to_the_even_one(dtype):
+    """All of a row's probability on one class: its gradient is the product of two 16-bit numbers, often such a tie."""
+    classes = 101  # whole registers and a tail, even places and odd ones
+    upstream = (1 + torch.arange(classes) * torch.finfo(dtype).eps).to(dtype)
+    x = torch.full((classes, classes), -INF).fill_diagonal_(0.0).to(dtype).requires_grad_()
+    target = (torch.arange(classes) + 1) % classes
+    weight = torch.full((classes,), 1.5, dtype=dtype)
+    (grad,) = gradients(fused_ops.cross_entropy(x, target, weight, reduction="none"), x, upstream)
+    exact = (1.5 * upstream.double()).to(dtype)
+    assert torch.equal(grad.diagonal(), exact)
+    assert torch.equal(grad.gather(1, target.unsqueeze(1)).squeeze(1), -exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
 @pytest.mark.parametrize("layout", ["rows", "spatial", "channels last"])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_batch_norm_is_rounded_to_nearest(activation, layout, dtype):
