@@ -52,7 +52,7 @@ void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
   const int64_t units = l.columns() ? (view.repeat == 1 ? l.tiles() : 1) : (l.parts() == 1 ? l.channels : 1);
   const int64_t items = units == 0 ? 0 : l.items() / units;
   const auto finish_unit = [&](int64_t unit) {
-    const int64_t width = units == 1 ? view.channels : l.columns() ? kTile : 1;
+    const int64_t width = units == 1 ? view.channels : l.columns() ? l.tile_columns() : 1;
     for (int64_t c = unit * width; c < std::min(view.channels, (unit + 1) * width); ++c) finish(c);
   };
   if (units > 1 && (!l.columns() || units >= static_cast<int64_t>(torch::stable::get_num_threads()))) {

@@ -320,8 +320,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "n = std::min(kTile, l.channels - column);",
-        "n = std::min(kTile, l.channels);",
+        "n = std::min(l.tile_columns(), l.channels - column);",
+        "n = std::min(l.tile_columns(), l.channels);",
         "bn",
         "last tile as wide as the first",
     ),
