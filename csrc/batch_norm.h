@@ -22,7 +22,9 @@ constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated bef
 constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
 constexpr int64_t kMinItemValues = 16384;
 constexpr int64_t kStreamBytes = int64_t{4} << 20;  // outputs from this size on go past the cache,
-constexpr int64_t kStreamRunBytes = 512;            // in runs of at least this size
+constexpr int64_t kStreamOnceBytes = int64_t{8}
+                                     << 20;  // or this one where the input is read once and leaves them room,
+constexpr int64_t kStreamRunBytes = 512;     // in runs of at least this size
 
 // Dense values, in one of two walks. Planes: (batch, channels, spatial), the values of a channel in runs of `spatial`.
 // Columns: spatial == 1, a matrix of `batch` rows whose columns are channels (or the values of a small plane).
