@@ -334,8 +334,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "const int64_t offset = (b * l.channels + channel) * l.spatial + s;",
-        "const int64_t offset = (b * l.channels + channel) * l.spatial;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial + start_;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial;",
         "bn",
         "every run the first",
     ),
