@@ -67,11 +67,13 @@ __attribute__((noinline)) void apply_part(const Run<T>& run, const Affine<Coeffi
 
 // Activations that are a comparison: a line never leaves the registers.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-void apply_lines(const Run<T>& run, const Affine<Coefficient>& c, acc_t<T> slope) {
+void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc_t<T> slope) {
   using L = Line<T>;
+  constexpr bool kMayMask = kResidual && kind != Activation::none;  // else the backward rebuilds the sign from x
+  const Affine<Coefficient> c = coefficients;                       // no store to y can change a copy
   const T *x = run.x, *r = run.residual;
-  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0;
-  uint8_t* mask = run.mask;
+  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0, ahead = run.ahead;
+  uint8_t* mask = kMayMask ? run.mask : nullptr;
   T* y = run.y;
   bool stream = run.stream;
   int64_t i = 0;
@@ -81,8 +83,8 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& c, acc_t<T> slope
   }
   for (; i + L::kSize <= n; i += L::kSize) {
     typename LineBits<T>::Word bits = 0;
-    prefetch(x + i + run.ahead);
-    if (kResidual) prefetch(r + i + run.ahead);
+    prefetch(x + i + ahead);
+    if (kResidual) prefetch(r + i + ahead);
     const L z = applied<T, kind, kResidual>(x + i, kResidual ? r + i : r, c, i, slope, mask ? &bits : nullptr);
     if (mask) LineBits<T>::store(bits, L::kSize, mask + i / 8);
     if (stream)
