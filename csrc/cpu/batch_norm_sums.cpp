@@ -81,11 +81,8 @@ struct ColumnProducts {
   }
   // Adds n values of each of the rows. What is behind them in the last line has h = 0.
   template <int kRows, Before kBefore>
-  __attribute__((noinline)) void add_rows(const GradRun<T>* rows, int64_t n,
-                                          const BackwardCoefficients<Ordered<T>>& coefficients) {
-    GradRun<T> runs[kRows];  // no store to the sums can change a copy
-    std::copy_n(rows, kRows, runs);
-    const BackwardCoefficients<Ordered<T>> c = coefficients;
+  __attribute__((noinline)) void add_rows(const GradRun<T>* runs, int64_t n,
+                                          const BackwardCoefficients<Ordered<T>>& c) {
     int64_t i = 0;
     for (; i + L::kSize <= n; i += L::kSize) add_line<kRows, kBefore, true>(runs, i, L::kSize, c);
     if (i < n) add_line<kRows, kBefore, false>(runs, i, n - i, c);
