@@ -393,8 +393,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "n = std::min(kTile, l.channels - column);",
-        "n = std::min(kTile, l.channels);",
+        "n = std::min(l.tile_columns(), l.channels - column);",
+        "n = std::min(l.tile_columns(), l.channels);",
         "bn",
         "last tile as wide as the first",
     ),
@@ -407,8 +407,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "const int64_t offset = (b * l.channels + channel) * l.spatial + s;",
-        "const int64_t offset = (b * l.channels + channel) * l.spatial;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial + start_;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial;",
         "bn",
         "every run the first",
     ),
