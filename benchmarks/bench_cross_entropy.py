@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fused_ops
 
-from . import rivals
+from . import pages, rivals
 from .accuracy import AccuracyCase
 from .harness import COMPILE, OURS, TRUTH, Case, Inputs, Provider, Runner
 from .instructions import InstructionCase
@@ -217,6 +217,14 @@ def case(
 GPU_SHAPES = ((32768, 1024), (16384, 4096), (8192, 32000), (4096, 128256), (2048, 262144))
 
 
+def _pages(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """A case with and without huge pages, in turns; there is nothing to compare but on the CPU."""
+    made = case(device, shape, dtype, part=pages.PART, directions=ALL, quick=True)
+    both = [p for p in made.providers if p.name in (TRUTH, OURS)]
+    both += [pages.provider(_ours({}))] if device == "cpu" else []
+    return replace(made, name=f"{made.name} pages", providers=tuple(both))
+
+
 def cases(device: str) -> list[Case]:
     """The shape classes of the targets below, those that fill a GPU, then the sweeps."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -239,6 +247,9 @@ def cases(device: str) -> list[Case]:
         make((1024, 32000), f32, target="weighted", memory=FULL),
         make((1024, 32000), f32, target="probabilities", memory=FULL),
     ]
+    if device == "cpu":
+        found += [_pages(device, shape, dtype) for shape, dtype in (((1024, 32000), f32), ((1024, 32000), bf16))]
+        found.append(_pages(device, (8192, 1000), f32))
     if device == "cuda":
         few = {"65536x27 float32", "16x21x256x256 float32"}
         found = [replace(c, quick=c.name in few) for c in found]

@@ -71,7 +71,7 @@ class Case:
     formula: str  # how moved_bytes counts
     layout: str = "contiguous"
     directions: tuple[str, ...] = ("both",)
-    part: str = "micro"  # micro, sweep, overhead or training
+    part: str = "micro"  # micro, sweep, overhead, training or pages
     tiny: bool = False  # microseconds: judged with one thread, as waking a second one would be most of the time
     sweep: str = ""  # what a sweep varies
     size: int = 0  # its value

@@ -145,7 +145,7 @@ def update(console: Console) -> int:
     before = load()["instructions"] if COUNTS.exists() else {}
     after = count()
     for name, n in after.items():
-        change = f"{n / before[name] - 1:+.1%}" if name in before else "new"
+        change = f"{n / before[name] - 1:+.1%}" if before.get(name) else "" if name in before else "new"
         console.print(f"{name:<60} {n:>12,} {change}")
     for name in before.keys() - after.keys():
         console.print(f"{name:<60} gone")

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import heads, results, targets
+from . import heads, pages, results, targets
 from .harness import COMPILE, COPY, OURS, TRUTH
 from .results import Row, Tables
 from .tables import IN_PLACE, by_default, milliseconds, most_threads
@@ -85,8 +85,9 @@ def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
 
 def speedup_bars(timings: list[Row], op: str) -> Figure | None:
     """Horizontal bars of the speed-up over eager, 1x marked, targets as black ticks."""
-    rows = [r for r in timings if r["op"] == op and not r["sweep"] and r["direction"] in ("both", "step")]
-    rows += [r for r in timings if r["op"] == op and r["case"].endswith(" eval")]
+    mine = [r for r in timings if r["op"] == op and r["part"] != pages.PART]
+    rows = [r for r in mine if not r["sweep"] and r["direction"] in ("both", "step")]
+    rows += [r for r in mine if r["case"].endswith(" eval")]
     most = max((r["threads"] for r in rows), default=1)
     rows = [r for r in most_threads(rows) if r["provider"] != COPY]
     names = list(dict.fromkeys(r["case"] for r in rows))

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from . import accuracy, cases, events, harness, install, machine, memory, rivals
+from . import accuracy, cases, events, harness, install, machine, memory, pages, rivals
 from .harness import COPY, Case, Check, Provider, Runner, Timing
 from .results import Row, Tables, speedup
 
-PARTS = ("micro", "sweep", "overhead", "training", "accuracy", "install")
+PARTS = ("micro", "sweep", "overhead", "training", pages.PART, "accuracy", "install")
 BUDGET_S = {"quick": 0.6, "full": 3.0}
 GPU_BUDGET_S = {"quick": 0.1, "full": 0.3}
 ROUNDS = {"quick": (5, 15), "full": (7, 31)}

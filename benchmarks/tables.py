@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import gpu_tables, heads, results, rivals, targets
+from . import gpu_tables, heads, pages, results, rivals, targets
 from .harness import COMPILE, OURS, TRUTH
 from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
@@ -239,9 +239,22 @@ def allocator_table(tables: Tables) -> str:
     return markdown(["case", *columns], lines)
 
 
+def pages_table(tables: Tables) -> str:
+    """The same runs with and without huge pages."""
+    rows = most_threads([r for r in tables["timings"] if r["part"] == pages.PART])
+    columns = ["case", "direction", "eager", "small pages", "huge pages", "gain", "small vs eager", "huge vs eager"]
+    lines = []
+    for (case, direction), group in _grouped(rows).items():
+        line = [case.removesuffix(" pages"), direction, *(_ms(group, p) for p in (TRUTH, pages.WITHOUT, OURS))]
+        pairs = ((OURS, pages.WITHOUT), (pages.WITHOUT, TRUTH), (OURS, TRUTH))
+        lines.append([*line, *(_ratio(group, *pair) for pair in pairs)])
+    return markdown(columns, lines)
+
+
 def record(tables: Tables) -> str:
     """How often ours is faster, and every case where a rival is."""
-    rows = most_threads([r for r in tables["timings"] if r["part"] != "sweep" and r["direction"] in ("both", "step")])
+    timed = [r for r in tables["timings"] if r["part"] not in ("sweep", pages.PART)]
+    rows = most_threads([r for r in timed if r["direction"] in ("both", "step")])
     rows += most_threads([r for r in tables["timings"] if r["case"].endswith(" eval")])
     text, lost = [], []
     for op in dict.fromkeys(r["op"] for r in rows):
@@ -352,6 +365,7 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     ),
     "targets": lambda t, f: targets_table(t),
     "allocator": lambda t, f: allocator_table(t),
+    "huge_pages": lambda t, f: pages_table(t),
     "record": lambda t, f: record(t),
     "plots": plots,
 }

@@ -42,7 +42,9 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
   const bool last = is_channels_last(input_);
   const Tensor input = last ? input_ : dense(input_);
   const MaybeTensor residual = matching("residual", residual_, input), valid = valid_positions(valid_, input);
-  const View view = view_of(input, last, valid, o.training ? o.groups : 1);
+  const bool with_mask =
+      (o.activation == Activation::relu || o.activation == Activation::leaky_relu) && residual && !valid;
+  const View view = view_of(input, last, valid, o.training ? o.groups : 1, with_mask ? kSmallMaskedPlane : kSmallPlane);
   const ChannelLayout& l = view.layout;
   const DType dtype = float_dtype(kOp, "input", input);
 
@@ -55,8 +57,6 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
   out.new_mean =
       empty(input, {update ? &channels : &none, 1}, update ? running_mean->scalar_type() : ScalarType::Double);
   out.new_var = empty(input, {update ? &channels : &none, 1}, update ? running_var->scalar_type() : ScalarType::Double);
-  const bool with_mask =
-      (o.activation == Activation::relu || o.activation == Activation::leaky_relu) && residual && !valid;
   if (residual || o.activation != Activation::none) {
     const int64_t bytes = with_mask ? view.mask_rows() * view.mask_row_bytes() : 0;
     out.mask = empty(input, {&bytes, 1}, ScalarType::Byte);
@@ -85,10 +85,9 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
                           : nullptr;
     args.partials = partials.data();
     args.by_plane = !o.training && !l.columns();
-    args.stream = streams(l, dtype);
-    const auto finish = [&](int64_t c) {
+    args.stream = streams(l, dtype, o.training);
+    const auto finish = [&](int64_t c, const Partial& p) {
       if (o.training) {
-        const Partial p = merged_moments(part, partials.data(), c);
         const double n = static_cast<double>(p.n), nan = std::numeric_limits<double>::quiet_NaN();
         mean[c] = p.n ? p.a : nan;
         invstd[c] = p.n ? 1.0 / std::sqrt(p.b / (n - static_cast<double>(o.correction)) + o.eps) : nan;
@@ -102,7 +101,7 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
       coefficients.set_affine(part, c, mean[c], invstd[c] * w[c], b[c]);
     };
     two_passes(part, o.training ? FUSED_OPS_SELECT(batch_norm_moments) : nullptr, FUSED_OPS_SELECT(batch_norm_apply),
-               args, finish);
+               args, merge_moments, finish);
   }
   if (update) {
     set_every_second(out.new_mean, running.data(), channels);
@@ -134,7 +133,8 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
   const Tensor input = last ? input_ : dense(input_);
   const Tensor grad_output = *matching("grad_output", grad_output_, input);
   const MaybeTensor residual = matching("residual", residual_, input), valid = valid_positions(valid_, input);
-  const View view = view_of(input, last, valid, o.training ? o.groups : 1);
+  const bool with_mask = mask_ && mask_->numel() > 0;
+  const View view = view_of(input, last, valid, o.training ? o.groups : 1, with_mask ? kSmallMaskedPlane : kSmallPlane);
   const ChannelLayout& l = view.layout;
   const DType dtype = float_dtype(kOp, "input", input);
   for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
@@ -182,12 +182,11 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     args.grad_residual = o.need_residual ? at(out.grad_residual.mutable_data_ptr(), offset * bytes) : nullptr;
     args.partials = partials.data();
     args.by_plane = !reduces && !l.columns();
-    args.stream = streams(l, dtype);
+    args.stream = streams(l, dtype, reduces);
     for (int64_t c = 0; c < channels; ++c) coefficients.set_affine(part, c, m[c], inv[c] * w[c], b[c]);
-    const auto finish = [&](int64_t c) {
+    const auto finish = [&](int64_t c, const Partial& p) {
       if (!reduces) return;
       const double low = coefficients.lost_of(m[c]);
-      const Partial p = summed(part, partials.data(), c);
       const double n = static_cast<double>(p.n);
       if (p.n) params[2 * c] += p.b * inv[c], params[2 * c + 1] += p.a;  // nothing: 0, not 0 * NaN
       const double slope = p.b * inv[c] * inv[c] / (n - static_cast<double>(o.correction));
@@ -195,7 +194,8 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
       coefficients.set(part, 4, c, slope);
     };
     two_passes(part, reduces ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
-               o.need_input || o.need_residual ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, finish);
+               o.need_input || o.need_residual ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, args, merge_sums,
+               finish);
   }
   if (o.need_params) {
     set_every_second(out.grad_weight, params.data(), channels);

@@ -11,15 +11,20 @@ namespace fused_ops {
 enum class Activation : int32_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, hardswish };
 constexpr int32_t kActivations = 9;
 
-constexpr int64_t kRun = 1024;     // values of one channel that are loaded together
-constexpr int64_t kFoldAt = 1024;  // values of one channel that are accumulated before they are folded into double
-constexpr int64_t kTile = 256;     // columns handled together
+constexpr int64_t kRun = 1024;        // values of one channel that are loaded together
+constexpr int64_t kFoldAt = 1024;     // values of one channel that are accumulated before they are folded into double
+constexpr int64_t kTile = 1024;       // columns handled together: a page of each row in float32;
+constexpr int64_t kNarrowTile = 256;  // where there are fewer rows than
+constexpr int64_t kWideTileRows = 1024;
+constexpr int64_t kFusedColumns = 256;  // rows shorter than this are walked several at a time
 constexpr int64_t kMostRowBlocks = 32;
 constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
 constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
 constexpr int64_t kMinItemValues = 16384;
 constexpr int64_t kStreamBytes = int64_t{4} << 20;  // outputs from this size on go past the cache,
-constexpr int64_t kStreamRunBytes = 512;            // in runs of at least this size
+constexpr int64_t kStreamOnceBytes = int64_t{8}
+                                     << 20;  // or this one where the input is read once and leaves them room,
+constexpr int64_t kStreamRunBytes = 512;     // in runs of at least this size
 
 // Dense values, in one of two walks. Planes: (batch, channels, spatial), the values of a channel in runs of `spatial`.
 // Columns: spatial == 1, a matrix of `batch` rows whose columns are channels (or the values of a small plane).
@@ -32,13 +37,20 @@ struct ChannelLayout {
 
   // The input is cut into items by its shape alone, so that results do not depend on the thread count.
   // Columns: item = a block of rows of one tile, tile after tile. Planes: item = one part of one channel's runs.
-  int64_t fused() const { return channels > 0 && !valid ? std::max<int64_t>(1, kTile / channels) : 1; }
+  int64_t fused() const { return channels > 0 && !valid ? std::max<int64_t>(1, kFusedColumns / channels) : 1; }
   int64_t rows_per_item() const {
     const int64_t step = kRowsPerFold * fused(), steps = (batch + step - 1) / step;
     return std::max<int64_t>(1, (steps + kMostRowBlocks - 1) / kMostRowBlocks) * step;
   }
   int64_t row_blocks() const { return (batch + rows_per_item() - 1) / rows_per_item(); }
-  int64_t tiles() const { return (channels + kTile - 1) / kTile; }
+  int64_t tiles() const {
+    const int64_t most = batch < kWideTileRows ? kNarrowTile : kTile;
+    return (channels + most - 1) / most;
+  }
+  int64_t tile_columns() const {  // of every tile but the last; a multiple of any line and of a byte of mask bits
+    const int64_t share = (channels + tiles() - 1) / tiles();
+    return (share + 63) / 64 * 64;
+  }
   int64_t parts() const {
     if (channels >= kMinItems || channels == 0) return 1;
     const int64_t largest = std::max<int64_t>(1, batch * spatial / kMinItemValues);

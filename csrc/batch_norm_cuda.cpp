@@ -17,7 +17,8 @@ namespace cuda {
 namespace {
 
 constexpr const char* kOp = "batch_norm";
-constexpr int64_t kSmallPlane = 32;  // as in batch_norm_tensors.h: the mask of smaller planes runs through the channels
+constexpr int64_t kSmallPlane =
+    32;  // as kSmallMaskedPlane of batch_norm_tensors.h: the mask of smaller planes runs through the channels
 
 using MaybeTensor = std::optional<Tensor>;
 

@@ -6,45 +6,75 @@
 
 namespace fused_ops {
 
-// Merges the partials of a channel in a fixed order: parts, or the columns of a small plane and their row blocks.
+constexpr int64_t kMergedTogether = 64;  // channels whose partials are merged together: they are neighbours in memory
+
+// Calls add(channel - begin, partial) for the partials of channels [begin, end) in a fixed order: parts, or the blocks
+// of rows of the channels' columns.
 template <class Add>
-void for_partials(const View& view, const Partial* partials, int64_t channel, const Add& add) {
+void for_partials(const View& view, const Partial* partials, int64_t begin, int64_t end, const Add& add) {
   const ChannelLayout& l = view.layout;
-  if (!l.columns()) {
-    for (int64_t i = channel * l.parts(); i < (channel + 1) * l.parts(); ++i) add(partials[i]);
-    return;
+  const int64_t blocks = l.columns() ? l.row_blocks() : 1, each = l.columns() ? view.repeat : l.parts();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Partial* p = partials + b * l.channels + begin * each;
+    for (int64_t c = 0; c < end - begin; ++c)
+      for (int64_t i = 0; i < each; ++i) add(c, *p++);
   }
-  const int64_t blocks = l.row_blocks();
-  for (int64_t column = channel * view.repeat; column < (channel + 1) * view.repeat; ++column)
-    for (int64_t b = 0; b < blocks; ++b) add(partials[b * l.channels + column]);
 }
 
-inline Partial merged_moments(const View& view, const Partial* partials, int64_t channel) {
-  DEFAULT::Moments total;
-  for_partials(view, partials, channel, [&](const Partial& p) { total.merge(p.a, p.b, p.n); });
-  return {total.mean, total.m2, total.n};
+// Mean and M2 of at most kMergedTogether channels. The mean of all parts first, then their M2 around it: this needs no
+// division for each part, as merging one after the other does. Inf and NaN are merged so.
+inline void merge_moments(const View& view, const Partial* partials, int64_t begin, int64_t end, Partial* out) {
+  double sum[kMergedTogether] = {};
+  int64_t parts[kMergedTogether] = {};
+  for (int64_t i = 0; i < end - begin; ++i) out[i] = {0, 0, 0};
+  for_partials(view, partials, begin, end, [&](int64_t i, const Partial& p) {
+    sum[i] += static_cast<double>(p.n) * p.a, out[i].n += p.n, out[i].a = p.a, ++parts[i];
+  });
+  for (int64_t i = 0; i < end - begin; ++i)
+    if (parts[i] > 1 && out[i].n) out[i].a = sum[i] / static_cast<double>(out[i].n);
+  for_partials(view, partials, begin, end, [&](int64_t i, const Partial& p) {
+    const double delta = p.a - out[i].a;
+    out[i].b += p.b + static_cast<double>(p.n) * (delta * delta);
+  });
+  for (int64_t i = 0; i < end - begin; ++i) {
+    if (std::isfinite(out[i].a) && std::isfinite(out[i].b)) continue;
+    DEFAULT::Moments total;
+    const int64_t channel = begin + i;
+    for_partials(view, partials, channel, channel + 1, [&](int64_t, const Partial& p) { total.merge(p.a, p.b, p.n); });
+    out[i] = {total.mean, total.m2, total.n};
+  }
 }
 
-inline Partial summed(const View& view, const Partial* partials, int64_t channel) {
-  Partial total{0, 0, 0};
-  for_partials(view, partials, channel, [&](const Partial& p) { total.a += p.a, total.b += p.b, total.n += p.n; });
-  return total;
+inline void merge_sums(const View& view, const Partial* partials, int64_t begin, int64_t end, Partial* out) {
+  for (int64_t i = 0; i < end - begin; ++i) out[i] = {0, 0, 0};
+  for_partials(view, partials, begin, end,
+               [&](int64_t i, const Partial& p) { out[i].a += p.a, out[i].b += p.b, out[i].n += p.n; });
 }
 
 // Whether the outputs go past the cache: large ones, but not in pieces of a few lines, most of them parts of lines.
-inline bool streams(const ChannelLayout& l, DType dtype) {
+inline bool streams(const ChannelLayout& l, DType dtype, bool read_twice) {
   const int64_t bytes = element_size(dtype);
-  return !l.valid && l.numel() * bytes >= kStreamBytes && (l.columns() || l.spatial * bytes >= kStreamRunBytes);
+  return !l.valid && l.numel() * bytes >= (read_twice ? kStreamBytes : kStreamOnceBytes) &&
+         (l.columns() || l.spatial * bytes >= kStreamRunBytes);
 }
 
-// Runs reduce -> finish(channel) -> write: channel by channel, or tile by tile, where that keeps what is read twice in
-// the cache; else one after the other over the whole input.
-template <class Args, class Finish>
+// Runs reduce -> merge -> finish(channel, merged) -> write: channel by channel, or tile by tile, where that keeps what
+// is read twice in the cache; else one after the other over the whole input.
+template <class Args, class Merge, class Finish>
 void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
-                void (*write)(const Args&, int64_t, int64_t), const Args& args, const Finish& finish) {
+                void (*write)(const Args&, int64_t, int64_t), const Args& args, const Merge& merge,
+                const Finish& finish) {
   const ChannelLayout& l = view.layout;
+  const auto finish_channels = [&](int64_t begin, int64_t end) {
+    Partial merged[kMergedTogether];
+    for (int64_t first = begin; first < end; first += kMergedTogether) {
+      const int64_t last = std::min(end, first + kMergedTogether);
+      if (reduce) merge(view, args.partials, first, last, merged);
+      for (int64_t c = first; c < last; ++c) finish(c, merged[c - first]);
+    }
+  };
   if (args.by_plane) {
-    for (int64_t c = 0; c < view.channels; ++c) finish(c);
+    finish_channels(0, view.channels);
     if (write) for_items(l, l.planes(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
     return;
   }
@@ -52,8 +82,8 @@ void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
   const int64_t units = l.columns() ? (view.repeat == 1 ? l.tiles() : 1) : (l.parts() == 1 ? l.channels : 1);
   const int64_t items = units == 0 ? 0 : l.items() / units;
   const auto finish_unit = [&](int64_t unit) {
-    const int64_t width = units == 1 ? view.channels : l.columns() ? kTile : 1;
-    for (int64_t c = unit * width; c < std::min(view.channels, (unit + 1) * width); ++c) finish(c);
+    const int64_t width = units == 1 ? view.channels : l.columns() ? l.tile_columns() : 1;
+    finish_channels(unit * width, std::min(view.channels, (unit + 1) * width));
   };
   if (units > 1 && (!l.columns() || units >= static_cast<int64_t>(torch::stable::get_num_threads()))) {
     for_items(l, units, [&](int64_t begin, int64_t end) {

@@ -12,8 +12,9 @@
 namespace fused_ops {
 
 constexpr const char* kOp = "batch_norm";
-constexpr int64_t kGrainValues = 16384;  // per task: below this a second thread costs more than it saves
-constexpr int64_t kSmallPlane = 32;      // planes up to this many values are walked as columns
+constexpr int64_t kGrainValues = 16384;    // per task: below this a second thread costs more than it saves
+constexpr int64_t kSmallPlane = 64;        // planes up to this many values are walked as columns,
+constexpr int64_t kSmallMaskedPlane = 32;  // and up to this many where there is a mask: its layout is the ops' contract
 
 using MaybeTensor = std::optional<Tensor>;
 
@@ -167,7 +168,8 @@ struct View {
   int64_t mask_row_bytes() const { return ((layout.columns() ? layout.channels : layout.spatial) + 7) / 8; }
 };
 
-inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& valid, int64_t groups) {
+inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& valid, int64_t groups,
+                    int64_t small_plane = kSmallMaskedPlane) {
   const int64_t batch = t.size(0), channels = t.size(1);
   if (groups < 1) raise(kOp, ": groups must be at least 1, got ", groups);
   int64_t spatial = 1;
@@ -179,7 +181,7 @@ inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& vali
   v.layout = {batch, channels, spatial, nullptr};
   if (channels_last) {
     v.layout = {batch * spatial, channels, 1, nullptr}, v.rows_per_batch = spatial;
-  } else if (spatial > 0 && spatial <= kSmallPlane && !valid) {
+  } else if (spatial > 0 && spatial <= small_plane && !valid) {
     v.layout = {batch, channels * spatial, 1, nullptr}, v.repeat = spatial;
   }
   if (valid) v.layout.valid = static_cast<const uint8_t*>(valid->const_data_ptr());

@@ -10,13 +10,15 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ops._cross_entropy_rows import refuse_inplace_transforms
-from fused_ops._function import FusedFunction, _transforms_active, save
+from fused_ops._function import FusedFunction, _transforms_active, is_one, save
 from fused_ops._library import register
 from fused_ops.reference import cross_entropy as reference
 from fused_ops.reference import empty_output
 
 _SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by one thread
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
+
+_grad_enabled = torch.is_grad_enabled
 
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
@@ -147,26 +149,32 @@ class CrossEntropyFunction(FusedFunction):
 class _SmallFunction(Function):
     """The loss of few logits, whose gradient comes with it: half the calls, a third of the outputs.
 
-    At this size a call costs more than its arithmetic, and so does every output of a Function. Not for torch.func,
-    forward-mode AD and torch.compile, which need what ``CrossEntropyFunction`` has.
+    At this size a call costs more than its arithmetic, and so does every output, argument and saved tensor of a
+    Function. Not for torch.func, forward-mode AD and torch.compile, which need what ``CrossEntropyFunction`` has.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> Tensor:
+    def forward(ctx: Any, input: Tensor, target: Tensor, options: tuple[int, int]) -> Tensor:
         loss: Tensor
-        loss, gradient, ctx.ignored = _with_gradient_op(input, target, ignore_index, reduction)
-        ctx.options = ignore_index, reduction
-        ctx.save_for_backward(input, target, gradient)
+        loss, gradient, ignored = _with_gradient_op(input, target, *options)
+        ctx.found = gradient, ignored, options
+        ctx.save_for_backward(input, target)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        input, target, gradient = ctx.saved_tensors
+        input, target = ctx.saved_tensors
+        gradient, ignored, options = ctx.found
+        if gradient is None:  # a second backward through a graph that was retained
+            gradient = _with_gradient_op(input.detach(), target, *options)[1]
         # An ignored row's gradient is 0 even for an upstream gradient that is not finite.
-        if not ctx.ignored and not torch.is_grad_enabled():
-            return gradient.mul(grad_loss), None, None, None
-        _, lse, total = _forward_op(input.detach(), target, *ctx.options)
-        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *ctx.options), None, None, None
+        if not ignored and not torch.is_grad_enabled():
+            if is_one(grad_loss):
+                ctx.found = None, ignored, options  # it is handed over, not only lent
+                return gradient, None, None
+            return gradient.mul(grad_loss), None, None
+        _, lse, total = _forward_op(input.detach(), target, *options)
+        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
 
 
 class _CompiledFunction(CrossEntropyFunction):
@@ -175,25 +183,48 @@ class _CompiledFunction(CrossEntropyFunction):
     jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
 
 
-_small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what index_loss has asked already
+_small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what _brings_gradient has asked already
+
+
+def _brings_gradient(input: Tensor) -> bool:
+    """Whether the gradient may come with the loss: plain reverse-mode autograd of few logits on the CPU."""
+    return (
+        input.requires_grad
+        and input.numel() <= _SMALL
+        and input.is_cpu
+        and _grad_enabled()
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def small_loss(input: Any, target: Any, ignore_index: Any, reduction: Any) -> Tensor | None:
+    """The loss of the commonest call of few logits, right in every respect; None for any other call.
+
+    Such a call takes microseconds, a third of which go into the questions of the general path.
+    """
+    if (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and input.dtype is torch.float32
+        and target.dtype is torch.int64
+        and input.dim() == 2
+        and target.dim() == 1
+        and input.size(0) == target.size(0)
+        and type(ignore_index) is int
+        and (reduction == "mean" or reduction == "sum")
+        and _brings_gradient(input)
+    ):
+        return _small_apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
+    return None
 
 
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
     """The loss of checked class indices."""
     if torch.compiler.is_compiling():
         function: type[FusedFunction] = _CompiledFunction
-    elif (
-        input.requires_grad
-        and input.numel() <= _SMALL
-        and input.dtype in _SMALL_DTYPES
-        and reduction != "none"
-        and input.is_cpu
-        and not inplace_backward
-        and torch.is_grad_enabled()
-        and not _transforms_active()
-        and forward_ad._current_level < 0
-    ):
-        loss: Tensor = _small_apply(input, target, ignore_index, REDUCTIONS[reduction])
+    elif reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
+        loss: Tensor = _small_apply(input, target, (ignore_index, REDUCTIONS[reduction]))
         return loss
     else:
         function = CrossEntropyFunction

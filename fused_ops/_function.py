@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function, forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def autocast_enabled(input: Tensor) -> bool:
@@ -22,7 +23,12 @@ def autocast_enabled(input: Tensor) -> bool:
 
 def has_values(t: Tensor) -> bool:
     """Whether values of a tensor of the CPU can be read at once: it is no fake one, and no batch of gradients."""
-    return t.device.type == "cpu" and not is_fake(t) and not torch._C._functorch.is_legacy_batchedtensor(t)
+    return t.device.type == "cpu" and not is_fake(t) and not _is_batched(t)
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether it can be read, on the CPU and neither fake nor a batch of gradients, and is 1."""
+    return type(grad) is Tensor and grad.is_cpu and not _is_batched(grad) and grad.item() == 1
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -10,13 +10,12 @@ from torch.autograd import Function, forward_ad
 
 from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
-from fused_ops._function import _transforms_active
+from fused_ops._function import _transforms_active, is_one
 from fused_ops._library import register
 from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
 from fused_ops.reference import linear_cross_entropy as reference
 
 INPUT, WEIGHT, BIAS = 1, 2, 4
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 # float16's gradients have no range to spare: they are found with the upstream gradient that there is
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -75,7 +74,7 @@ class SmallLinearCrossEntropyFunction(Function):
             return *_differentiable(ctx, grad_loss, *tensors), None, None
         if gradients is None:  # a second backward through a graph that was retained
             gradients = _small_op(*tensors, *ctx.rest)[1:]  # type: ignore[index]
-        if _is_one(grad_loss):
+        if is_one(grad_loss):
             ctx.gradients = None  # they are handed over, not only lent
         else:
             gradients = [g * grad_loss for g in gradients]
@@ -86,13 +85,6 @@ class SmallLinearCrossEntropyFunction(Function):
 
 # Function.apply itself looks for a setup_context and for transforms on each call
 _apply = super(Function, SmallLinearCrossEntropyFunction).apply
-
-
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether it can be read, on the CPU and neither fake nor a batch of gradients, and is 1."""
-    if type(grad_loss) is not Tensor or not grad_loss.is_cpu or _is_batched(grad_loss):
-        return False
-    return grad_loss.item() == 1
 
 
 def _differentiable(ctx: Any, grad_loss: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
+from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss, small_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
 from fused_ops._deferred_logits import DeferredLogits
 from fused_ops._function import _transforms_active, autocast_enabled
@@ -154,12 +154,16 @@ def cross_entropy(
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
         and empty == "nan"
-        and _is_plain(input, target)
     ):
-        indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
-        if inplace_backward:
-            _check_inplace(input)
-        return index_loss(input, indices, ignore_index, reduction, inplace_backward)
+        if not (inplace_backward or torch.compiler.is_compiling()):
+            small = small_loss(input, target, ignore_index, reduction)
+            if small is not None:
+                return small
+        if _is_plain(input, target):
+            indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
+            if inplace_backward:
+                _check_inplace(input)
+            return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):

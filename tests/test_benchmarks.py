@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 pytest.importorskip("tqdm", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
-from benchmarks import accuracy, cases, harness, machine, memory, plot, results, rivals, run, tables, targets
+from benchmarks import accuracy, cases, harness, machine, memory, pages, plot, results, rivals, run, tables, targets
 from benchmarks.harness import Case, Inputs, Provider
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +132,61 @@ def test_peak_memory_sees_what_a_run_allocates():
     assert memory.peak_extra_bytes(lambda: None) < size / 20
     kept = [torch.ones(size, dtype=torch.uint8)]
     assert memory.peak_extra_bytes(lambda: kept[0].max()) < size / 2
+
+
+def huge_kilobytes() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    return int(re.search(r"AnonHugePages:\s+(\d+) kB", text).group(1))
+
+
+def test_a_run_without_huge_pages_has_none_and_gives_them_back():
+    if pages.missing():
+        pytest.skip(pages.missing())
+    grown, modes = [], []
+
+    def watch(x):
+        before, memory = huge_kilobytes(), torch.ops.fused_ops.linear_cross_entropy_buffer(x, 1 << 10, 1 << 14)
+        memory.zero_()
+        grown.append(huge_kilobytes() - before)
+        modes.append(pages.disable(True))
+        return square(x)
+
+    provider = pages.provider(watch)
+    assert provider.strict and provider.name == "fused_ops without huge pages" and not provider.missing
+    runner = harness.make_runner(toy(provider), provider, toy().inputs("cpu"), 1)
+    for _ in range(2):
+        runner.prepare("both")
+        runner.run("both")
+    assert grown == [0, 0] and modes == [True, True]
+    assert pages.disable(False)
+
+    def fails(x):
+        raise RuntimeError("no such luck")
+
+    runner = pages.WithoutHugePages(fails, toy().inputs("cpu"))
+    runner.prepare("both")
+    with pytest.raises(RuntimeError, match="no such luck"):
+        runner.run("both")
+    assert pages.ctypes.CDLL(None).prctl(42, 0, 0, 0, 0) == 0  # they are back
+
+
+def test_huge_pages_have_a_table_of_their_own(tmp_path):
+    known = [case for case in cases.all_cases("cpu", ["cross_entropy"]) if case.part == pages.PART]
+    assert {"1024x32000 float32 pages", "8192x1000 float32 pages"} <= {case.name for case in known}
+    assert all([p.name for p in case.providers] == ["eager", "fused_ops", pages.WITHOUT] for case in known)
+    name = known[0].name
+    rows = [
+        timing(p, ms, case=name, part=pages.PART, p20_ms=1.0, p80_ms=1.0, speedup_vs_eager=1.0)
+        for p, ms in (("eager", [60.0] * 3), ("fused_ops", [10.0] * 3), (pages.WITHOUT, [20.0] * 3))
+    ]
+    found = {"timings": rows}
+    figures = "| 1024x32000 float32 | both | 60 ms | 20 ms | 10 ms | 2.00x | 3.00x | 6.00x |"
+    assert figures in tables.pages_table(found)
+    assert "vs eager" not in tables.record(found)  # the case itself is in the other tables
+    assert plot.speedup_bars(rows, "cross_entropy") is None
+    results.save(tmp_path, "full", found)
+    page = "<!-- benchmarks:huge_pages -->\n<!-- /benchmarks:huge_pages -->\n"
+    assert figures in tables.render(page, [tmp_path])
 
 
 def test_cases_are_named_once_and_found_again():

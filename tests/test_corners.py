@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_ops
+from fused_ops.reference import _cross_entropy_rows as rows_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
@@ -32,6 +33,98 @@ def test_what_an_ignored_row_holds_does_not_reach_its_gradient(shape, bad, dtype
         loss = fused_ops.cross_entropy(x, target, reduction="sum", **options)
         (grad,) = gradients(loss, x)
         assert loss.isfinite() and not grad[0].any() and grad.isfinite().all()
+
+
+def zero_weights(bad, dtype):
+    """Logits whose first row's target has the weight 0, targets and weights."""
+    x = torch.tensor([[0.5, 1.0, 2.0, 0.0, 1.0], [0.0, 1.0, -1.0, 2.0, 0.5], [1.0, 0.0, 3.0, 0.0, 0.0]]).to(dtype)
+    x[0] = torch.tensor(bad).to(dtype)
+    return x, torch.tensor([0, 3, 1]), torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0]).to(dtype)
+
+
+ZERO_WEIGHT_ROWS = [[-INF, 1.0, 2.0, 0.0, 1.0], [-INF] * 5, [0.0, INF, 1.0, 0.0, 0.0], [0.0, NAN, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", ZERO_WEIGHT_ROWS, ids=["target", "all", "inf", "nan"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_weight_of_zero_times_an_infinite_loss_is_nan_as_pytorch(reduction, smoothing, bad, dtype):
+    """0 * inf, whichever options choose the walk; the gradient has no such product and is finite where p is."""
+    x, target, weight = zero_weights(bad, dtype)
+    given = {"reduction": reduction, "label_smoothing": smoothing}
+
+    def found(function):
+        leaf = x.double().requires_grad_() if function is F.cross_entropy else x.clone().requires_grad_()
+        loss = function(leaf, target, weight.to(leaf.dtype), **given)
+        return loss.detach(), *gradients(loss.sum(), leaf)
+
+    expected = found(F.cross_entropy)
+    for options in ({}, {"return_outputs": True}, {"logit_scale": 1.0000001}, {"z_loss": 1e-30}):
+        for layout in ("rows", "spatial", "one by one", "strided"):
+
+            def ours(x, target, weight, options=options, layout=layout, **given):
+                if layout == "spatial":
+                    x, target = x.t().unsqueeze(0), target.unsqueeze(0)
+                if layout == "strided":
+                    x = torch.stack([x, x], -1)[..., 0]
+                if layout == "one by one":
+                    given["token_weight"] = torch.ones(3).to(x.dtype)
+                out = fused_ops.cross_entropy(x, target, weight, **given, **options)
+                out = out.loss if options.get("return_outputs") else out
+                return out[0] if layout == "spatial" and given["reduction"] == "none" else out
+
+            for mine, other in zip(found(ours), expected, strict=True):
+                eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
+                torch.testing.assert_close(mine.double(), other, rtol=4 * eps, atol=4 * eps, equal_nan=True)
+    numbers = (-100, smoothing, 1.0, 0.0, True)
+    nll = rows_reference.forward(x, target, None, weight, None, *numbers)[0]
+    raw = torch.ops.fused_ops.cross_entropy_rows_forward(x, target, None, weight, None, *numbers)[0]
+    assert nll.isnan().tolist() == raw.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_rows", [None, 1, 2])
+@pytest.mark.parametrize("bad", ZERO_WEIGHT_ROWS[:3], ids=["target", "all", "inf"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_heads_weight_of_zero_times_an_infinite_loss_is_nan_as_pytorch(smoothing, bad, chunk_rows, dtype):
+    """The bias puts the first row's logits into every row; its target's weight is 0."""
+    _, target, weight = zero_weights(bad, dtype)
+    x, w, bias = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype), torch.tensor(bad).to(dtype)
+    for reduction in ("none", "mean", "sum"):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        expected = F.cross_entropy(F.linear(x, w, bias), target, weight, **options)
+        for outputs in (False, True):
+            leaf = x.clone().requires_grad_()
+            loss = fused_ops.linear_cross_entropy(
+                leaf,
+                w,
+                target,
+                linear_bias=bias,
+                weight=weight,
+                chunk_rows=chunk_rows,
+                return_outputs=outputs,
+                **options,
+            )
+            loss = loss.loss if outputs else loss
+            assert torch.equal(loss.isnan(), expected.isnan())
+            (grad,) = gradients(loss.sum(), leaf)
+            assert grad.isnan().all() == (bad != ZERO_WEIGHT_ROWS[0])
+
+
+@pytest.mark.parametrize("layout", ["rows", "spatial"])
+def test_what_pytorch_has_not_adds_nothing_at_a_share_of_zero(layout):
+    """Several indices may be padded with any class, one of logit -inf too; mixup's lam may be 0 or 1."""
+    x, target, _ = zero_weights(ZERO_WEIGHT_ROWS[0], torch.float32)
+    pairs, shares = torch.stack([target, torch.tensor([1, 2, 4])], 1), torch.tensor([[0.0, 1.0]]).repeat(3, 1)
+    if layout == "spatial":
+        x, pairs, shares = (t.t().unsqueeze(0) for t in (x, pairs, shares))
+    for weight in (None, torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])):
+        padded = fused_ops.cross_entropy(x, (pairs, shares), weight)
+        mixed = fused_ops.cross_entropy(x, (pairs[:, 0], pairs[:, 1], 0.0), weight)
+        exact = F.cross_entropy(x, pairs[:, 1], weight)
+        torch.testing.assert_close(padded, exact)
+        torch.testing.assert_close(mixed, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,6 +274,20 @@ def test_gradients_of_cross_entropy_are_rounded_to_nearest(options, layout, dtyp
     leaf = x.detach().requires_grad_()
     (grad,) = gradients(fused_ops.cross_entropy(leaf * 1, target, reduction="sum", **options), leaf)
     assert share_of_misrounded(grad, truth) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
+def test_a_gradient_halfway_between_two_numbers_goes_to_the_even_one(dtype):
+    """All of a row's probability on one class: its gradient is the product of two 16-bit numbers, often such a tie."""
+    classes = 101  # whole registers and a tail, even places and odd ones
+    upstream = (1 + torch.arange(classes) * torch.finfo(dtype).eps).to(dtype)
+    x = torch.full((classes, classes), -INF).fill_diagonal_(0.0).to(dtype).requires_grad_()
+    target = (torch.arange(classes) + 1) % classes
+    weight = torch.full((classes,), 1.5, dtype=dtype)
+    (grad,) = gradients(fused_ops.cross_entropy(x, target, weight, reduction="none"), x, upstream)
+    exact = (1.5 * upstream.double()).to(dtype)
+    assert torch.equal(grad.diagonal(), exact)
+    assert torch.equal(grad.gather(1, target.unsqueeze(1)).squeeze(1), -exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:])

@@ -120,6 +120,24 @@ def test_a_small_loss_serves_every_derivative_and_upstream_gradient():
             assert torch.autograd.gradgradcheck(f, x)
 
 
+def test_a_small_loss_hands_its_gradient_over_once():
+    x, target = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 4, 3, 1, 2, 2])
+    loss = fused_ops.cross_entropy(x, target)
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    expected = first.clone()
+    first.zero_()  # it is the caller's
+    for upstream in (1.0, 2.0, 1.0, 0.5):
+        again = torch.autograd.grad(loss, x, torch.tensor(upstream), retain_graph=True)[0]
+        assert torch.equal(again, upstream * expected)
+        again.zero_()
+    several = torch.tensor([1.0, -2.0, 4.0])
+    batched = torch.autograd.grad(loss, x, several, retain_graph=True, is_grads_batched=True)[0]
+    assert torch.equal(batched, several.view(3, 1, 1) * expected)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(x.grad, 2 * expected)
+
+
 def test_third_derivative():
     x, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 3, -100])
 

@@ -1,6 +1,7 @@
 """The CUDA emulation itself: that it runs kernels as a GPU would and notices the faults that it is there to notice."""
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -88,3 +89,16 @@ def test_the_bindings_compile_for_a_gpu(source):
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
     result = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:2000]
+
+
+def test_exponentials_are_good_to_the_last_place(cuda_host):
+    x = torch.linspace(-87, 88.5, 200_003, dtype=torch.float32)
+    found = torch.empty_like(x)
+    cuda_host.self_exp(pointer(x), pointer(found), ctypes.c_int64(x.numel()))
+    exact = x.double().exp()
+    _, exponent = torch.frexp(exact)
+    assert ((found.double() - exact).abs() / torch.exp2(exponent.double() - 24)).max() < 0.7
+    ends = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 89.5, -104.5, -103.9, -100.0])
+    found = torch.empty_like(ends)
+    cuda_host.self_exp(pointer(ends), pointer(found), ctypes.c_int64(ends.numel()))
+    torch.testing.assert_close(found, ends.exp(), rtol=0, atol=1.5e-45, equal_nan=True)

@@ -215,8 +215,9 @@ def test_a_row_depends_on_itself_alone(host_ops, case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("case", ["index + smoothing", "index + weight", "dense"])
-def test_extremes_are_those_of_the_cpu(host_ops, case, layout, dtype):
+@pytest.mark.parametrize("case", ["index + smoothing", "index + weight", "index + weight + statistics", "dense"])
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero weight"])
+def test_extremes_are_those_of_the_cpu(host_ops, zero, case, layout, dtype):
     inf, nan, top = float("inf"), float("nan"), torch.finfo(dtype).max / 4
     rows = [
         *([-inf, 1.0, 0.0], [1.0, -inf, 2.0], [-inf] * 3, [inf, 0.0, 0.0], [0.0, inf, 0.0], [nan, 0.0, 0.0]),
@@ -226,11 +227,13 @@ def test_extremes_are_those_of_the_cpu(host_ops, case, layout, dtype):
         a, o = draw(case, len(rows), classes, dtype)
         x = torch.full((len(rows), classes), -40.0, dtype=dtype)
         x[:, :3] = torch.tensor(rows, dtype=torch.float64).to(dtype)
+        if zero and a.weight is not None:
+            a.weight[0] = 0.0
         a = laid_out(a._replace(input=x, indices=None if a.indices is None else torch.zeros(len(rows)).long()), layout)
         ours, grad = run(host_ops, a, o)
         g = gradients_of_rows(a, o)
         cpu = torch.ops.fused_ops.cross_entropy_rows_forward(*a, *o)
-        cpu_grad = torch.ops.fused_ops.cross_entropy_rows_backward(*g, *a, cpu[1], cpu[2], None, *o)
+        cpu_grad = torch.ops.fused_ops.cross_entropy_rows_backward(*g, *a, *cpu[1:3], cpu[4] if o[4] else None, *o)
         for mine, other in zip(ours, cpu, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
         torch.testing.assert_close(grad, cpu_grad, rtol=2e-2, atol=1e-2, equal_nan=True)

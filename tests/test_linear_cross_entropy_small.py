@@ -126,6 +126,28 @@ def test_several_gradients_at_once_and_the_second_derivative():
     tied = torch.randn(20, 20, dtype=torch.float64, requires_grad=True)
     rows = torch.arange(20) % 7
     assert torch.autograd.gradgradcheck(lambda t: ours(t, t, rows), tied)
+    for create_graph in (False, True):  # which is where one tensor might count as two; both above would double alike
+        mine, other = (torch.autograd.grad(f(tied, tied, rows), tied, create_graph=create_graph) for f in (ours, eager))
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_kernel_says_what_does_not_fit():
+    (x, w, b), target = draw(torch.float32)
+    good = (x, w, b, target)
+    for at, bad, message in (
+        (0, x.long(), "input must be float32"),
+        (0, x[0], "expected input"),
+        (1, w.double(), "linear_weight must have the dtype of input"),
+        (1, w[:, 1:], "expected input"),
+        (2, b.double(), "linear_bias must have the dtype of input"),
+        (2, b[1:], "linear_bias must have the shape"),
+        (3, target[1:], "expected a target of each of 20 rows"),
+        (3, target.float(), "target must hold class indices"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            small._small_op(*good[:at], bad, *good[at + 1 :], -100, 1, 7)
+    with pytest.raises(RuntimeError, match="reduction must be 1"):
+        small._small_op(*good, -100, 0, 7)
 
 
 @pytest.mark.parametrize("rows", [20, 400])

@@ -23,6 +23,7 @@ struct Run {
   uint8_t* mask;
   int64_t n;
   bool stream;
+  int64_t ahead;  // what is prefetched with each line lies so many values behind it
 };
 
 template <class Coefficient>
@@ -66,11 +67,13 @@ __attribute__((noinline)) void apply_part(const Run<T>& run, const Affine<Coeffi
 
 // Activations that are a comparison: a line never leaves the registers.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-void apply_lines(const Run<T>& run, const Affine<Coefficient>& c, acc_t<T> slope) {
+void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc_t<T> slope) {
   using L = Line<T>;
+  constexpr bool kMayMask = kResidual && kind != Activation::none;  // else the backward rebuilds the sign from x
+  const Affine<Coefficient> c = coefficients;                       // no store to y can change a copy
   const T *x = run.x, *r = run.residual;
-  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0;
-  uint8_t* mask = run.mask;
+  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0, ahead = run.ahead;
+  uint8_t* mask = kMayMask ? run.mask : nullptr;
   T* y = run.y;
   bool stream = run.stream;
   int64_t i = 0;
@@ -80,6 +83,8 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& c, acc_t<T> slope
   }
   for (; i + L::kSize <= n; i += L::kSize) {
     typename LineBits<T>::Word bits = 0;
+    prefetch(x + i + ahead);
+    if (kResidual) prefetch(r + i + ahead);
     const L z = applied<T, kind, kResidual>(x + i, kResidual ? r + i : r, c, i, slope, mask ? &bits : nullptr);
     if (mask) LineBits<T>::store(bits, L::kSize, mask + i / 8);
     if (stream)
@@ -132,9 +137,10 @@ inline void apply_run(const BatchNormForward& a, const Run<T>& run, const Affine
 }
 
 template <class T, class Coefficient>
-inline void apply_at(const BatchNormForward& a, int64_t offset, int64_t n, uint8_t* mask,
-                     const Affine<Coefficient>& c) {
-  Run<T> run{static_cast<const T*>(a.input) + offset, nullptr, static_cast<T*>(a.output) + offset, mask, n, a.stream};
+inline void apply_at(const BatchNormForward& a, int64_t offset, int64_t n, uint8_t* mask, const Affine<Coefficient>& c,
+                     int64_t ahead) {
+  Run<T> run{
+      static_cast<const T*>(a.input) + offset, nullptr, static_cast<T*>(a.output) + offset, mask, n, a.stream, ahead};
   if (!a.residual) return apply_run<T, false>(a, run, c);
   run.residual = static_cast<const T*>(a.residual) + offset;
   apply_run<T, true>(a, run, c);
@@ -156,14 +162,12 @@ void apply_tile(const BatchNormForward& a, int64_t item) {
       scale(t, static_cast<const A*>(a.scale) + column), shift(t, static_cast<const A*>(a.shift) + column);
   const Affine<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values)};
   T* y = static_cast<T*>(a.output) + column;
+  const int64_t ahead = t.ahead<T>(l);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
-    const int64_t ahead = (r + kRowsAhead * t.fused) * l.channels + column;
-    prefetch_run(static_cast<const T*>(a.input) + ahead, n);
-    if (a.residual) prefetch_run(static_cast<const T*>(a.residual) + ahead, n);
     if (l.valid && !l.valid[r])
       std::fill_n(y + r * l.channels, n, T{});
     else
-      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c);
+      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead);
   });
 }
 
@@ -172,21 +176,21 @@ void apply_planes(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const int64_t row_bytes = (l.spatial + 7) / 8;
-  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
+  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel, int64_t ahead) {
     const auto coefficient = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
     const int64_t row = position / l.spatial * l.channels + channel;
     uint8_t* mask = a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr;
-    apply_at<T>(a, offset, n, mask, Affine<Spread<T>>{coefficient(a.mean), coefficient(a.scale), coefficient(a.shift)});
+    apply_at<T>(a, offset, n, mask, Affine<Spread<T>>{coefficient(a.mean), coefficient(a.scale), coefficient(a.shift)},
+                ahead);
     zero_invalid(l, static_cast<T*>(a.output) + offset, n, position);
   };
   if (a.by_plane) {
     for_each_plane_run(l, item, item + 1, [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
-      prefetch_run(static_cast<const T*>(a.input) + offset + kRun, n);
-      run(offset, n, position, channel);
+      run(offset, n, position, channel, kAhead<T>);
     });
   } else {
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
-      run(offset, n, position, item / l.parts());
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
+      run(offset, n, position, item / l.parts(), ahead);
     });
   }
 }

@@ -69,10 +69,14 @@ void grad_run(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset,
 
 template <class T, class Coefficient>
 inline void grad_at(const BatchNormBackward& a, Before before, int64_t offset, int64_t n, const uint8_t* mask,
-                    const BackwardCoefficients<Coefficient>& c) {
+                    const BackwardCoefficients<Coefficient>& c, int64_t ahead) {
   using A = acc_t<T>;
-  GradRun<T> run{static_cast<const T*>(a.input) + offset, static_cast<const T*>(a.grad_output) + offset, mask, nullptr,
-                 static_cast<A>(a.slope)};
+  GradRun<T> run{static_cast<const T*>(a.input) + offset,
+                 static_cast<const T*>(a.grad_output) + offset,
+                 mask,
+                 nullptr,
+                 static_cast<A>(a.slope),
+                 ahead};
   if (before == Before::given) {
     alignas(kLineBytes) A h[kPadded];
     buffer_before<T>(a, offset, n, c, h);
@@ -104,14 +108,13 @@ void grad_tile(const BatchNormBackward& a, Before before, int64_t item) {
                       grad_mean = values(a.grad_mean, reduced), grad_slope = values(a.grad_slope, reduced);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(grad_mean.values), Ordered<T>(grad_slope.values)};
+  const int64_t ahead = t.ahead<T>(l);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
-    const int64_t offset = r * l.channels + column, ahead = offset + kRowsAhead * t.fused * l.channels;
-    prefetch_run(static_cast<const T*>(a.input) + ahead, n);
-    prefetch_run(static_cast<const T*>(a.grad_output) + ahead, n);
+    const int64_t offset = r * l.channels + column;
     if (l.valid && !l.valid[r])
       zero<T>(a, offset, n);
     else
-      grad_at<T>(a, before, offset, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c);
+      grad_at<T>(a, before, offset, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead);
   });
 }
 
@@ -120,19 +123,21 @@ void grad_planes(const BatchNormBackward& a, Before before, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const int64_t row_bytes = (l.spatial + 7) / 8;
-  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
+  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel, int64_t ahead) {
     const auto of = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
     const BackwardCoefficients<Spread<T>> c{of(a.mean), of(a.scale), of(a.shift), of(a.grad_mean), of(a.grad_slope)};
     const int64_t row = position / l.spatial * l.channels + channel;
-    grad_at<T>(a, before, offset, n, a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr, c);
+    grad_at<T>(a, before, offset, n, a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr, c, ahead);
     for (int64_t i = 0; l.valid && i < n; ++i)
       if (!l.valid[position + i]) zero<T>(a, offset + i, 1);
   };
   if (a.by_plane) {
-    for_each_plane_run(l, item, item + 1, run);
+    for_each_plane_run(l, item, item + 1, [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
+      run(offset, n, position, channel, kAhead<T>);
+    });
   } else {
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position) {
-      run(offset, n, position, item / l.parts());
+    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
+      run(offset, n, position, item / l.parts(), ahead);
     });
   }
 }

@@ -41,6 +41,9 @@ struct GradRun {
   const uint8_t* mask;
   const acc_t<T>* given;  // in the order of lines
   acc_t<T> slope;         // of leaky_relu
+  int64_t ahead;          // what is prefetched with each line lies so many values behind it
+
+  inline FUSED_OPS_INLINE void prefetch_line(int64_t i) const { prefetch(x + i + ahead), prefetch(g + i + ahead); }
 };
 
 // h of the line `at` on of the run; g is that line of its upstream gradient, `bits` that of its mask.
@@ -81,6 +84,7 @@ struct LinePair {
 template <class T, Before kBefore, class Coefficient>
 inline FUSED_OPS_INLINE LinePair<T> whole_line(const GradRun<T>& run, int64_t i,
                                                const BackwardCoefficients<Coefficient>& c) {
+  run.prefetch_line(i);
   const Line<T> x = Line<T>::load(run.x + i);
   typename LineBits<T>::Word bits = 0;
   if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, Line<T>::kSize);
@@ -104,6 +108,7 @@ inline FUSED_OPS_INLINE void for_each_line(const GradRun<T>& run, int64_t i, int
                                            const BackwardCoefficients<Coefficient>& c, const Body& body) {
   using L = Line<T>;
   for (; i + L::kSize <= n; i += L::kSize) {
+    run.prefetch_line(i);
     const L x = L::load(run.x + i);
     typename LineBits<T>::Word bits = 0;
     if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, L::kSize);

@@ -44,20 +44,19 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
     total.merge(c + sum / n, squares - sum * sum / n, pending);
     pending = 0;
   };
-  for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
-    prefetch_run(x + next_offset(a.layout, offset, n), n);
+  for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t ahead) {
     if (pending == 0) {
       center = center_of<T>(total.n ? total.mean : pilot_mean(x + offset, n));
       merge_at = 8 * std::max(total.n, n);
     }
-    sums.add(x + offset, n, center);
+    sums.add(x + offset, n, center, ahead);
     pending += n;
     if (pending >= merge_at) merge();
   });
   merge();
   if (total.n && !(std::isfinite(total.mean) && std::isfinite(total.m2)))
     return slow_moments([&](auto f) {
-      for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t) {
+      for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t) {
         for (int64_t i = 0; i < n; ++i) f(static_cast<double>(to_acc(x[offset + i])));
       });
     });
@@ -75,7 +74,8 @@ void for_each_row(const ChannelLayout& l, int64_t begin, int64_t end, const Body
 template <class T>
 void pilot_center(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, acc_t<T>* center) {
   const T* x = static_cast<const T*>(a.input) + t.column;
-  acc_t<T> pilot[kTile] = {};
+  acc_t<T> pilot[kTile];
+  std::fill_n(pilot, t.n, acc_t<T>(0));
   int64_t count = 0;
   for_each_row(a.layout, begin, end, [&](int64_t r) {
     if (count >= kPilotRows) return;
@@ -93,14 +93,21 @@ struct ColumnSums {
   using A = acc_t<T>;
   static constexpr bool kExact = std::is_same_v<T, float>;  // values in double instead of deviations
   using S = std::conditional_t<kExact, double, A>;
-  alignas(kLineBytes) A center[kTile], square[kTile] = {};
-  alignas(kLineBytes) S sum[kTile] = {};
+  alignas(kLineBytes) A center[kTile], square[kTile];
+  alignas(kLineBytes) S sum[kTile];
+  int64_t ahead;
+
+  ColumnSums(const ChannelLayout& l, const Tile& t, const A* from) : ahead(t.ahead<T>(l)) {
+    t.repeat_ordered<T>(from, center);
+    std::fill_n(square, t.padded(), A(0)), std::fill_n(sum, t.padded(), S(0));
+  }
 
   // Adds one line at columns `at` on of each of the rows.
   template <int kRows>
   inline void add_line(const T* const* rows, int64_t at, int64_t offset) {
     using L = Line<T>;
     L x[kRows];
+    for (int r = 0; r < kRows; ++r) prefetch(rows[r] + offset + ahead);
     for (int r = 0; r < kRows; ++r) x[r] = L::load(rows[r] + offset);
     for (int k = 0; k < L::kVectors; ++k) {
       const int64_t i = at + k * L::kLane;
@@ -109,7 +116,7 @@ struct ColumnSums {
       if constexpr (kExact) {
         double_vec low = load_bits<double_vec>(sum + i), high = load_bits<double_vec>(sum + i + L::kLane / 2);
         for (int r = 0; r < kRows; ++r) {
-          const DoublePair d = widen(x[r].v[k]);
+          const DoublePair d = widen_at(rows[r] + offset + k * L::kLane);
           low += d.low, high += d.high;
         }
         store_vec(sum + i, low), store_vec(sum + i + L::kLane / 2, high);
@@ -145,7 +152,8 @@ struct ColumnSums {
   void take(const Tile& t, int64_t count, double* sums, double* squares) const {
     alignas(kLineBytes) A q[kTile], c[kTile];
     alignas(kLineBytes) S s[kTile];
-    from_line_order<T>(square, q, kTile), from_line_order<T>(sum, s, kTile), from_line_order<T>(center, c, kTile);
+    const int64_t padded = t.padded();
+    from_line_order<T>(square, q, padded), from_line_order<T>(sum, s, padded), from_line_order<T>(center, c, padded);
     for (int64_t i = 0; i < t.n; ++i) sums[i] = static_cast<double>(s[i]), squares[i] = static_cast<double>(q[i]);
     for (int64_t i = t.n; i < t.width; i += t.n)
       for (int64_t j = 0; j < t.n; ++j)
@@ -161,18 +169,16 @@ int64_t tile_deviations(const BatchNormForward& a, const Tile& t, int64_t begin,
                         double* sums, double* squares) {
   const ChannelLayout& l = a.layout;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  ColumnSums<T> columns;
-  t.repeat_ordered<T>(center, columns.center);
-  const T* rows[4];
+  ColumnSums<T> columns(l, t, center);
+  const T* rows[kRowsTogether];
   int64_t waiting = 0, counted = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     if (l.valid && !l.valid[r]) return;
     counted += count;
-    prefetch_run(x + (r + kRowsAhead * t.fused) * l.channels, n);
     const T* row = x + r * l.channels;
     if (n < t.width) return columns.template add<1>(&row, n);  // the last step, of fewer rows
     rows[waiting] = row;
-    if (++waiting == 4) columns.template add<4>(rows, n), waiting = 0;
+    if (++waiting == kRowsTogether) columns.template add<kRowsTogether>(rows, n), waiting = 0;
   });
   for (int64_t k = 0; k < waiting; ++k) columns.template add<1>(rows + k, t.width);
   columns.take(t, counted, sums, squares);
@@ -184,8 +190,9 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
   const ChannelLayout& l = a.layout;
   const Tile t(l, item);
   const T* x = static_cast<const T*>(a.input) + t.column;
-  acc_t<T> center[kTile] = {};
-  double mean[kTile], m2[kTile] = {}, sums[kTile], squares[kTile];
+  acc_t<T> center[kTile];
+  double mean[kTile], m2[kTile], sums[kTile], squares[kTile];
+  std::fill_n(center, t.n, acc_t<T>(0)), std::fill_n(m2, t.n, 0.0);
   int64_t done = 0;
   const int64_t fold = kRowsPerFold * t.fused;
   for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {

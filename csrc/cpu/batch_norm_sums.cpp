@@ -21,13 +21,11 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   alignas(kLineBytes) A given[kBefore == Before::given ? kPadded : 1];
   ProductSums<T> sums(a.exact_mean[channel]);
   int64_t count = 0;
-  for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position) {
-    const int64_t row = position / l.spatial * l.channels + channel, next = next_offset(l, offset, n);
-    prefetch_run(x + next, n);
-    prefetch_run(g + next, n);
+  for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
+    const int64_t row = position / l.spatial * l.channels + channel;
     const uint8_t* mask = a.mask ? a.mask + row * ((l.spatial + 7) / 8) + position % l.spatial / 8 : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given);
-    const GradRun<T> run{x + offset, g + offset, mask, given, static_cast<A>(a.slope)};
+    const GradRun<T> run{x + offset, g + offset, mask, given, static_cast<A>(a.slope), ahead};
     auto lanes = sums.lanes();
     for_each_line<T, kBefore>(
         run, 0, n, c, [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t) FUSED_OPS_INLINE { lanes.step(h, v); });
@@ -48,7 +46,9 @@ struct ColumnProducts {
   using S = std::conditional_t<kWiden, double, A>;
   using SV = vec_t<S>;
   static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
-  alignas(kLineBytes) S sum[kTile] = {}, dot[kTile] = {}, center[kTile];
+  alignas(kLineBytes) S sum[kTile], dot[kTile], center[kTile];
+
+  void clear(const Tile& t) { std::fill_n(sum, t.padded(), S(0)), std::fill_n(dot, t.padded(), S(0)); }
 
   // Adds the line of columns `at` on of each of the rows, or its first `count` values.
   template <int kRows, Before kBefore, bool kWhole>
@@ -65,7 +65,9 @@ struct ColumnProducts {
           kWhole ? whole_line<T, kBefore>(runs[r], at, c) : part_of_line<T, kBefore>(runs[r], at, count, c);
       for (int k = 0; k < L::kVectors; ++k) {
         if constexpr (kWiden) {
-          const DoublePair h = widen(line.h.v[k]), x = widen(line.x.v[k]);
+          constexpr bool kPlain = kWhole && kBefore == Before::plain;
+          const DoublePair h = kPlain ? widen_at(runs[r].g + at + k * L::kLane) : widen(line.h.v[k]);
+          const DoublePair x = kWhole ? widen_at(runs[r].x + at + k * L::kLane) : widen(line.x.v[k]);
           add(2 * k, h.low, x.low), add(2 * k + 1, h.high, x.high);
         } else {
           add(k, line.h.v[k], line.x.v[k]);
@@ -93,22 +95,21 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
-  alignas(kLineBytes) A given[4][kBefore == Before::given ? kTile + 16 : 1];
-  GradRun<T> runs[4];
+  alignas(kLineBytes) A given[kRowsTogether][kBefore == Before::given ? kTile + 16 : 1];
+  GradRun<T> runs[kRowsTogether];
   int64_t waiting = 0;
+  const int64_t ahead = t.ahead<T>(l);
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
-    const int64_t offset = r * l.channels + t.column, ahead = offset + kRowsAhead * t.fused * l.channels;
-    prefetch_run(x + ahead, n);
-    prefetch_run(g + ahead, n);
+    const int64_t offset = r * l.channels + t.column;
     if (l.valid && !l.valid[r]) return;
     *counted += count;
     const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[waiting]);
-    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope)};
+    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), ahead};
     if (n < t.width)  // the last step, of fewer rows
       columns.template add_rows<1, kBefore>(runs + waiting, n, c);
-    else if (++waiting == 4)
-      columns.template add_rows<4, kBefore>(runs, n, c), waiting = 0;
+    else if (++waiting == kRowsTogether)
+      columns.template add_rows<kRowsTogether, kBefore>(runs, n, c), waiting = 0;
   });
   for (int64_t w = 0; w < waiting; ++w) columns.template add_rows<1, kBefore>(runs + w, t.width, c);
 }
@@ -126,6 +127,7 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(nullptr), Ordered<T>(nullptr)};
   Columns columns;
+  columns.clear(t);
   typename Columns::S center[kTile];
   const auto exact_mean = [&](int64_t i) {
     return a.repeat == 1 ? a.exact_mean[t.column + i] : a.exact_mean[(t.column + i) / a.repeat];
@@ -134,17 +136,18 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
     center[i] = sizeof(T) == 2 ? center_of<T>(exact_mean(i)) : static_cast<typename Columns::S>(exact_mean(i));
   t.repeat_ordered<T>(center, columns.center);
   int64_t counted = 0;
-  double buffers[2][sizeof(T) == 2 ? kTile : 1] = {}, *sum = buffers[0], *dot = buffers[1];
+  double buffers[2][sizeof(T) == 2 ? kTile : 1], *sum = buffers[0], *dot = buffers[1];
   if constexpr (sizeof(T) == 2) {
+    std::fill_n(sum, t.width, 0.0), std::fill_n(dot, t.width, 0.0);
     typename Columns::S natural[kTile];
     const int64_t fold = kRowsPerFold * t.fused;  // rows that are summed in float
     for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
       add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
-      from_line_order<T>(columns.sum, natural, kTile);
+      from_line_order<T>(columns.sum, natural, t.padded());
       for (int64_t i = 0; i < t.width; ++i) sum[i] += static_cast<double>(natural[i]);
-      from_line_order<T>(columns.dot, natural, kTile);
+      from_line_order<T>(columns.dot, natural, t.padded());
       for (int64_t i = 0; i < t.width; ++i) dot[i] += static_cast<double>(natural[i]);
-      std::fill_n(columns.sum, kTile, 0), std::fill_n(columns.dot, kTile, 0);
+      columns.clear(t);
     }
   } else {
     add_tile_rows<T, kBefore>(a, t, t.row_begin, t.row_end, c, columns, &counted);

@@ -12,6 +12,13 @@ namespace FUSED_OPS_ISA {
 // behind each other's stores.
 constexpr int64_t kPadded = kRun + 48;
 
+// What the hardware does not foresee, the start of the next plane, page or piece of a row, is prefetched, a line with
+// every line that is read: many at once wait for each other. A prefetch may point anywhere.
+constexpr int kRunsAhead = 2;
+constexpr int64_t kRowsTogether = 4;  // rows of a tile that are summed together
+template <class T>
+constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
+
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
 inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, const Body& body) {
@@ -24,50 +31,63 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
   }
 }
 
-// Planes: calls body(offset, n, position) for the runs of at most kRun values of item (channel, part); `position` is
-// the run's first place in (batch, spatial). With `split`, a run is cut into the stretches that count. kBackwards: last
-// run first, so that a second pass begins with what the first has left in the cache.
+// Planes: one run of a channel. The runs of a plane are of one length, but for the last.
+class RunCursor {
+ public:
+  RunCursor(const ChannelLayout& l, int64_t channel, int64_t run)
+      : layout_(l), per_row_(runs_per_row(l)), length_(((l.spatial + per_row_ - 1) / per_row_ + 31) / 32 * 32) {
+    channel_ = channel, row_ = run / per_row_, start_ = run % per_row_ * length_;
+  }
+  static int64_t runs_per_row(const ChannelLayout& l) { return (l.spatial + kRun - 1) / kRun; }
+  int64_t offset() const { return (row_ * layout_.channels + channel_) * layout_.spatial + start_; }
+  int64_t position() const { return row_ * layout_.spatial + start_; }
+  int64_t size() const { return std::min(length_, layout_.spatial - start_); }
+  void next() {
+    start_ += length_;
+    if (start_ < layout_.spatial) return;
+    start_ = 0;
+    if (++row_ == layout_.batch) row_ = 0, ++channel_;
+  }
+  void previous() {
+    start_ -= length_;
+    if (start_ >= 0) return;
+    start_ = (per_row_ - 1) * length_;
+    if (--row_ < 0) row_ = layout_.batch - 1, --channel_;
+  }
+
+ private:
+  const ChannelLayout& layout_;
+  int64_t per_row_, length_, channel_, row_, start_;
+};
+
+// Planes: calls body(offset, n, position, ahead) for the runs of at most kRun values of item (channel, part);
+// `position` is the run's first place in (batch, spatial), and `ahead` values behind it lies what is to be prefetched.
+// With `split`, a run is cut into the stretches that count. kBackwards: last run first, so that a second pass begins
+// with what the first has left in the cache.
 template <bool kBackwards = false, class Body>
 inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
   const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
-  const int64_t per_row = (l.spatial + kRun - 1) / kRun, runs = l.batch * per_row;
+  const int64_t runs = l.batch * RunCursor::runs_per_row(l);
   const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
   if (begin == end) return;
-  int64_t run = kBackwards ? end - 1 : begin, b = run / per_row, s = run % per_row * kRun;
+  RunCursor run(l, channel, kBackwards ? end - 1 : begin), later = run;
+  const auto step = [](RunCursor& cursor) {
+    if constexpr (kBackwards)
+      cursor.previous();
+    else
+      cursor.next();
+  };
+  for (int k = 0; k < kRunsAhead; ++k) step(later);
   for (int64_t left = end - begin; left > 0; --left) {
-    const int64_t n = std::min(kRun, l.spatial - s), position = b * l.spatial + s;
-    const int64_t offset = (b * l.channels + channel) * l.spatial + s;
+    const int64_t n = run.size(), position = run.position(), offset = run.offset(), ahead = later.offset() - offset;
     if (split && l.valid) {
       for_each_valid(l.valid, position, position + n,
-                     [&](int64_t at, int64_t count) { body(offset + at - position, count, at); });
+                     [&](int64_t at, int64_t count) { body(offset + at - position, count, at, ahead); });
     } else {
-      body(offset, n, position);
+      body(offset, n, position, ahead);
     }
-    if constexpr (kBackwards) {
-      s -= kRun;
-      if (s < 0) s = (per_row - 1) * kRun, --b;
-    } else {
-      s += kRun;
-      if (s >= l.spatial) s = 0, ++b;
-    }
+    step(run), step(later);
   }
-}
-
-// About where the next run of the same channel lies: the next piece of the plane, or the next batch entry's plane. A
-// prefetch may point anywhere.
-inline int64_t next_offset(const ChannelLayout& l, int64_t offset, int64_t n) {
-  return offset + n + (n == kRun && l.spatial % kRun ? 0 : (l.channels - 1) * l.spatial);
-}
-
-// About where the run before this one lies.
-inline int64_t previous_offset(const ChannelLayout& l, int64_t offset, int64_t n, int64_t position) {
-  return offset - n - (position % l.spatial ? 0 : (l.channels - 1) * l.spatial);
-}
-
-// kWrite: the lines are about to be written.
-template <bool kWrite = false, class T>
-inline void prefetch_run(const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, kWrite, 2);
 }
 
 // Planes in the order of memory, as (batch, channel): calls body(offset, n, position, channel) for the runs of planes
@@ -88,12 +108,20 @@ struct Tile {
     block = item % l.row_blocks();
     row_begin = block * l.rows_per_item();
     row_end = std::min(row_begin + l.rows_per_item(), l.batch);
-    column = item / l.row_blocks() * kTile;
-    n = std::min(kTile, l.channels - column);
-    fused = may_fuse && !l.valid ? std::max<int64_t>(1, kTile / l.channels) : 1;
+    column = item / l.row_blocks() * l.tile_columns();
+    n = std::min(l.tile_columns(), l.channels - column);
+    fused = may_fuse && !l.valid ? std::max<int64_t>(1, kFusedColumns / l.channels) : 1;
     width = fused * n;
   }
   int64_t rows() const { return row_end - row_begin; }
+  // `width` and what a last line needs behind it.
+  int64_t padded() const { return (width + 63) / 64 * 64; }
+  // How far behind a value the one lies that is prefetched with it.
+  template <class T>
+  int64_t ahead(const ChannelLayout& l) const {
+    const int64_t step = fused * l.channels;
+    return std::max(kRowsTogether, kAhead<T> / step) * step;
+  }
 
   // Calls body(row, count, n) for the steps of rows [begin, end): `count` rows from `row` on, n values.
   template <class Body>
@@ -113,14 +141,14 @@ struct Tile {
   void repeat_in_place(A* values) const {
     for (int64_t k = 1; k < fused; ++k) std::copy_n(values, n, values + k * n);
   }
-  // to[0, kTile) = from[0, n), repeated, in the order of lines; 0 behind it.
+  // to[0, padded()) = from[0, n), repeated, in the order of lines; 0 behind it.
   template <class T, class A>
   void repeat_ordered(const A* from, A* to) const {
     alignas(kLineBytes) A natural[kTile];
     A* values = Line<T>::kPairs ? natural : to;
     repeat(from, values);
-    std::fill(values + width, values + kTile, A(0));
-    if (Line<T>::kPairs) to_line_order<T>(natural, to, kTile);
+    std::fill(values + width, values + padded(), A(0));
+    if (Line<T>::kPairs) to_line_order<T>(natural, to, padded());
   }
   // values[0, n) += the repetitions, in order.
   template <class A>
@@ -137,8 +165,6 @@ struct Tile {
     case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break; \
     case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;   \
   }
-
-constexpr int64_t kRowsAhead = 32;  // rows that are prefetched: a tile is a piece of each row, which no stream predicts
 
 // The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines; unset
 // where they are not wanted.

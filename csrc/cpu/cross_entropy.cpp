@@ -79,7 +79,8 @@ void step_forward(const CrossEntropyForward& a, int64_t row, int64_t n, const in
     const T* x = logits + l.offset(row + r);
     if constexpr (kFloats<T>) {
       if (l.adjacent_classes()) {
-        row_sums(x, l.classes, target[r], &sums.max[r], &sums.others[r], &sums.below[r]);
+        const T* next = logits + l.offset(row + std::min(r + 1, n - 1));
+        row_sums(x, l.classes, target[r], next, &sums.max[r], &sums.others[r], &sums.below[r]);
         continue;
       }
     }

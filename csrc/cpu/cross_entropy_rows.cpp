@@ -39,7 +39,8 @@ struct Finish {
       *target_weight += weight;
       if (!target.one()) *mass += share;
       const double away = target.one() ? -below : max - static_cast<double>(values.at(row, c));
-      if (share != 0) *nll += share * (log_sum + away);  // 0 even where the logit is -inf
+      // 0 even where the logit is -inf; but PyTorch has the one index, and 0 * inf there
+      if (share != 0 || target.one()) *nll += share * (log_sum + away);
     }
   }
 

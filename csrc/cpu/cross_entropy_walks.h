@@ -45,33 +45,49 @@ float max_of_row(const T* x, int64_t n) {  // -inf for NaN: the sum finds those
   for (auto& v : m) v = splat(-std::numeric_limits<float>::infinity());
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int64_t k = 0; k < 4; ++k) m[k] = max_vec(load_vec(x + i + k * kWidth), m[k]);
+    for (int64_t k = 0; k < 4; k += 2) {
+      const VecPair v = load_pair(x + i + k * kWidth);
+      m[k] = max_vec(v.first, m[k]), m[k + 1] = max_vec(v.second, m[k + 1]);
+    }
   for (; i + kWidth <= n; i += kWidth) m[0] = max_vec(load_vec(x + i), m[0]);
   if (i < n) m[1] = max_vec(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), m[1]);
   return reduce_max(max_vec(max_vec(m[0], m[1]), max_vec(m[2], m[3])));
 }
 
-// sum of exp(x - shift), without the class `target` if kExcept.
-template <bool kExcept, class T>
-float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target) {
+// What is read next, while there is arithmetic to do: the maximum that comes first would wait for it.
+template <class T>
+inline void fetch(const T* next, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(next + i);
+}
+
+// sum of exp(x - shift), without the class `target` if kExcept; kFetch: fetches as many values from `next` meanwhile.
+template <bool kExcept, bool kFetch = false, class T>
+float sum_exp_of_row(const T* x, int64_t n, float shift, int64_t target, const T* next = nullptr) {
   float_vec s[4] = {};
-  const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
-  int_vec at = iota();
-  const auto term = [&](float_vec v) {
-    float_vec e = exp_vec(v - shift);
-    if constexpr (kExcept) e = at == wanted ? float_vec{} : e, at += static_cast<int32_t>(kWidth);
-    return e;
+  const auto term = [&](float_vec v, int_vec at) {
+    const float_vec e = exp_vec(v - shift);
+    return kExcept ? (at == static_cast<int32_t>(target) ? float_vec{} : e) : e;
   };
+  int_vec at = first_of_pair<T>();
   int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int64_t k = 0; k < 4; ++k) s[k] += term(load_vec(x + i + k * kWidth));
-  for (; i + kWidth <= n; i += kWidth) s[0] += term(load_vec(x + i));
-  if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    if constexpr (kFetch) fetch(next + i, 4 * kWidth);
+    for (int64_t k = 0; k < 4; k += 2, at += static_cast<int32_t>(2 * kWidth)) {
+      const VecPair v = load_pair(x + i + k * kWidth);
+      s[k] += term(v.first, at), s[k + 1] += term(v.second, at + kPairStep<T>);
+    }
+  }
+  at = iota() + static_cast<int32_t>(i);
+  for (; i + kWidth <= n; i += kWidth, at += static_cast<int32_t>(kWidth)) s[0] += term(load_vec(x + i), at);
+  if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);
   return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// `next` is the row that is walked after this one.
 template <class T>
-void row_sums(const T* x, int64_t classes, int64_t target, double* max_out, double* others_out, double* below) {
+void row_sums(const T* x, int64_t classes, int64_t target, const T* next, double* max_out, double* others_out,
+              double* below) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   float max = kNone;
   double others = 0;
@@ -84,8 +100,9 @@ void row_sums(const T* x, int64_t classes, int64_t target, double* max_out, doub
     }
     const float shift = max == kNone ? 0.0f : max;
     const bool here = target >= c && target < c + n;
-    others += static_cast<double>(here ? sum_exp_of_row<true>(x + c, n, shift, target - c)
-                                       : sum_exp_of_row<false>(x + c, n, shift, 0));
+    const T* ahead = c + n < classes ? x + c + n : next;
+    others += static_cast<double>(here ? sum_exp_of_row<true, true>(x + c, n, shift, target - c, ahead)
+                                       : sum_exp_of_row<false, true>(x + c, n, shift, 0, ahead));
   }
   *max_out = max, *others_out = others;
   *below = static_cast<double>(to_acc(x[target])) - max;  // NaN for a row of only -inf and for +inf, as in PyTorch
@@ -116,21 +133,22 @@ inline double target_residual(double p, double others) { return p >= 0.5 ? -othe
 template <bool kSum, class T>
 float grads_of_row(const T* x, T* grad, int64_t n, float high, float low, float scale, int64_t target) {
   float_vec s[2] = {};
-  const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
-  int_vec at = iota();
-  const auto step = [&](float_vec v, float_vec& sum) {
+  const auto step = [&](float_vec v, int_vec at, float_vec& sum) {
     const float_vec p = exp_vec((v - high) - low);
-    if constexpr (kSum) sum += at == wanted ? float_vec{} : p, at += static_cast<int32_t>(kWidth);
+    if constexpr (kSum) sum += at == static_cast<int32_t>(target) ? float_vec{} : p;
     return p * scale;
   };
+  int_vec at = first_of_pair<T>();
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    store_vec(grad + i, step(load_vec(x + i), s[0]));
-    store_vec(grad + i + kWidth, step(load_vec(x + i + kWidth), s[1]));
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth, at += static_cast<int32_t>(2 * kWidth)) {
+    const VecPair v = load_pair(x + i);
+    const float_vec first = step(v.first, at, s[0]);
+    store_pair(grad + i, {first, step(v.second, at + kPairStep<T>, s[1])});
   }
-  for (; i < n; i += kWidth) {
+  at = iota() + static_cast<int32_t>(i);
+  for (; i < n; i += kWidth, at += static_cast<int32_t>(kWidth)) {
     const int64_t count = std::min(kWidth, n - i);
-    store_up_to(grad + i, count, step(load_up_to(x + i, count, -std::numeric_limits<float>::infinity()), s[0]));
+    store_up_to(grad + i, count, step(load_up_to(x + i, count, -std::numeric_limits<float>::infinity()), at, s[0]));
   }
   return kSum ? reduce_add(s[0] + s[1]) : 0.0f;
 }

@@ -15,6 +15,10 @@ namespace FUSED_OPS_ISA {
 
 constexpr int64_t kLineBytes = 64;
 
+inline FUSED_OPS_INLINE void prefetch(const void* p) {  // inlined, or GCC finds that it has no effect
+  __builtin_prefetch(p, 0, 2);
+}
+
 using double_vec = vec_t<double>;
 using bits_vec = vec_t<uint32_t>;
 using wide_bits_vec = vec_t<uint64_t>;
@@ -35,6 +39,19 @@ inline DoublePair widen(float_vec v) {
           bit_copy<double_vec>(_mm256_cvtps_pd(_mm256_extractf128_ps(f, 1)))};
 #else
   return {double_vec{v[0], v[1]}, double_vec{v[2], v[3]}};
+#endif
+}
+
+// widen() of what lies at p.
+inline DoublePair widen_at(const float* p) {
+#if defined(__AVX512F__)
+  return {bit_copy<double_vec>(_mm512_cvtps_pd(_mm256_loadu_ps(p))),
+          bit_copy<double_vec>(_mm512_cvtps_pd(_mm256_loadu_ps(p + 8)))};
+#elif defined(__AVX2__)
+  return {bit_copy<double_vec>(_mm256_cvtps_pd(_mm_loadu_ps(p))),
+          bit_copy<double_vec>(_mm256_cvtps_pd(_mm_loadu_ps(p + 4)))};
+#else
+  return widen(load_bits<float_vec>(p));
 #endif
 }
 

@@ -73,18 +73,22 @@ class DeviationSums {
       std::max(1, 4 / L::kVectors);  // lines that are added together: no sum waits for the last
 
  public:
-  void add(const T* x, int64_t n, A center) {
+  // What is prefetched lies `ahead` values behind x.
+  void add(const T* x, int64_t n, A center, int64_t ahead) {
     Lanes t = lanes_;
     const V c = V{} + center;
     int64_t i = 0;
     for (; i + kGroup * L::kSize <= n; i += kGroup * L::kSize)
-      for (int g = 0; g < kGroup; ++g) t.step(L::load(x + i + g * L::kSize), c, g * L::kVectors);
-    for (; i + L::kSize <= n; i += L::kSize) t.step(L::load(x + i), c, 0);
+      for (int g = 0; g < kGroup; ++g) {
+        prefetch(x + i + g * L::kSize + ahead);
+        t.step(x + i + g * L::kSize, c, g * L::kVectors);
+      }
+    for (; i + L::kSize <= n; i += L::kSize) t.step(x + i, c, 0);
     if (i < n) {  // padded with the center, which every T has
       T fill;
       store(&fill, center);
       const PaddedLine<T> last(x + i, n - i, fill);
-      t.step(L::load(last.values), c, 0);
+      t.step(last.values, c, 0);
       padded_ += L::kSize - (n - i);
     }
     lanes_ = t;
@@ -109,13 +113,14 @@ class DeviationSums {
     V square[4] = {}, sum[kExact ? 1 : 4] = {};
     double_vec exact[kExact ? 4 : 1] = {};
 
-    inline FUSED_OPS_INLINE void step(const L& x, V center, int first) {
+    inline FUSED_OPS_INLINE void step(const T* from, V center, int first) {
+      const L x = L::load(from);
       for (int k = 0; k < L::kVectors; ++k) {
         const int at = (first + k) % 4;
         const V d = x.v[k] - center;
         square[at] += d * d;
         if constexpr (kExact) {
-          const DoublePair wide = widen(x.v[k]);
+          const DoublePair wide = widen_at(from + k * L::kLane);
           exact[at % 2 * 2] += wide.low, exact[at % 2 * 2 + 1] += wide.high;
         } else {
           sum[at] += d;
@@ -200,7 +205,7 @@ inline double pilot_mean(const T* x, int64_t n) {
   DeviationSums<T> sums;
   double sum, squares;
   const acc_t<T> first = to_acc(x[0]);
-  sums.add(x, n, first);
+  sums.add(x, n, first, 0);
   sums.take(static_cast<double>(first), static_cast<double>(n), &sum, &squares);
   return static_cast<double>(first) + sum / static_cast<double>(n);
 }

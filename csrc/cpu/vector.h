@@ -123,6 +123,61 @@ inline void store_vec(float16_t* p, float_vec v) {
 #endif
 }
 
+// Two registers of 2 kWidth adjacent values, where the order does not matter: of bfloat16 the even ones and the odd
+// ones, as a load of both and a shift, or a mask, is all that takes. Lane l of `first` is value first_of_pair<T>()[l],
+// and of `second` kPairStep<T> behind that.
+struct VecPair {
+  float_vec first, second;
+};
+#if defined(__AVX2__)
+template <class T>
+constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
+#else
+template <class T>
+constexpr bool kAlternates = false;
+#endif
+template <class T>
+constexpr int32_t kPairStep = kAlternates<T> ? 1 : static_cast<int32_t>(kWidth);
+
+template <class T>
+inline VecPair load_pair(const T* p) {
+  if constexpr (kAlternates<T>) {
+    const auto bits = load_bits<vec_t<uint32_t>>(p);
+    return {bit_copy<float_vec>(bits << 16), bit_copy<float_vec>(bits & 0xffff0000u)};
+  } else {
+    return {load_vec(p), load_vec(p + kWidth)};
+  }
+}
+
+#if defined(__AVX2__)
+// Rounded to bfloat16, in the upper halves; a NaN that arithmetic made stays one.
+inline vec_t<uint32_t> round_to_bfloat16(float_vec v) {
+#if defined(__AVX512F__)
+  const __m512i u = bit_copy<__m512i>(v);
+  const __mmask16 number = _mm512_cmp_ps_mask(bit_copy<__m512>(v), bit_copy<__m512>(v), _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_add_epi32(u, number, u, _mm512_set1_epi32(0x7fff));
+  return bit_copy<vec_t<uint32_t>>(_mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1)));
+#else
+  using bits_vec = vec_t<uint32_t>;
+  const bits_vec u = bit_copy<bits_vec>(v);
+  return (v != v) ? u : u + 0x7fffu + ((u >> 16) & 1u);
+#endif
+}
+#endif
+
+template <class T>
+inline void store_pair(T* p, const VecPair& v) {
+#if defined(__AVX2__)
+  if constexpr (kAlternates<T>) {
+    const auto bits = (round_to_bfloat16(v.first) >> 16) | (round_to_bfloat16(v.second) & 0xffff0000u);
+    std::memcpy(p, &bits, sizeof(bits));
+    return;
+  }
+#endif
+  store_vec(p, v.first), store_vec(p + kWidth, v.second);
+}
+
 // exp_ for a register, for x below 88; -inf gives 0, NaN gives NaN.
 __attribute__((always_inline)) inline float_vec exp_vec(float_vec x) {
   x = max_vec(splat(-110.0f), x);
@@ -169,6 +224,11 @@ inline int_vec iota() {
   int_vec v;
   for (int64_t l = 0; l < kWidth; ++l) v[l] = static_cast<int32_t>(l);
   return v;
+}
+
+template <class T>
+inline int_vec first_of_pair() {
+  return kAlternates<T> ? 2 * iota() : iota();
 }
 
 // The first n < kWidth values, and `fill` behind them.

@@ -126,6 +126,10 @@ class _Row:
             off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
         return torch.where(off | ~self.valid.unsqueeze(self.dim), 0.0, q * values).sum(self.dim)
 
+    def of_index(self, values: Tensor) -> Tensor:
+        """The values of each row's one class index; 0 in ignored rows."""
+        return torch.where(self.scatter(None) != 0, values, 0.0).sum(self.dim)
+
     def neg_entropy_terms(self) -> tuple[Tensor, Tensor]:
         """p and log p, with 0 for the logarithm of 0."""
         return self.log_p.exp(), torch.where(self.log_p == -math.inf, 0.0, self.log_p)
@@ -158,19 +162,22 @@ def forward(
     q, count = row.q(), row.valid.double()
     lse = row.u.logsumexp(dim) + 0 * row.log_p.amax(dim) if input.size(dim) else count * 0  # NaN where no class is left
     nll = row.dot(q, -row.log_p)
+    one = indices is not None and probabilities is None
+    log_probability = row.of_index(row.log_p) if one else torch.zeros_like(nll)
     mass = q.sum(dim)
     if indices is None:
         target_weight = count
     else:
         target_weight = row.weighted(row.scatter(probabilities), weight).sum(dim)
-        mass = mass if probabilities is not None else mass - (1 - o.label_smoothing) * target_weight
+        share = (1 - o.label_smoothing) * target_weight
+        mass = mass - share if one else mass
+        # 0 * inf of a class index is NaN, as in PyTorch
+        nll = torch.where((share == 0) & ~(log_probability > -math.inf), math.nan, nll) if one else nll
     empty, no_index = input.new_empty(0, dtype=torch.float64), input.new_empty(0, dtype=torch.int64)
     if not o.statistics:
         return nll, torch.where(row.valid, lse, 0.0), mass, target_weight, empty, no_index, empty.clone()
     p, log_p = row.neg_entropy_terms()
     entropy = -(p * log_p).sum(dim)
-    one = indices is not None and probabilities is None
-    log_probability = row.dot(row.scatter(None), row.log_p) if one else torch.zeros_like(nll)
     prediction = row.u.argmax(dim) if input.size(dim) else torch.zeros_like(nll, dtype=torch.int64)
     return nll, lse, mass, target_weight, entropy, prediction, log_probability
 
@@ -295,5 +302,5 @@ def jvp(
     entropy = -(p * log_p).sum(dim, keepdim=True)
     entropy_t = -(p * (log_p + entropy) * u_t).sum(dim)
     one = a.probabilities is None
-    target_t = row.dot(row.scatter(None), log_p_t) if one else torch.zeros_like(lse_t)
+    target_t = row.of_index(log_p_t) if one else torch.zeros_like(lse_t)
     return nll_t.double(), lse_t.double(), entropy_t.double(), target_t.double()

@@ -41,11 +41,15 @@ FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_corners.py", "te
 SUITES = {
     "ce": [
         *FIRST,
-        *(f"test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks")),
+        *(f"test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks", "_small")),
         *LAST,
     ],
     "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
-    "lce": [*FIRST, "test_linear_cross_entropy.py", "test_linear_cross_entropy_transforms.py", *LAST],
+    "lce": [
+        *FIRST,
+        *(f"test_linear_cross_entropy{part}.py" for part in ("", "_small", "_transforms")),
+        *LAST,
+    ],
     "guard": ["test_guard_pages.py"],
 }
 SLOW = "not isa and not ISA and not compiled and not compile and not export and not under_the_guard and not notices"

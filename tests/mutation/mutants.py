@@ -17,6 +17,7 @@ CE, ROWS, BN = (
     "fused_ops/reference/_cross_entropy_rows.py",
     "fused_ops/reference/batch_norm.py",
 )
+SMALL, SMALL_REFERENCE = "fused_ops/_linear_cross_entropy_small.py", "fused_ops/reference/linear_cross_entropy.py"
 OPTIONS, CHUNKS = "fused_ops/_cross_entropy_options.py", "fused_ops/_linear_cross_entropy_chunks.py"
 PLAIN, HEAD, NORM = (
     "fused_ops/_cross_entropy_plain.py",
@@ -25,6 +26,13 @@ PLAIN, HEAD, NORM = (
 )
 
 PYTHON = [
+    Mutant(
+        ROWS,
+        "math.nan, nll) if one else nll",
+        "nll, nll) if one else nll",
+        "ce",
+        "a weight of 0 hides an infinite loss in the reference",
+    ),
     Mutant(CE, "loss = loss / total", "loss = loss / (total + 1)", "ce", "mean over one row too many"),
     Mutant(CE, "-torch.ones_like(p)", "-2 * torch.ones_like(p)", "ce", "target's 1 twice"),
     Mutant(CE, "p = p / p.sum(dim, keepdim=True)  #", "p = p / 1  #", "ce", "p not normalised beside a large lse"),
@@ -93,7 +101,7 @@ PYTHON = [
     Mutant(ROWS, "quiet = quiet & (grad == 0)", "quiet = quiet & True", "ce", "lse of an ignored row has no gradient"),
     Mutant(
         ROWS,
-        "mass = mass if probabilities is not None else mass - (1 - o.label_smoothing) * target_weight",
+        "mass = mass - share if one else mass",
         "mass = mass",
         "ce",
         "mass with the index' own share",
@@ -244,6 +252,69 @@ PYTHON = [
         BN, "mask = pack(~(z <= 0), input)", "mask = pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
     ),
     Mutant(
+        PLAIN,
+        "ctx.found = None, ignored, options  #",
+        "pass  #",
+        "ce",
+        "a small loss hands the same gradient over twice",
+    ),
+    Mutant(
+        PLAIN,
+        "if not ignored and not torch.is_grad_enabled():",
+        "if not torch.is_grad_enabled():",
+        "ce",
+        "an ignored row's gradient times an upstream one that is not finite",
+    ),
+    Mutant(
+        SMALL,
+        "gradients = [g * grad_loss for g in gradients]",
+        "gradients = list(gradients)",
+        "lce",
+        "a small head without the upstream gradient",
+    ),
+    Mutant(
+        "fused_ops/_function.py",
+        "not _is_batched(grad) and grad.item() == 1",
+        "not _is_batched(grad)",
+        "lce",
+        "every upstream gradient of a small head taken for 1",
+    ),
+    Mutant(
+        SMALL,
+        "ctx.gradients = None  # they",
+        "pass  # they",
+        "lce",
+        "a small head hands the same gradients over twice",
+    ),
+    Mutant(
+        SMALL,
+        "(None if t is None else t.view_as(t) for t in tensors[:3])",
+        "tensors[:3]",
+        "lce",
+        "second derivative of a tied small head counts twice",
+    ),
+    Mutant(
+        SMALL,
+        "_DTYPES = (torch.float32, torch.float64, torch.bfloat16)",
+        "_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)",
+        "lce",
+        "float16 gradients of a small head rounded before the loss scale",
+    ),
+    Mutant(
+        SMALL,
+        "needs = input.requires_grad * INPUT + linear_weight.requires_grad * WEIGHT + bias",
+        "needs = INPUT + WEIGHT + bias",
+        "lce",
+        "a small head finds gradients nobody wants",
+    ),
+    Mutant(
+        SMALL_REFERENCE,
+        "found = [grad_z @ linear_weight, grad_z.t() @ input, grad_z.sum(0)]",
+        "found = [grad_z @ linear_weight, grad_z.t() @ input, grad_z.mean(0)]",
+        "lce",
+        "bias' gradient a mean in the small head's reference",
+    ),
+    Mutant(
         CHUNKS,
         "torch.mm(left, right, out=total) if first else total.addmm_(left, right)",
         "torch.mm(left, right, out=total)",
@@ -274,6 +345,8 @@ CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, S
     )
 )
 NBIND, CBIND = "csrc/batch_norm.cpp", "csrc/cross_entropy.cpp"
+CHEAD, CPASSES = "csrc/linear_cross_entropy_small.cpp", "csrc/cross_entropy_passes.h"
+CGRAD = "csrc/cpu/cross_entropy_with_gradient.cpp"
 
 NATIVE = [
     Mutant(
@@ -320,8 +393,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "n = std::min(kTile, l.channels - column);",
-        "n = std::min(kTile, l.channels);",
+        "n = std::min(l.tile_columns(), l.channels - column);",
+        "n = std::min(l.tile_columns(), l.channels);",
         "bn",
         "last tile as wide as the first",
     ),
@@ -334,8 +407,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "const int64_t offset = (b * l.channels + channel) * l.spatial + s;",
-        "const int64_t offset = (b * l.channels + channel) * l.spatial;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial + start_;",
+        "return (row_ * layout_.channels + channel_) * layout_.spatial;",
         "bn",
         "every run the first",
     ),
@@ -441,10 +514,31 @@ NATIVE = [
     ),
     Mutant(
         CWALK,
-        "if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));",
-        "if (i + 1 < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));",
+        "if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);",
+        "if (i + 1 < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);",
         "ce",
         "a tail of one",
+    ),
+    Mutant(
+        CWALK,
+        "s[k + 1] += term(v.second, at + kPairStep<T>);",
+        "s[k + 1] += term(v.second, at + 1);",
+        "ce",
+        "pairs of floats counted like those of bfloat16",
+    ),
+    Mutant(
+        VECTOR,
+        "return kAlternates<T> ? 2 * iota() : iota();",
+        "return iota();",
+        "ce",
+        "pairs of bfloat16 counted like those of floats",
+    ),
+    Mutant(
+        VECTOR,
+        "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000))",
+        "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x20000))",
+        "ce",
+        "ties of a pair of bfloat16 to the wrong side",
     ),
     Mutant(
         CWALK,
@@ -527,7 +621,14 @@ NATIVE = [
     Mutant(CTILE, "grad[i] *= scale * (1 - t * t);", "grad[i] *= scale * (1 + t * t);", "ce", "slope of softcap"),
     Mutant(
         CROWS,
-        "if (share != 0) *nll += share * (log_sum + away);",
+        "if (share != 0 || target.one()) *nll",
+        "if (share != 0) *nll",
+        "ce",
+        "a weight of 0 hides an infinite loss",
+    ),
+    Mutant(
+        CROWS,
+        "if (share != 0 || target.one()) *nll += share * (log_sum + away);",
         "*nll += share * (log_sum + away);",
         "ce",
         "0 times the loss of a logit of -inf",
@@ -733,6 +834,85 @@ NATIVE = [
         "residual = p - 1.0;",
         "ce",
         "p - 1 cancels, with options",
+    ),
+    Mutant(CHEAD, "{t.stride(1), t.stride(0)}", "{1, t.size(1)}", "lce", "a small head's strides taken for granted"),
+    Mutant(
+        CHEAD,
+        "bias->get(), input.get(), columns.get(), 1, 1)",
+        "bias->get(), input.get(), columns.get(), 0, 1)",
+        "lce",
+        "a small head without its bias",
+    ),
+    Mutant(
+        CHEAD,
+        "found.loss_sum / denominator(found, mode)",
+        "found.loss_sum / static_cast<double>(target.numel())",
+        "lce",
+        "a small head's mean over ignored rows",
+    ),
+    Mutant(
+        CHEAD,
+        "needs & kInput ? product(z, weight)",
+        "needs & kWeight ? product(z, weight)",
+        "lce",
+        "a small head's input gradient by the weight's bit",
+    ),
+    Mutant(
+        CHEAD,
+        "needs & kBias ? torch::stable::sum(z,",
+        "needs & kBias ? torch::stable::sum(weight,",
+        "lce",
+        "a small head's bias gradient of the weight",
+    ),
+    Mutant(CHEAD, "loss, needs != 0);", "loss, needs == 7);", "lce", "logits in the place of a small head's gradient"),
+    Mutant(
+        CHEAD,
+        "target.dim() != 1 || target.size(0) != input.size(0)",
+        "target.dim() != 1",
+        "lce",
+        "a small head's targets too few",
+    ),
+    Mutant(
+        CHEAD,
+        'check_same_dtype(kHere, "linear_bias", *bias, "input", input);',
+        "",
+        "lce",
+        "a small head's bias of any dtype",
+    ),
+    Mutant(
+        CPASSES,
+        "args.scale = 1 / denominator(found, mode);",
+        "args.scale = 1;",
+        "lce",
+        "a small head's gradient without the mean's 1/n",
+    ),
+    Mutant(
+        CPASSES,
+        "for (const BlockResult& r : results) {  //",
+        "for (const BlockResult& r : {results.front()}) {  //",
+        "ce",
+        "the first block's loss alone",
+    ),
+    Mutant(
+        CGRAD,
+        "sum += at == wanted ? float_vec{} : e;",
+        "sum += e;",
+        "ce",
+        "a small call's sum with the target",
+    ),
+    Mutant(
+        CGRAD,
+        "std::fill(grad, grad + classes, 0.0f);",
+        "",
+        "ce",
+        "an ignored row's gradient not written in a small call",
+    ),
+    Mutant(
+        CGRAD,
+        "target_residual(at_target / sum, others / sum) * scale",
+        "target_residual(at_target / sum, others / sum)",
+        "ce",
+        "a small call's target gradient without the mean's 1/n",
     ),
 ]
 
