@@ -96,5 +96,20 @@ __device__ inline void times_derivative(Activation kind, const A* z, A* g, A slo
   }
 }
 
+// Those that take few registers have kernels of their own, of which more run at once.
+inline bool light_activation(Activation a) {
+  return a == Activation::none || a == Activation::relu || a == Activation::leaky_relu;
+}
+template <int kCount, class A>
+__device__ inline void activate_light(Activation kind, A* z, A slope) {
+  if (kind == Activation::none) return;
+  const A factor = kind == Activation::relu ? A(0) : slope;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const A below = factor == A(0) ? A(0) : z[i] * factor;  // relu: 0 also times infinity
+    z[i] = z[i] <= A(0) ? below : z[i];
+  }
+}
+
 }  // namespace cuda
 }  // namespace fused_ops

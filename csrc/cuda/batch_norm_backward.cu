@@ -11,7 +11,8 @@
 // channel.
 //
 // Stability: g - mean(g) and x - mean are formed before any scaling; sums are double. See docs/batch_norm.md.
-#include "batch_norm_walk.cuh"
+#include "batch_norm_channel.cuh"
+#include "batch_norm_gradient.cuh"
 
 namespace fused_ops {
 namespace cuda {
@@ -20,57 +21,6 @@ namespace {
 // Products of eight values are added in this: a float32 gradient has digits that float would lose.
 template <class T>
 using product_t = std::conditional_t<std::is_same_v<T, float>, double, acc_t<T>>;
-
-// How a kernel gets h: from g and the mask if there is one, from z by an activation of few registers, or any way.
-enum class From { gradient, light, any };
-
-// g = g * activation'(z) for kCount values; `bits` are the forward's where there is a mask.
-template <int kCount, class A>
-__device__ inline void before_activation(const BatchNormBackwardCall& c, const A* z, unsigned bits, A* g) {
-  const A slope = static_cast<A>(c.slope);
-  if (c.mask != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) g[i] = (bits >> i) & 1u ? g[i] : (slope == A(0) ? A(0) : g[i] * slope);
-  } else if (c.activation == Activation::relu) {  // 0, also times infinity
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) g[i] = z[i] <= A(0) ? A(0) : g[i];
-  } else {
-    times_derivative<kCount>(c.activation, z, g, slope);
-  }
-}
-
-// The same, called: inlined, double's functions leave too few registers.
-__attribute__((noinline)) __device__ void before_any(const BatchNormBackwardCall& c, const double* z, unsigned bits,
-                                                     double* g) {
-  before_activation<kUnit>(c, z, bits, g);
-}
-
-// h from z and g as kFrom says, h into g.
-template <From kFrom, class A>
-__device__ inline void unit_before(const BatchNormBackwardCall& c, const A* z, unsigned bits, A* g) {
-  if constexpr (kFrom == From::gradient) {
-    if (c.mask == nullptr) return;
-    const A slope = static_cast<A>(c.slope);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const A below = slope == A(0) ? A(0) : g[i] * slope;
-      g[i] = (bits >> i) & 1u ? g[i] : below;
-    }
-  } else if constexpr (kFrom == From::light) {
-    const A slope = static_cast<A>(c.slope);
-    const bool relu = c.activation == Activation::relu;
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const A below = relu ? A(0) : g[i] * slope;
-      g[i] = (relu ? !(z[i] <= A(0)) : z[i] > A(0)) ? g[i] : below;
-    }
-  } else if (c.activation != Activation::none) {
-    if constexpr (std::is_same_v<A, double>)
-      before_any(c, z, bits, g);
-    else
-      before_activation<kUnit>(c, z, bits, g);
-  }
-}
 
 template <class T>
 __device__ inline void set_affine(const BatchNormBackwardCall& c, const Coefficients<acc_t<T>>& k, int64_t channel) {
@@ -364,21 +314,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     }
   }
 }
-
-// Runs the code with kFast and kFrom; what is rare has one kernel for all.
-#define FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom, ...) \
-  if (!(fast) || (from) == From::any) {                    \
-    constexpr From kFrom = From::any;                      \
-    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__)          \
-  } else if ((from) == From::light) {                      \
-    constexpr From kFrom = From::light;                    \
-    constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
-  } else {                                                 \
-    constexpr From kFrom = From::gradient;                 \
-    constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
-  }
 
 template <class T>
 int32_t backward(const BatchNormBackwardCall& call, void* stream) {

@@ -136,7 +136,7 @@ __device__ inline void keep_sum(const ForwardCall& c, const LossSum& mine) {
 // A warp or a block a row, of at most kGroup rows. Thread i takes the logarithm of the i-th of them, so that those of
 // many rows are taken side by side.
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_rows(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) forward_rows(ForwardCall c) {
   using A = acc_t<T>;
   struct Kept {
     double max, sum;
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_tiles(
 
 // A block a piece of a long row: its maximum and sum, to scratch behind the blocks' sums.
 template <class T>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_pieces(ForwardCall c, Pieces pieces) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks)
+    forward_pieces(ForwardCall c, Pieces pieces) {
   const int64_t items = c.layout.batch * c.layout.spatial * pieces.count;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t row = item / pieces.count, begin = (item - row * pieces.count) * pieces.length;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kBlock) forward_finish(ForwardCall c, int64_t 
 
 // Any strides: kBlock / kParts rows side by side, each of kParts threads that take every kParts-th class.
 template <class T, int kParts>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) forward_lanes(ForwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) forward_lanes(ForwardCall c) {
   using A = acc_t<T>;
   constexpr int kRows = kBlock / kParts, kAhead = sizeof(T) == 8 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;
