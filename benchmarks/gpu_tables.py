@@ -34,6 +34,34 @@ def speed(tables: Tables, op: str) -> tuple[list[str], list[Line]]:
     return ["case", "direction", *(f"{n}, ms" for n in names), "vs the fastest rival", "of a copy's rate"], lines
 
 
+SUMMARY = (
+    ("cross_entropy", "16384x4096 bfloat16"),
+    ("cross_entropy", "8192x32000 bfloat16"),
+    ("cross_entropy", "4096x128256 bfloat16"),
+    ("batch_norm", "128x64x56x56 bfloat16"),
+    ("batch_norm", "128x64x56x56 bfloat16 channels_last"),
+    ("batch_norm", "128x64x56x56 bfloat16 channels_last + add + relu"),
+)
+
+
+def summary(tables: Tables) -> tuple[list[str], list[Line]]:
+    """Columns and lines of the README: forward and backward together, with the fastest other provider named."""
+    rows = [r for r in tables["timings"] if r["direction"] == "both" and r["status"] == "ok"]
+    index = {(r["op"], r["case"], r["provider"]): r for r in rows}
+    lines: list[Line] = []
+    for op, case in SUMMARY:
+        eager, ours = index.get((op, case, "eager")), index.get((op, case, OURS))
+        others = [r for (o, c, p), r in index.items() if (o, c) == (op, case) and not p.startswith(OURS) and p != COPY]
+        if eager is None or ours is None:
+            continue
+        best = min(others, key=lambda r: float(r["ms"]))
+        line: Line = [f"{op} {case}", f"{eager['ms']:.3g} ms", f"{best['ms']:.3g} ms ({best['provider']})"]
+        line += [f"{ours['ms']:.3g} ms", f"{results.speedup(ours, eager):.2f}x", f"{results.speedup(ours, best):.2f}x"]
+        lines.append(line)
+    columns = ["forward + backward", "eager", "the fastest other", "fused_ops", "vs eager", "vs the fastest other"]
+    return columns, lines
+
+
 def memory(tables: Tables) -> tuple[list[str], list[Line]]:
     """Columns and lines: peak memory beyond the inputs in MiB, forward and backward together."""
     rows = [r for r in tables["timings"] if r.get("extra_bytes") is not None and r["direction"] == "both"]

@@ -370,6 +370,7 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "plots": plots,
 }
 GPU_SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
+    "gpu_summary": lambda t, f: markdown(*gpu_tables.summary(t)),
     "gpu_conditions": lambda t, f: conditions_table(t),
     "gpu_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "cross_entropy")),
     "gpu_linear_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "linear_cross_entropy")),
