@@ -22,9 +22,18 @@ Tables = dict[str, list[Row]]
 
 
 def merge(old: list[Row], new: list[Row], key: tuple[str, ...]) -> list[Row]:
-    """The old rows with the new ones in place of those of the same key, the others kept."""
+    """The old rows with the new ones in place of those of the same key, the others kept.
+
+    A run that did not weigh (``--no-memory``) keeps what was weighed before, and the commit that was.
+    """
     merged = {tuple(row[k] for k in key): row for row in old}
-    merged.update({tuple(row[k] for k in key): row for row in new})
+    for row in new:
+        place = tuple(row[k] for k in key)
+        before = merged.get(place, {})
+        if row.get("extra_bytes") is None and before.get("extra_bytes") is not None and row.get("status") == "ok":
+            at = before.get("weighed_at", before.get("commit"))
+            row = {**row, "extra_bytes": before["extra_bytes"], "weighed_at": at}
+        merged[place] = row
     return list(merged.values())
 
 

@@ -287,6 +287,13 @@ def test_results_are_merged_by_key(tmp_path):
     results.save(tmp_path, "full", {"timings": [new]})
     kept = results.load(tmp_path / "full.json")["timings"]
     assert {row["provider"]: row["ms"] for row in kept} == {"eager": 11.0, "copy": 1.0}
+    weighed = results.merge(
+        [{**old, "extra_bytes": 5, "commit": "a"}], [new, {**new, "threads": 9}], results.KEYS["timings"]
+    )
+    assert [(row["ms"], row.get("extra_bytes"), row.get("weighed_at")) for row in weighed] == [
+        (11.0, 5, "a"),
+        (11.0, None, None),
+    ]
     with (tmp_path / "full-timings.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["ms"] for row in rows] == ["11.0", "1.0"]
