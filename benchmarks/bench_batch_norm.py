@@ -45,10 +45,10 @@ def draw(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def big() -> Tensor:
-        return torch.randn(shape, generator=g, device=device).to(dtype).contiguous(memory_format=form).to(device)
+        return torch.randn(shape, generator=g, device=device).to(dtype).contiguous(memory_format=form)
 
     def small() -> Tensor:
-        return (torch.rand(shape[1], generator=g, device=device) + 0.5).to(wide).to(device)
+        return (torch.rand(shape[1], generator=g, device=device) + 0.5).to(wide)
 
     tensors = {"input": big(), "running_mean": small(), "running_var": small(), "weight": small(), "bias": small()}
     leaves = ("input", "weight", "bias") if training else ()
@@ -149,7 +149,7 @@ def _block_inputs(layout: str, residual: bool, device: str) -> Inputs:
     g = torch.Generator(device).manual_seed(1)
     kernel = torch.randn((64, 64, 3, 3), generator=g, device=device) / 24
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    tensors = {**inputs.tensors, "kernel": kernel.contiguous(memory_format=form).to(device)}
+    tensors = {**inputs.tensors, "kernel": kernel.contiguous(memory_format=form)}
     return Inputs(tensors, (*inputs.leaves, "kernel"), inputs.fresh, inputs.upstream)
 
 

@@ -41,9 +41,9 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str, target: str, d
     logits = logits.to(dtype)
     if layout == "channels_last":
         logits = logits.to(memory_format=torch.channels_last)
-    tensors = {"input": logits.to(device), "target": answer.to(device)}
+    tensors = {"input": logits, "target": answer}
     if target == "weighted":
-        tensors["weight"] = (torch.rand(shape[1], generator=g, device=device) + 0.5).to(dtype).to(device)
+        tensors["weight"] = (torch.rand(shape[1], generator=g, device=device) + 0.5).to(dtype)
     return Inputs(tensors, leaves=("input",), fresh=("input",))
 
 
@@ -305,8 +305,8 @@ def gpu_targets() -> list[Target]:
     wanted: list[Target] = []
     for name in ("x".join(map(str, shape)) + " bfloat16" for shape in GPU_SHAPES):
         wanted += [BandwidthTarget(OP, name, OURS, direction, 0.9) for direction in ("forward", "backward")]
-        wanted += [SpeedTarget(OP, name, OURS, rival, 1.0) for rival in (TRUTH, COMPILE)]
-        wanted += [SpeedTarget(OP, name, OURS, rival, 1.0) for rival in ("flash-attn", "quack-kernels")]
+        others = (TRUTH, COMPILE, "flash-attn", "quack-kernels")
+        wanted += [SpeedTarget(OP, name, OURS, rival, 1.0) for rival in others]
         wanted.append(SpeedTarget(OP, name, IN_PLACE, "liger-kernel", 1.0))  # which writes over the logits
         wanted.append(MemoryTarget(OP, name, OURS, "both", 1.05))
         wanted.append(MemoryTarget(OP, name, IN_PLACE, "both", 0.05))

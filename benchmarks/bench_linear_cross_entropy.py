@@ -33,11 +33,9 @@ def draw(rows: int, features: int, classes: int, dtype: torch.dtype, ignored: fl
     """Hidden states, weights and targets, the same ones each time; ``ignored`` of the targets count for nothing."""
     g = torch.Generator(device).manual_seed(rows + classes)
     tensors = {
-        "input": torch.randn(rows, features, generator=g, device=device).to(dtype).to(device),
-        "linear_weight": (torch.randn(classes, features, generator=g, device=device) * features**-0.5)
-        .to(dtype)
-        .to(device),
-        "target": torch.randint(0, classes, (rows,), generator=g, device=device).to(device),
+        "input": torch.randn(rows, features, generator=g, device=device).to(dtype),
+        "linear_weight": (torch.randn(classes, features, generator=g, device=device) * features**-0.5).to(dtype),
+        "target": torch.randint(0, classes, (rows,), generator=g, device=device),
     }
     tensors["target"][torch.rand(rows, generator=g, device=device) < ignored] = -100
     return Inputs(tensors, leaves=("input", "linear_weight"), shared=True)
@@ -197,11 +195,10 @@ def cases(device: str) -> list[Case]:
     ]
     if device == "cuda":  # what a training step of a language model has
         found.append(case(*SWEPT_GPU, bf16, device, quick=True, memory=("quick", "full"), rounds=FEW))
-    if device == "cuda":
         chunks = (512, 1024, 2048, 4096, 8192)
         return [*found, *_sweep("chunk_rows", chunks, lambda n: {"chunk_rows": n}, bf16, device)]
     for dtype in (f32, bf16):
-        logits = 1024 * 32000 * dtype.itemsize
+        logits = SWEPT[0] * SWEPT[2] * dtype.itemsize
         found += _sweep("chunk_rows", (16, 32, 64, 128, 256, 512, 1024), lambda n: {"chunk_rows": n}, dtype, device)
         percents = (2, 3, 6, 12, 25, 50, 100)
         found += _sweep(

@@ -371,14 +371,15 @@ SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
 }
 GPU_SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "gpu_summary": lambda t, f: markdown(*gpu_tables.summary(t)),
-    "gpu_conditions": lambda t, f: conditions_table(t),
+    "gpu_conditions": SECTIONS["conditions"],
     "gpu_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "cross_entropy")),
     "gpu_linear_cross_entropy": lambda t, f: markdown(*gpu_tables.speed(t, "linear_cross_entropy")),
     "gpu_batch_norm": lambda t, f: markdown(*gpu_tables.speed(t, "batch_norm")),
     "gpu_memory": lambda t, f: markdown(*gpu_tables.memory(t)),
-    "gpu_targets": lambda t, f: targets_table(t),
-    "gpu_rivals": lambda t, f: SECTIONS["rivals"](t, f),
+    "gpu_targets": SECTIONS["targets"],
+    "gpu_rivals": SECTIONS["rivals"],
 }
+ALL_SECTIONS = {**SECTIONS, **GPU_SECTIONS}
 
 
 def _cells(tables: Tables, name: str, columns: Sequence[str]) -> list[list[object]]:
@@ -391,11 +392,9 @@ def render(page: str, folders: Sequence[Path]) -> str:
     def section(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         on_gpu = name in GPU_SECTIONS
-        make = {**SECTIONS, **GPU_SECTIONS}.get(name)
+        make = ALL_SECTIONS.get(name)
         if make is None:
-            raise KeyError(
-                f"unknown section benchmarks:{name}, expected one of {', '.join({**SECTIONS, **GPU_SECTIONS})}"
-            )
+            raise KeyError(f"unknown section benchmarks:{name}, expected one of {', '.join(ALL_SECTIONS)}")
         known = [(folder, results.best(folder)) for folder in folders]
         mine = [(folder, *best) for folder, best in known if best is not None and gpu_tables.is_gpu(best[1]) == on_gpu]
         parts = []

@@ -89,12 +89,11 @@ template <class T>
 __global__ void __launch_bounds__(kBlock) options_forward_segments(RowsForwardCall c, int64_t segments, double* parts) {
   using A = acc_t<T>;
   using Walk = AdjacentWalk<T, kBlock>;
-  constexpr int64_t kSegment = kSegmentClasses;
   const CrossEntropyRows& a = c.args.rows;
   const int64_t items = a.layout.batch * a.layout.spatial * segments;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / segments, segment = item - row * segments, begin = segment * kSegment;
-    const int64_t end = begin + kSegment < a.layout.classes ? begin + kSegment : a.layout.classes;
+    const auto [row, begin, end] = segment_of(a.layout, item, segments);
+    const int64_t segment = item - row * segments;
     const OptionTarget t = option_target(a, row);
     State<A> s = nothing<A>();
     if (is_walked(a, t)) {

@@ -34,6 +34,15 @@ inline int64_t option_segments(const RowLayout& l) {
   return l.adjacent_classes() && l.classes > kSegmentClasses ? ceil_div(l.classes, kSegmentClasses) : 1;
 }
 
+// The item-th of all rows' segments: the classes [begin, end) of a row.
+struct Segment {
+  int64_t row, begin, end;
+};
+__device__ inline Segment segment_of(const RowLayout& l, int64_t item, int64_t segments) {
+  const int64_t row = item / segments, begin = (item - row * segments) * kSegmentClasses;
+  return {row, begin, begin + kSegmentClasses < l.classes ? begin + kSegmentClasses : l.classes};
+}
+
 inline int64_t blocks_for(int64_t items) { return items < kMaxBlocks ? items : kMaxBlocks; }
 // Shares of the smoothing, one for all rows or one a row, that scratch begins with.
 inline int64_t shares_of(const CrossEntropyRows& a) {

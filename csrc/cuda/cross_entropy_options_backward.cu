@@ -166,12 +166,10 @@ template <class T>
 __global__ void __launch_bounds__(kBlock)
     options_backward_segments(RowsBackwardCall c, Scratch scratch, bool even, int64_t segments) {
   using A = acc_t<T>;
-  constexpr int64_t kSegment = kSegmentClasses;
   const CrossEntropyRows& a = c.args.rows;
   const int64_t items = a.layout.batch * a.layout.spatial * segments;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / segments, begin = (item - row * segments) * kSegment;
-    const int64_t end = begin + kSegment < a.layout.classes ? begin + kSegment : a.layout.classes;
+    const auto [row, begin, end] = segment_of(a.layout, item, segments);
     const OptionTarget t = option_target(a, row);
     RowGradient r{0, 0, 0, 0, 0, 0, true};
     if (!t.bad) r = row_gradient<T>(c, row, t);

@@ -115,7 +115,7 @@ __device__ inline void add_fast(const Bend& bend, float* v, const float* p, int 
   }
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sum += fast_exp<T>(v[i]);
+  for (int i = 0; i < kCount; ++i) sum += exp_of<T>(v[i]);
   s.sum += static_cast<double>(sum);
 }
 
@@ -266,8 +266,7 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
   const CrossEntropyRows& a = c.args.rows;
   const int64_t items = a.layout.batch * a.layout.spatial * segments;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / segments, begin = (item - row * segments) * kSegmentClasses;
-    const int64_t end = begin + kSegmentClasses < a.layout.classes ? begin + kSegmentClasses : a.layout.classes;
+    const auto [row, begin, end] = segment_of(a.layout, item, segments);
     const OptionTarget t = option_target(a, row);
     const State<float> s =
         fast_row<T, kBlock, kKind>(a, row, is_walked(a, t), begin, end, t, static_cast<int>(threadIdx.x));

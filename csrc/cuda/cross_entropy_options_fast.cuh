@@ -130,15 +130,5 @@ __device__ inline void unpack_step(const Words* words, int u, acc_t<P>* out) {
   for (int w = 0; w < kW; ++w) unpack<P>(words[u * kW + w], out + w * kVector<P>);
 }
 
-constexpr float kLog2E = 1.4426950408889634f;
-// exp for an element of T, where its accumulator is float: float32 keeps its digits.
-template <class T>
-__device__ inline float fast_exp(float x) {
-  if constexpr (std::is_same_v<T, float>)
-    return expf(x);
-  else
-    return fast_exp2(x * kLog2E);
-}
-
 }  // namespace cuda
 }  // namespace fused_ops

@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(kBlock, (kFastBlocks<T, kKind>))
   const CrossEntropyRows& a = c.args.rows;
   const int64_t items = a.layout.batch * a.layout.spatial * segments;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t row = item / segments, begin = (item - row * segments) * kSegmentClasses;
-    const int64_t end = begin + kSegmentClasses < a.layout.classes ? begin + kSegmentClasses : a.layout.classes;
+    const auto [row, begin, end] = segment_of(a.layout, item, segments);
     const OptionTarget t = option_target(a, row);
     RowGradient r{0, 0, 0, 0, 0, 0, true};
     if (!t.bad) r = row_gradient<T>(c, row, t);

@@ -11,7 +11,6 @@ namespace fused_ops {
 namespace cuda {
 
 constexpr int64_t kMaxBlocks = 4096;      // of one launch: fixed, so that sums are the same on every GPU
-constexpr int64_t kSegmentBytes = 65536;  // of a long row: what one block takes
 constexpr int64_t kWarpVectors = 32 * 8;  // a row of up to so many 16-byte vectors is one warp's
 constexpr int64_t kManyClasses = 64;      // from here on a row of strided classes is shared by kShares threads
 constexpr int kShares = 8;
@@ -20,37 +19,12 @@ constexpr double kFar = 268435456.0;  // a log-sum-exp beyond is too coarse in f
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t element_bytes(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
 
-// Blocks that one row is cut into, by its length alone: the order of a row's sums does not depend on the batch.
-inline int64_t segments_of(DType dtype, const RowLayout& l) {
-  return l.adjacent_classes() ? ceil_div(l.classes * element_bytes(dtype), kSegmentBytes) : 1;
-}
 // Whether every row of the layout begins at a multiple of 16 bytes.
 inline bool rows_are_aligned(const void* p, const RowLayout& l, int64_t bytes) {
   const auto fits = [&](int64_t n, int64_t stride) { return n <= 1 || stride * bytes % 16 == 0; };
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && fits(l.batch, l.batch_stride) && fits(l.spatial, l.spatial_stride);
 }
 inline int64_t vectors_of(DType dtype, const RowLayout& l) { return ceil_div(l.classes * element_bytes(dtype), 16); }
-
-// Runs the code with kGroup, the threads that take a row of so many 16-byte vectors.
-#define FUSED_OPS_WITH_GROUP(vectors, kGroup, ...) \
-  if ((vectors) <= 2) {                            \
-    constexpr int kGroup = 2;                      \
-    __VA_ARGS__;                                   \
-  } else if ((vectors) <= 8) {                     \
-    constexpr int kGroup = 8;                      \
-    __VA_ARGS__;                                   \
-  } else if ((vectors) <= kWarpVectors) {          \
-    constexpr int kGroup = 32;                     \
-    __VA_ARGS__;                                   \
-  } else {                                         \
-    constexpr int kGroup = kBlock;                 \
-    __VA_ARGS__;                                   \
-  }
-
-template <class T, int kGroup>
-constexpr int kUnroll = kGroup < 32      ? 1
-                        : sizeof(T) == 8 ? 2
-                                         : 4;  // vectors of one thread in flight
 
 __device__ inline int64_t target_at(const Targets& t, int64_t row) {
   switch (t.type) {

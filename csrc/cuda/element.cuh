@@ -29,6 +29,8 @@ __device__ inline void set(double& to, double x) { to = x; }
 __device__ inline void set(bfloat16_t& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void set(float16_t& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // 2^x with a relative error of 2^-22; results below 2^-126 are 0.
 __device__ inline float fast_exp2(float x) {
 #if defined(__CUDACC__)
@@ -48,7 +50,7 @@ __device__ inline acc_t<T> exp_of(acc_t<T> x) {
   else if constexpr (std::is_same_v<T, float>)
     return expf(x);
   else
-    return fast_exp2(x * 1.4426950408889634f);
+    return fast_exp2(x * kLog2E);
 }
 
 // 16 bytes, and the elements in them.

@@ -66,16 +66,12 @@ struct Online {
   A max;
   S sum;
 };
-template <class A, class S>
-__device__ inline Online<A, S> shuffled(Online<A, S> v, int lanes) {
-  return {shuffled(v.max, lanes), shuffled(v.sum, lanes)};
-}
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 // e^x to 0.7 units in the last place, the same bits on the host: expf is off by up to two, which the entropy's sum
 // shows.
 __device__ inline float exact_exp(float x) {
-  const float shifted = fmaf(x, 1.4426950408889634f, 12582912.0f), whole = shifted - 12582912.0f;
+  const float shifted = fmaf(x, kLog2E, 12582912.0f), whole = shifted - 12582912.0f;
   const float first = fmaf(whole, -0.693359375f, x), r = fmaf(whole, 2.12194440e-4f, first);  // x - whole log(2)
   const float lost = fmaf(whole, 2.12194440e-4f, first - r);
   float q = 2.4801587e-5f;
