@@ -50,6 +50,8 @@ def save(folder: Path, suite: str, tables: Tables) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.json"
     kept = load(path)
+    if tables.get("install"):
+        kept["install"] = []  # one measurement of one build: a failure of an earlier one is no part of it
     merged = {name: merge(kept[name], tables.get(name, []), key) for name, key in KEYS.items()}
     path.write_text(_dump(merged), encoding="utf-8")
     written = [path]
@@ -99,7 +101,7 @@ def _merged(full: Tables, quick: Tables) -> Tables:
     """``full``, with the rows of ``quick`` for each case and sweep that it has not, and for rivals that did not run."""
 
     def what(row: Row) -> tuple[object, ...]:
-        return row["op"], row["part"], None if row["part"] == "sweep" else row["case"]
+        return row["op"], row["part"], row["allocator"], None if row["part"] == "sweep" else row["case"]
 
     done = {what(r) for r in full["timings"]}
     merged = {name: rows or quick.get(name, []) for name, rows in {**quick, **full}.items()}

@@ -300,6 +300,25 @@ def test_results_are_merged_by_key(tmp_path):
     assert "samples_ms" not in rows[0]
 
 
+def test_the_quick_rows_of_another_allocator_stand_beside_the_full_ones_of_the_default(tmp_path):
+    results.save(tmp_path, "full", {"timings": [timing("eager", [10.0])]})
+    quick = [timing("eager", [11.0]), {**timing("eager", [12.0]), "allocator": "recycled"}]
+    results.save(tmp_path, "quick", {"timings": quick})
+    known = results.best(tmp_path)
+    assert known is not None
+    assert {(r["allocator"], r["ms"]) for r in known[1]["timings"]} == {("default", 10.0), ("recycled", 12.0)}
+
+
+def test_a_build_that_was_measured_leaves_no_failure_of_an_earlier_one(tmp_path):
+    failed = {"quantity": "build", "value": None, "unit": "failed: no compiler"}
+    wheel = {"quantity": "wheel", "value": 900, "unit": "KiB"}
+    results.save(tmp_path, "quick", {"install": [failed]})
+    results.save(tmp_path, "quick", {"timings": []})
+    assert results.load(tmp_path / "quick.json")["install"] == [failed]
+    results.save(tmp_path, "quick", {"install": [wheel]})
+    assert results.load(tmp_path / "quick.json")["install"] == [wheel]
+
+
 def test_pages_are_rendered_between_markers(tmp_path):
     results.save(tmp_path, "full", {"rivals": [{"rival": "eager", "version": "1", "status": "ran", "device": "cpu"}]})
     page = "before\n<!-- benchmarks:rivals -->\nold\n<!-- /benchmarks:rivals -->\nafter\n"
