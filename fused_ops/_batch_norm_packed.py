@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from fused_ops._function import _transforms_active
-from fused_ops._library import register
+from fused_ops._library import eager, register
 from fused_ops.reference import _activation, empty_output
 from fused_ops.reference import batch_norm as reference
 from fused_ops.reference.batch_norm import Options, Saved
@@ -67,25 +68,30 @@ _backward_op: Any = register(
     reference.packed_backward,
     _fake_backward,
 )
+_forward, _backward = eager(_forward_op), eager(_backward_op)
+_has_torch_function = torch._C._has_torch_function_variadic
+_is_grad_enabled = torch._C.is_grad_enabled
+_current_graph_task_id = torch._C._current_graph_task_id
+_increment_version = torch._C._increment_version
 
 
 class BatchNormPackedFunction(Function):
-    """The output alone. ``call``, the last argument, holds what is not differentiated: each argument costs something.
+    """The output alone. What is not differentiated comes as one tuple, as each argument costs something.
 
     It is for plain eager mode only, so it has neither ``setup_context`` nor ``jvp`` nor ``vmap``.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
-        running_mean, running_var, training, momentum, eps, correction, activation, slope = call
-        output, statistics = _forward_op(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, correction, activation, slope
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
+        running_mean, running_var, momentum, numbers = rest
+        training, eps, correction, code, slope = ctx.numbers = numbers
+        output: Tensor
+        output, statistics = _forward(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, correction, code, slope
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, None if activation == _activation.NONE else bias, statistics)
-        ctx.numbers = call[2:]
-        result: Tensor = output
-        return result
+        ctx.save_for_backward(input, weight, bias if code else None, statistics)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -93,28 +99,49 @@ class BatchNormPackedFunction(Function):
             return None, None, None, None
         input, weight, bias, statistics = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
-        training, _, eps, correction, activation, slope = ctx.numbers
-        if torch.is_grad_enabled() or _transforms_active():
+        training, eps, correction, code, slope = ctx.numbers
+        grad_input: Tensor | None
+        if _is_grad_enabled() or _transforms_active():
             from fused_ops.batch_norm import _grads  # that module needs this one
 
-            ctx.options = Options(training, eps, correction, activation, slope)
-            saved = Saved(input, None, weight, bias, *statistics.unbind(0), None, None)
-            found = _grads(ctx, grad_output, saved, (need_input, False, need_weight, need_bias))
-            return found[0], found[2], found[3], None
-        grad_input, grad_weight, grad_bias = _backward_op(
-            *(grad_output, input, weight, bias, statistics, training, correction, activation, slope),
-            need_input,
-            need_weight or need_bias,
+            ctx.options = Options(training, eps, correction, code, slope)
+            mean, invstd = statistics.unbind(0)
+            saved = Saved(input, None, weight, bias, mean, invstd, None, None)
+            grad_input, _, grad_weight, grad_bias = _grads(
+                ctx, grad_output, saved, (need_input, False, need_weight, need_bias)
+            )
+            return grad_input, grad_weight, grad_bias, None
+        op = _backward_op if _has_torch_function(grad_output) else _backward
+        need_params = need_weight or need_bias
+        grad_input, grad_weight, grad_bias = op(
+            grad_output, input, weight, bias, statistics, training, correction, code, slope, need_input, need_params
         )
-        return (
-            grad_input if need_input else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None,
-        )
+        if not (need_input and need_weight and need_bias):
+            grad_input = grad_input if need_input else None
+            grad_weight = grad_weight if need_weight else None
+            grad_bias = grad_bias if need_bias else None
+        return grad_input, grad_weight, grad_bias, None
 
 
 _apply: Any = super(Function, BatchNormPackedFunction).apply  # without inspect.signature, see FusedFunction
+
+
+def serves(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Whether the input is a tensor of the CPU, nothing is traced or transformed and nothing has a tangent."""
+    return (
+        not is_compiling()
+        and type(input) is Tensor
+        and input.is_cpu
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+        and not _has_torch_function(input, running_mean, running_var, weight, bias)
+    )
 
 
 def batch_norm(
@@ -131,25 +158,30 @@ def batch_norm(
     negative_slope: float,
     alpha: float,
 ) -> Tensor:
-    """``fused_ops.batch_norm`` of a tensor of the CPU, in plain eager mode; the errors may be others than its own."""
-    code = slope = 0
+    """``fused_ops.batch_norm`` where ``serves`` says so; what it raises may be another error than that function's."""
+    code, slope = 0, 0.0
     if activation is not None:
         code = _activation.CODES[activation]
         slope = alpha if code == _activation.ELU else negative_slope if code == _activation.LEAKY_RELU else 0.0
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-        raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
-    update = training and running_mean is not None
-    if update and torch._C._current_graph_task_id() != -1:  # see recomputing
-        update, running_mean, running_var = False, None, None
-    if torch.is_grad_enabled() and (
-        input.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    update = False
+    if running_mean is not None and running_var is not None:
+        if running_mean.requires_grad or running_var.requires_grad:
+            raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
+        update = training and _current_graph_task_id() == -1
+        if training and not update:  # see fused_ops.batch_norm.recomputing
+            running_mean = running_var = None
+    output: Tensor
+    if _is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
     ):
-        call = (running_mean, running_var, training, momentum, eps, correction, code, slope)
-        output = _apply(input, weight, bias, call)
+        rest = (running_mean, running_var, momentum, (training, eps, correction, code, slope))
+        output = _apply(input, weight, bias, rest)
     else:
-        output = _forward_op(
+        output = _forward(
             input, running_mean, running_var, weight, bias, training, momentum, eps, correction, code, slope
         )[0]
     if update:
-        torch.autograd.graph.increment_version((running_mean, running_var))
+        _increment_version([running_mean, running_var])  # type: ignore[list-item]
     return output

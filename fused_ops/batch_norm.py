@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import fused_ops._batch_norm_packed as packed
 from fused_ops._function import FusedFunction, _transforms_active, save
@@ -479,17 +478,6 @@ def _act_apply(
     return function.apply(input, residual, *running, *params, valid, momentum, *options)[:5]
 
 
-def _is_eager(input: Tensor) -> bool:
-    """Whether this is a tensor of the CPU, neither traced nor transformed nor with a tangent."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(input) is Tensor
-        and input.is_cpu
-        and not _transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward inside it is activation checkpointing's second."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -563,12 +551,25 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
-    plain = residual is None and valid is None and groups == 1 and not inplace_activated
-    if plain and (training is True or training is False) and _is_eager(input):
+    if (
+        (residual is None and valid is None and groups == 1 and not inplace_activated)
+        and (training is True or training is False)
+        and packed.serves(input, running_mean, running_var, weight, bias)
+    ):
         try:
             return packed.batch_norm(
-                *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
-                *(activation, negative_slope, alpha),
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                correction,
+                activation,
+                negative_slope,
+                alpha,
             )
         except Exception:  # an argument that the checks below know, or else as it is
             _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)

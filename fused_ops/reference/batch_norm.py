@@ -513,7 +513,8 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act_backward`` of ``packed_forward``."""
     options = (training, correction, activation, slope, 1, need_input, need_params, False)
-    found = act_backward(grad_output, input, None, weight, bias, *statistics.unbind(0), None, None, *options)
+    mean, invstd = statistics.unbind(0)
+    found = act_backward(grad_output, input, None, weight, bias, mean, invstd, None, None, *options)
     return found[0], found[2], found[3]
 
 
