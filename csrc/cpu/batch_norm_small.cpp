@@ -5,13 +5,14 @@
 //   grad_weight = dot * invstd,  grad_bias = sum,  grad_slope = dot * invstd^2 / (n - correction)
 //
 // where `lost` is what rounding the mean to the accumulator loses, and sum and dot are those of h and h * (x - mean).
-// Memory: as the passes; everything stays in the first-level cache. docs/batch_norm.md.
+// Memory: as the passes; everything stays in the first-level cache. The gradient before an activation that takes an exp
+// is computed once and kept for the second pass. docs/batch_norm.md.
 #include "../batch_norm_small.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "activation.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
@@ -77,6 +78,31 @@ struct Coefficients {
   }
 };
 
+constexpr int64_t kKeptBytes = 16384;  // of h that is kept between the two passes
+
+// h = g * activation'(z) of a float or double input, where the two passes would each compute it. False if it is left to
+// them: it is cheap, z's sign is known, or h is too large for a buffer on the stack.
+template <class T>
+bool keep_before(const BatchNormBackward& a, T* __restrict h) {
+  const bool sign = a.activation == Activation::relu || a.activation == Activation::leaky_relu;
+  const int64_t n = a.layout.numel(), channels = a.layout.channels;
+  if (a.activation == Activation::none || sign || n * static_cast<int64_t>(sizeof(T)) > kKeptBytes) return false;
+  const T *x = static_cast<const T*>(a.input), *r = static_cast<const T*>(a.residual);
+  const T *mean = static_cast<const T*>(a.mean), *scale = static_cast<const T*>(a.scale);
+  const T* shift = static_cast<const T*>(a.shift);
+  for (int64_t at = 0; at < n; at += channels) {
+    if (r) {
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) h[at + c] = (x[at + c] - mean[c]) * scale[c] + (shift[c] + r[at + c]);
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) h[at + c] = (x[at + c] - mean[c]) * scale[c] + shift[c];
+    }
+  }
+  times_derivative(a.activation, h, static_cast<const T*>(a.grad_output), n, static_cast<T>(a.slope));
+  return true;
+}
+
 }  // namespace
 
 void batch_norm_small_forward(const BatchNormForward& given, const SmallForward& s) {
@@ -126,6 +152,11 @@ void batch_norm_small_backward(const BatchNormBackward& given, const SmallBackwa
   double weight[kSmallChannels], bias[kSmallChannels], lost[kSmallChannels];
   load(s.params, s.weight, 1, n, weight), load(s.params, s.bias, 0, n, bias);
   coefficients.write_affine(s.mean, s.invstd, weight, bias, n, lost);
+  alignas(64) char kept[kKeptBytes];
+  const bool keeps = args.dtype == DType::float32   ? keep_before(args, reinterpret_cast<float*>(kept))
+                     : args.dtype == DType::float64 ? keep_before(args, reinterpret_cast<double*>(kept))
+                                                    : false;
+  if (keeps) args.grad_output = kept, args.activation = Activation::none;
   if (s.reduces) {
     Partial partials[kSmallChannels];
     args.partials = partials;
