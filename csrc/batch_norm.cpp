@@ -29,9 +29,10 @@ struct ForwardOptions {
   bool packed = false;
 };
 
-// Of a packed forward, `mean` is (2, channels), with invstd in its second row, and the last three are undefined.
+// Optional, as even an undefined Tensor takes an allocation or two. Of a packed forward, `mean` is (2, channels), with
+// invstd in its second row, and the new statistics are the given ones, or dense copies.
 struct ForwardTensors {
-  Tensor output, mean, invstd, new_mean, new_var, mask;
+  MaybeTensor output, mean, invstd, new_mean, new_var, mask;
 };
 
 // What the public function raises too, before anything is written.
@@ -44,8 +45,13 @@ void check_packed(const Tensor& input, const MaybeTensor& running_mean, const Ma
     raise("Expected more than 1 value per channel when training, got input size ", shape_of(input));
 }
 
-const void* const_data(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+// Where the values of an optional parameter lie, dense: in it, or in `copy`.
+const void* values_of(const MaybeTensor& t, MaybeTensor* copy) {
+  if (!t) return nullptr;
+  if (t->is_contiguous()) return t->const_data_ptr();
+  *copy = dense(*t);
+  return (*copy)->const_data_ptr();
+}
 DType dtype_of_any(const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& c, const Tensor& otherwise) {
   return float_dtype(kOp, "parameter", a ? *a : b ? *b : c ? *c : otherwise);
 }
@@ -91,8 +97,8 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
     }
   }
   if (channels == 0) return out;
-  double* const all_means = doubles(out.mean);
-  double* const all_invstds = o.packed ? all_means + statistics : doubles(out.invstd);
+  double* const all_means = doubles(*out.mean);
+  double* const all_invstds = o.packed ? all_means + statistics : doubles(*out.invstd);
 
   const auto arguments = [&](const View& part, int64_t group) {
     const int64_t offset = view.group_offset(group), bytes = element_size(dtype);
@@ -101,8 +107,8 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
     args.slope = o.activation == Activation::relu ? 0 : o.slope;
     args.input = at(input.const_data_ptr(), offset * bytes);
     args.residual = residual ? at(residual->const_data_ptr(), offset * bytes) : nullptr;
-    args.output = at(out.output.mutable_data_ptr(), offset * bytes);
-    args.mask = with_mask ? static_cast<uint8_t*>(out.mask.mutable_data_ptr()) +
+    args.output = at(out.output->mutable_data_ptr(), offset * bytes);
+    args.mask = with_mask ? static_cast<uint8_t*>(out.mask->mutable_data_ptr()) +
                                 view.mask_rows_before(group) * view.mask_row_bytes()
                           : nullptr;
     args.by_plane = !o.training && !l.columns();
@@ -110,12 +116,13 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
     return args;
   };
   if (view.groups == 1 && view.repeat == 1 && is_small(l)) {
-    const MaybeTensor w = dense(weight), b = dense(bias), rm = dense(running_mean), rv = dense(running_var);
+    MaybeTensor copies[4];
     SmallForward s{};
     s.training = o.training, s.momentum = o.momentum, s.eps = o.eps, s.correction = o.correction;
-    s.params = dtype_of_any(w, b, rm, input);
-    s.weight = const_data(w), s.bias = const_data(b), s.running_mean = const_data(rm), s.running_var = const_data(rv);
-    if (update) s.new_mean = out.new_mean.mutable_data_ptr(), s.new_var = out.new_var.mutable_data_ptr();
+    s.params = dtype_of_any(weight, bias, running_mean, input);
+    s.weight = values_of(weight, copies), s.bias = values_of(bias, copies + 1);
+    s.running_mean = values_of(running_mean, copies + 2), s.running_var = values_of(running_var, copies + 3);
+    if (update) s.new_mean = out.new_mean->mutable_data_ptr(), s.new_var = out.new_var->mutable_data_ptr();
     s.mean = all_means, s.invstd = all_invstds;
     FUSED_OPS_SELECT(batch_norm_small_forward)(arguments(view, 0), s);
     return out;
@@ -151,8 +158,8 @@ ForwardTensors forward(const Tensor& input_, const MaybeTensor& residual_, const
                args, merge_moments, finish);
   }
   if (update) {
-    set_every_second(out.new_mean, running.data(), channels);
-    set_every_second(out.new_var, running.data() + 1, channels);
+    set_every_second(*out.new_mean, running.data(), channels);
+    set_every_second(*out.new_var, running.data() + 1, channels);
   }
   return out;
 }
@@ -168,7 +175,7 @@ struct BackwardOptions {
 };
 
 struct BackwardTensors {
-  Tensor grad_input, grad_residual, grad_weight, grad_bias;
+  MaybeTensor grad_input, grad_residual, grad_weight, grad_bias;
 };
 
 BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const MaybeTensor& residual_,
@@ -222,20 +229,21 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
     args.grad_output = at(grad_output.const_data_ptr(), offset * bytes);
     args.residual = residual ? at(residual->const_data_ptr(), offset * bytes) : nullptr;
     args.mask = mask ? mask + view.mask_rows_before(group) * view.mask_row_bytes() : nullptr;
-    args.grad_input = o.need_input ? at(out.grad_input.mutable_data_ptr(), offset * bytes) : nullptr;
-    args.grad_residual = o.need_residual ? at(out.grad_residual.mutable_data_ptr(), offset * bytes) : nullptr;
+    args.grad_input = o.need_input ? at(out.grad_input->mutable_data_ptr(), offset * bytes) : nullptr;
+    args.grad_residual = o.need_residual ? at(out.grad_residual->mutable_data_ptr(), offset * bytes) : nullptr;
     args.by_plane = !reduces && !l.columns();
     args.stream = streams(l, dtype, reduces);
     return args;
   };
   if (view.groups == 1 && view.repeat == 1 && is_small(l)) {
-    const MaybeTensor w = dense(weight), b = dense(bias);
+    MaybeTensor copies[2];
     SmallBackward s{};
     s.correction = o.correction, s.reduces = reduces;
-    s.params = dtype_of_any(w, b, {}, input);
-    s.weight = const_data(w), s.bias = const_data(b), s.mean = all_means, s.invstd = all_invstds;
+    s.params = dtype_of_any(weight, bias, {}, input);
+    s.weight = values_of(weight, copies), s.bias = values_of(bias, copies + 1);
+    s.mean = all_means, s.invstd = all_invstds;
     if (o.need_params)
-      s.grad_weight = out.grad_weight.mutable_data_ptr(), s.grad_bias = out.grad_bias.mutable_data_ptr();
+      s.grad_weight = out.grad_weight->mutable_data_ptr(), s.grad_bias = out.grad_bias->mutable_data_ptr();
     FUSED_OPS_SELECT(batch_norm_small_backward)(arguments(view, 0), s);
     return out;
   }
@@ -268,8 +276,8 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
                finish);
   }
   if (o.need_params) {
-    set_every_second(out.grad_weight, params.data(), channels);
-    set_every_second(out.grad_bias, params.data() + 1, channels);
+    set_every_second(*out.grad_weight, params.data(), channels);
+    set_every_second(*out.grad_bias, params.data() + 1, channels);
   }
   return out;
 }
@@ -278,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& input, const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& weight,
     const MaybeTensor& bias, bool training, double momentum, double eps, int64_t correction) {
   auto r = forward(input, {}, running_mean, running_var, weight, bias, {}, {training, momentum, eps, correction});
-  return {r.output, r.mean, r.invstd, r.new_mean, r.new_var};
+  return {*r.output, *r.mean, *r.invstd, *r.new_mean, *r.new_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -287,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                                        bool need_input, bool need_params) {
   auto r = backward(grad_output, input, {}, weight, {}, mean, invstd, {}, {},
                     {training, correction, need_input, need_params});
-  return {r.grad_input, r.grad_weight, r.grad_bias};
+  return {*r.grad_input, *r.grad_weight, *r.grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_forward(
@@ -297,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_forwar
   auto r = forward(input, residual, running_mean, running_var, weight, bias, valid,
                    {training, momentum, eps, correction, activation_of(activation), slope, groups});
   const int64_t none = 0;
-  if (!r.mask.defined()) r.mask = empty(input, {&none, 1}, ScalarType::Byte);
-  return {r.output, r.mean, r.invstd, r.new_mean, r.new_var, r.mask};
+  if (!r.mask) r.mask = empty(input, {&none, 1}, ScalarType::Byte);
+  return {*r.output, *r.mean, *r.invstd, *r.new_mean, *r.new_var, *r.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
@@ -310,8 +318,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
       grad_output, input, residual, weight, bias, mean, invstd, mask, valid,
       {training, correction, need_input, need_params, need_residual, activation_of(activation), slope, groups});
   const int64_t none = 0;
-  if (!r.grad_residual.defined()) r.grad_residual = empty(input, {&none, 1}, input.scalar_type());
-  return {r.grad_input, r.grad_residual, r.grad_weight, r.grad_bias};
+  if (!r.grad_residual) r.grad_residual = empty(input, {&none, 1}, input.scalar_type());
+  return {*r.grad_input, *r.grad_residual, *r.grad_weight, *r.grad_bias};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_packed_forward(const Tensor& input, const MaybeTensor& running_mean,
@@ -323,9 +331,9 @@ std::tuple<Tensor, Tensor> batch_norm_packed_forward(const Tensor& input, const 
   for (const auto& [to, from] : {std::pair(&running_mean, &r.new_mean), std::pair(&running_var, &r.new_var)}) {
     if (!training || !*to || (*to)->is_contiguous()) continue;
     Tensor t = **to;
-    torch::stable::copy_(t, *from);
+    torch::stable::copy_(t, **from);
   }
-  return {r.output, r.mean};
+  return {*r.output, *r.mean};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_packed_backward(const Tensor& grad_output, const Tensor& input,
@@ -335,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_packed_backward(const Tensor& grad
                                                               bool need_input, bool need_params) {
   auto r = backward(grad_output, input, {}, weight, bias, statistics, {}, {}, {},
                     {training, correction, need_input, need_params, false, activation_of(activation), slope, 1, true});
-  return {r.grad_input, r.grad_weight, r.grad_bias};
+  return {*r.grad_input, *r.grad_weight, *r.grad_bias};
 }
 
 }  // namespace
