@@ -338,9 +338,9 @@ std::tuple<Tensor, Tensor> batch_norm_packed_forward(const Tensor& input, const 
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_packed_backward(const Tensor& grad_output, const Tensor& input,
                                                               const MaybeTensor& weight, const MaybeTensor& bias,
-                                                              const Tensor& statistics, bool training,
-                                                              int64_t correction, int64_t activation, double slope,
-                                                              bool need_input, bool need_params) {
+                                                              const Tensor& statistics, bool training, bool need_input,
+                                                              bool need_params, int64_t correction, int64_t activation,
+                                                              double slope) {
   auto r = backward(grad_output, input, {}, weight, bias, statistics, {}, {}, {},
                     {training, correction, need_input, need_params, false, activation_of(activation), slope, 1, true});
   return {*r.grad_input, *r.grad_weight, *r.grad_bias};
@@ -370,12 +370,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
       "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "batch_norm_packed_forward(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, "
-      "Tensor? bias, bool training, float momentum, float eps, int correction, int activation, float slope) "
-      "-> (Tensor output, Tensor statistics)");
+      "Tensor? bias, bool training=True, float momentum=0.1, float eps=1e-5, int correction=0, int activation=0, "
+      "float slope=0.0) -> (Tensor output, Tensor statistics)");
   m.def(
       "batch_norm_packed_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, "
-      "bool training, int correction, int activation, float slope, bool need_input, bool need_params) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "bool training=True, bool need_input=True, bool need_params=True, int correction=0, int activation=0, "
+      "float slope=0.0) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {

@@ -29,12 +29,11 @@ inline void with_type(DType dtype, const Body& body) {
   }
 }
 
-// The n values of a parameter, as doubles.
+// The n values of a parameter, as doubles. (In a lambda, omp simd would want an exception handler, which is shared code.)
 void load(DType dtype, const void* from, double missing, int64_t n, double* __restrict to) {
   if (!from) return std::fill_n(to, n, missing), void();
   with_type(dtype, [&](auto type) {
     const auto* p = static_cast<const decltype(type)*>(from);
-#pragma omp simd
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<double>(to_acc(p[i]));
   });
 }
@@ -44,7 +43,6 @@ void save(DType dtype, const double* __restrict from, int64_t n, void* to) {
     using T = decltype(type);
     using A = decltype(to_acc(type));
     T* p = static_cast<T*>(to);
-#pragma omp simd
     for (int64_t i = 0; i < n; ++i) store(p + i, static_cast<A>(from[i]));
   });
 }

@@ -478,12 +478,12 @@ def packed_forward(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-    activation: int,
-    slope: float,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    correction: int = 0,
+    activation: int = _activation.NONE,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``act_forward`` without a residual, valid mask or ghost batches; the running statistics are written in place."""
     if training and input.size(1) and input.numel() == input.size(1):
@@ -504,12 +504,12 @@ def packed_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
-    training: bool,
-    correction: int,
-    activation: int,
-    slope: float,
-    need_input: bool,
-    need_params: bool,
+    training: bool = True,
+    need_input: bool = True,
+    need_params: bool = True,
+    correction: int = 0,
+    activation: int = _activation.NONE,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act_backward`` of ``packed_forward``."""
     options = (training, correction, activation, slope, 1, need_input, need_params, False)
