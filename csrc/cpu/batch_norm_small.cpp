@@ -29,7 +29,7 @@ inline void with_type(DType dtype, const Body& body) {
   }
 }
 
-// The n values of a parameter, as doubles. (In a lambda, omp simd would want an exception handler, which is shared code.)
+// The n values of a parameter, as doubles. (omp simd in a lambda would want an exception handler: shared code.)
 void load(DType dtype, const void* from, double missing, int64_t n, double* __restrict to) {
   if (!from) return std::fill_n(to, n, missing), void();
   with_type(dtype, [&](auto type) {
