@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fused_ops._batch_norm_packed as packed
 from fused_ops._function import FusedFunction, _transforms_active, save
 from fused_ops._library import register
 from fused_ops.reference import _activation, empty_output
@@ -550,6 +551,32 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
+    if (
+        (residual is None and valid is None and groups == 1 and not inplace_activated)
+        and (training is True or training is False)
+        and packed.serves(input, running_mean, running_var, weight, bias)
+    ):
+        try:
+            return packed.batch_norm(
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                correction,
+                activation,
+                negative_slope,
+                alpha,
+            )
+        except Exception:  # an argument that the checks below know, or else as it is
+            _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            if not (input.shape == (0,) and (running_mean is None or running_mean.numel() == 0)):
+                _check(input, running_mean, running_var, training, eps)
+                _code(activation)
+                raise
     _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
         return input.clone()  # one dimension of no values: PyTorch lets it through
