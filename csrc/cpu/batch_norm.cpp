@@ -54,7 +54,7 @@ inline FUSED_OPS_INLINE Line<T> applied(Line<T> z, const Line<T>& r, const Affin
 // `count` < kSize values at i.
 template <class T, Activation kind, bool kResidual, class Coefficient>
 FUSED_OPS_OF_PARTS void apply_part(const Run<T>& run, const Affine<Coefficient>& c, int64_t i, int64_t count,
-                                          acc_t<T> slope) {
+                                   acc_t<T> slope) {
   const Line<T> x = Line<T>::load_part(run.x + i, count);
   const Line<T> r = kResidual ? Line<T>::load_part(run.residual + i, count) : x;
   typename LineBits<T>::Word bits = 0;
@@ -172,7 +172,8 @@ void apply_tile(const BatchNormForward& a, int64_t item) {
     if (l.valid && !l.valid[r])
       std::fill_n(y + r * l.channels, n, T{});
     else
-      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead, ahead);
+      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead,
+                  ahead);
   });
 }
 

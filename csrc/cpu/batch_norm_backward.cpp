@@ -74,7 +74,8 @@ inline void grad_at(const BatchNormBackward& a, Before before, int64_t offset, i
                  nullptr,
                  static_cast<A>(a.slope),
                  ahead,
-                 soon};
+                 soon,
+                 inverse_slope<T>(a)};
   if (before == Before::given) {
     alignas(kLineBytes) A h[kPadded];
     buffer_before<T>(a, offset, n, c, h);

@@ -16,7 +16,7 @@ constexpr int64_t kPadded = kRun + 48;
 // every line that is read: many at once wait for each other. A prefetch may point anywhere.
 constexpr int kRunsAhead = 2;
 constexpr int64_t kCacheBytes = int64_t{1} << 20;  // of a core: the second level of what this runs on
-constexpr int64_t kRowsTogether = 4;  // rows of a tile that are summed together
+constexpr int64_t kRowsTogether = 4;               // rows of a tile that are summed together
 template <class T>
 constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
 
@@ -34,9 +34,9 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
 
 // Planes: a run of a channel, one part of a plane. The runs of a plane are of one length, but for the last.
 struct PlaneRun {
-  int64_t offset, n;    // of its values
-  int64_t row, start;   // its first place in (batch, spatial)
-  int64_t ahead;        // what is to be prefetched lies so many values behind; `soon`: what this pass comes to
+  int64_t offset, n;   // of its values
+  int64_t row, start;  // its first place in (batch, spatial)
+  int64_t ahead;       // what is to be prefetched lies so many values behind; `soon`: what this pass comes to
   int64_t soon;
   int64_t position(const ChannelLayout& l) const { return row * l.spatial + start; }
   // Its place in a mask of bits, where each plane starts a byte.

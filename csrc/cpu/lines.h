@@ -201,15 +201,14 @@ struct Line {
     if constexpr (kPairs) {
       for (int k = 0; k < kVectors; k += 2) put<kStream>(p + k * kLane, rounded_pair(v[k], v[k + 1]));
     } else if constexpr (sizeof(T) == 2) {
-      for (int k = 0; k < kVectors; ++k) {
 #if defined(__AVX512F__)
-        put<kStream>(p + k * kLane, _mm512_cvtps_ph(bit_copy<__m512>(v[k]), _MM_FROUND_TO_NEAREST_INT));
+      put<kStream>(p, bits());
 #elif defined(__AVX2__)
+      for (int k = 0; k < kVectors; ++k)
         put<kStream>(p + k * kLane, _mm256_cvtps_ph(bit_copy<__m256>(v[k]), _MM_FROUND_TO_NEAREST_INT));
 #else
-        store_vec(p + k * kLane, v[k]);
+      for (int k = 0; k < kVectors; ++k) store_vec(p + k * kLane, v[k]);
 #endif
-      }
     } else {
       for (int k = 0; k < kVectors; ++k) put<kStream>(p + k * kLane, v[k]);
     }
