@@ -94,8 +94,8 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
       z.template store<false>(y + i);
   }
   if (i == n) return;
-  prefetch(x + n - 1 + ahead);
-  if (kResidual) prefetch(r + n - 1 + soon);
+  prefetch_part(x + i + ahead);
+  if (kResidual) prefetch_part(r + i + soon);
   apply_part<T, kind, kResidual>(run, c, i, n - i, slope);
 }
 
@@ -109,7 +109,11 @@ void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation 
   const auto rebuild = [&](const L& in, const L& extra) FUSED_OPS_INLINE {
     applied<T, Activation::none, kResidual>(in, extra, c, i, slope, nullptr).store_ordered(z + i);
   };
-  for (; i + L::kSize <= run.n; i += L::kSize) rebuild(L::load(x + i), L::load(kResidual ? r + i : x + i));
+  for (; i + L::kSize <= run.n; i += L::kSize) {
+    prefetch(x + i + run.ahead);
+    if (kResidual) prefetch(r + i + run.soon);
+    rebuild(L::load(x + i), L::load(kResidual ? r + i : x + i));
+  }
   const int64_t whole = i, left = run.n - i;
   if (left) rebuild(L::load_part(x + i, left), L::load_part(kResidual ? r + i : x + i, left));
   activate(activation, z, left ? whole + L::kSize : whole, slope);

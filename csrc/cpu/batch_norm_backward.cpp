@@ -29,9 +29,11 @@ inline FUSED_OPS_INLINE void store_line(const Line<T>& line, T* to, int64_t coun
 }
 
 template <class T, Before kBefore, class Coefficient>
-void grad_run(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset, int64_t n,
-              const BackwardCoefficients<Coefficient>& c) {
+void grad_run(const BatchNormBackward& a, const GradRun<T>& values, int64_t offset, int64_t n,
+              const BackwardCoefficients<Coefficient>& coefficients) {
   using L = Line<T>;
+  const GradRun<T> run = values;  // no store can change a copy
+  const BackwardCoefficients<Coefficient> c = coefficients;
   T* to = a.grad_input ? static_cast<T*>(a.grad_input) + offset : nullptr;
   T* residual = a.grad_residual ? static_cast<T*>(a.grad_residual) + offset : nullptr;
   const bool frozen = a.frozen;

@@ -133,7 +133,7 @@ inline FUSED_OPS_INLINE void for_each_line(const GradRun<T>& run, int64_t i, int
     body(x, grad_before<T, kBefore>(x, L::load(run.g + i), run, bits, c, i), i, L::kSize);
   }
   if (i == n) return;
-  run.prefetch_line(n - 1);
+  prefetch_part(run.x + i + run.ahead), prefetch_part(run.g + i + run.ahead);
   const LinePair<T> last = part_of_line<T, kBefore>(run, i, n - i, c);
   body(last.x, last.h, i, n - i);
 }

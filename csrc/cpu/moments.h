@@ -87,7 +87,7 @@ class DeviationSums {
     if (i < n) {  // padded with the center, which every T has
       T fill;
       store(&fill, center);
-      prefetch(x + n - 1 + ahead);
+      prefetch_part(x + i + ahead);
       t.step_part(L::load_part(x + i, n - i, fill), c);
       padded_ += L::kSize - (n - i);
     }
