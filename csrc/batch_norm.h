@@ -93,6 +93,7 @@ struct BatchNormBackward {
   Activation activation;
   double slope;
   bool frozen;    // evaluation mode: grad_input = scale * grad_residual
+  bool kept;      // `input` is leaky_relu's output: x is leaky_relu^-1 of it, `mean` the bias
   bool by_plane;  // items of batch_norm_grad_input are the planes in the order of memory instead
   bool stream;    // the gradients are too large for the cache: they go past it
   const void *input, *grad_output, *residual;

@@ -44,20 +44,20 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
     total.merge(c + sum / n, squares - sum * sum / n, pending);
     pending = 0;
   };
-  for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t ahead) {
+  for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
     if (pending == 0) {
-      center = center_of<T>(total.n ? total.mean : pilot_mean(x + offset, n));
-      merge_at = 8 * std::max(total.n, n);
+      center = center_of<T>(total.n ? total.mean : pilot_mean(x + run.offset, run.n));
+      merge_at = 8 * std::max(total.n, run.n);
     }
-    sums.add(x + offset, n, center, ahead);
-    pending += n;
+    sums.add(x + run.offset, run.n, center, run.ahead);
+    pending += run.n;
     if (pending >= merge_at) merge();
   });
   merge();
   if (total.n && !(std::isfinite(total.mean) && std::isfinite(total.m2)))
     return slow_moments([&](auto f) {
-      for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t) {
-        for (int64_t i = 0; i < n; ++i) f(static_cast<double>(to_acc(x[offset + i])));
+      for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
+        for (int64_t i = 0; i < run.n; ++i) f(static_cast<double>(to_acc(x[run.offset + i])));
       });
     });
   return {total.mean, total.m2, total.n};

@@ -21,11 +21,12 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   alignas(kLineBytes) A given[kBefore == Before::given ? kPadded : 1];
   ProductSums<T> sums(a.exact_mean[channel]);
   int64_t count = 0;
-  for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
-    const int64_t row = position / l.spatial * l.channels + channel;
-    const uint8_t* mask = a.mask ? a.mask + row * ((l.spatial + 7) / 8) + position % l.spatial / 8 : nullptr;
+  for_each_run(l, item, true, [&](const PlaneRun& at) {
+    const int64_t offset = at.offset, n = at.n;
+    const uint8_t* mask = reads_bits(kBefore) ? a.mask + at.mask_byte(l, channel) : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given);
-    const GradRun<T> run{x + offset, g + offset, mask, given, static_cast<A>(a.slope), ahead};
+    const GradRun<T> run{x + offset, g + offset,         mask, given, static_cast<A>(a.slope), at.ahead,
+                         at.soon,    inverse_slope<T>(a)};
     auto lanes = sums.lanes();
     for_each_line<T, kBefore>(
         run, 0, n, c, [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t) FUSED_OPS_INLINE { lanes.step(h, v); });
@@ -67,7 +68,8 @@ struct ColumnProducts {
         if constexpr (kWiden) {
           constexpr bool kPlain = kWhole && kBefore == Before::plain;
           const DoublePair h = kPlain ? widen_at(runs[r].g + at + k * L::kLane) : widen(line.h.v[k]);
-          const DoublePair x = kWhole ? widen_at(runs[r].x + at + k * L::kLane) : widen(line.x.v[k]);
+          const DoublePair x = kWhole && kBefore != Before::kept_leaky_relu ? widen_at(runs[r].x + at + k * L::kLane)
+                                                                            : widen(line.x.v[k]);
           add(2 * k, h.low, x.low), add(2 * k + 1, h.high, x.high);
         } else {
           add(k, line.h.v[k], line.x.v[k]);
@@ -105,7 +107,8 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
     *counted += count;
     const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[waiting]);
-    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), ahead};
+    runs[waiting] = {x + offset, g + offset,         mask, given[waiting], static_cast<A>(a.slope), ahead,
+                     ahead,      inverse_slope<T>(a)};
     if (n < t.width)  // the last step, of fewer rows
       columns.template add_rows<1, kBefore>(runs + waiting, n, c);
     else if (++waiting == kRowsTogether)

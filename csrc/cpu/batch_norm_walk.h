@@ -15,7 +15,8 @@ constexpr int64_t kPadded = kRun + 48;
 // What the hardware does not foresee, the start of the next plane, page or piece of a row, is prefetched, a line with
 // every line that is read: many at once wait for each other. A prefetch may point anywhere.
 constexpr int kRunsAhead = 2;
-constexpr int64_t kRowsTogether = 4;  // rows of a tile that are summed together
+constexpr int64_t kCacheBytes = int64_t{1} << 20;  // of a core: the second level of what this runs on
+constexpr int64_t kRowsTogether = 4;               // rows of a tile that are summed together
 template <class T>
 constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
 
@@ -31,7 +32,19 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
   }
 }
 
-// Planes: one run of a channel. The runs of a plane are of one length, but for the last.
+// Planes: a run of a channel, one part of a plane. The runs of a plane are of one length, but for the last.
+struct PlaneRun {
+  int64_t offset, n;   // of its values
+  int64_t row, start;  // its first place in (batch, spatial)
+  int64_t ahead;       // what is to be prefetched lies so many values behind; `soon`: what this pass comes to
+  int64_t soon;
+  int64_t position(const ChannelLayout& l) const { return row * l.spatial + start; }
+  // Its place in a mask of bits, where each plane starts a byte.
+  int64_t mask_byte(const ChannelLayout& l, int64_t channel) const {
+    return (row * l.channels + channel) * ((l.spatial + 7) / 8) + start / 8;
+  }
+};
+
 class RunCursor {
  public:
   RunCursor(const ChannelLayout& l, int64_t channel, int64_t run)
@@ -40,8 +53,10 @@ class RunCursor {
   }
   static int64_t runs_per_row(const ChannelLayout& l) { return (l.spatial + kRun - 1) / kRun; }
   int64_t offset() const { return (row_ * layout_.channels + channel_) * layout_.spatial + start_; }
-  int64_t position() const { return row_ * layout_.spatial + start_; }
-  int64_t size() const { return std::min(length_, layout_.spatial - start_); }
+  PlaneRun at(int64_t later, int64_t soon) const {
+    const int64_t here = offset();
+    return {here, std::min(length_, layout_.spatial - start_), row_, start_, later - here, soon - here};
+  }
   void next() {
     start_ += length_;
     if (start_ < layout_.spatial) return;
@@ -60,43 +75,53 @@ class RunCursor {
   int64_t per_row_, length_, channel_, row_, start_;
 };
 
-// Planes: calls body(offset, n, position, ahead) for the runs of at most kRun values of item (channel, part);
-// `position` is the run's first place in (batch, spatial), and `ahead` values behind it lies what is to be prefetched.
-// With `split`, a run is cut into the stretches that count. kBackwards: last run first, so that a second pass begins
-// with what the first has left in the cache.
-template <bool kBackwards = false, class Body>
+// Planes: calls body(run) for the runs of at most kRun values of item (channel, part). With `split`, a run is cut into
+// the stretches that count.
+template <class Body>
 inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
-  const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
-  const int64_t runs = l.batch * RunCursor::runs_per_row(l);
+  const int64_t parts = l.parts(), part = item % parts, runs = l.batch * RunCursor::runs_per_row(l);
   const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
   if (begin == end) return;
-  RunCursor run(l, channel, kBackwards ? end - 1 : begin), later = run;
-  const auto step = [](RunCursor& cursor) {
-    if constexpr (kBackwards)
-      cursor.previous();
-    else
-      cursor.next();
-  };
-  for (int k = 0; k < kRunsAhead; ++k) step(later);
-  for (int64_t left = end - begin; left > 0; --left) {
-    const int64_t n = run.size(), position = run.position(), offset = run.offset(), ahead = later.offset() - offset;
-    if (split && l.valid) {
-      for_each_valid(l.valid, position, position + n,
-                     [&](int64_t at, int64_t count) { body(offset + at - position, count, at, ahead); });
-    } else {
-      body(offset, n, position, ahead);
+  RunCursor cursor(l, item / parts, begin), later = cursor;
+  for (int k = 0; k < kRunsAhead; ++k) later.next();
+  for (int64_t left = end - begin; left > 0; --left, cursor.next(), later.next()) {
+    const PlaneRun run = cursor.at(later.offset(), later.offset());
+    if (!split || !l.valid) {
+      body(run);
+      continue;
     }
-    step(run), step(later);
+    const int64_t position = run.position(l);
+    for_each_valid(l.valid, position, position + run.n, [&](int64_t at, int64_t count) {
+      const int64_t over = at - position;
+      body(PlaneRun{run.offset + over, count, run.row, run.start + over, run.ahead, run.soon});
+    });
   }
 }
 
-// Planes in the order of memory, as (batch, channel): calls body(offset, n, position, channel) for the runs of planes
-// [begin, end). For what needs no sums over a channel.
+// The same for a second pass: from the end, which the first pass has left in the cache. What it reads, `bytes` a value,
+// is there, if the channel fits; so it prefetches the next channel, as far as that fits beside this one: main memory is
+// read while outputs are written to it.
 template <class Body>
-inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, const Body& body) {
+inline void for_each_run_again(const ChannelLayout& l, int64_t item, int64_t bytes, const Body& body) {
+  const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
+  const int64_t per_row = RunCursor::runs_per_row(l), runs = l.batch * per_row;
+  const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
+  if (begin == end) return;
+  const int64_t fit = kCacheBytes / (bytes * ((l.spatial + per_row - 1) / per_row)) - runs;
+  const bool foresees = parts == 1 && fit > 0;
+  RunCursor cursor(l, channel, end - 1), soon = cursor, next(l, channel + 1, 0);
+  for (int k = 0; k < kRunsAhead; ++k) soon.previous();
+  for (int64_t k = 0; k < end - begin; ++k, cursor.previous(), soon.previous(), next.next())
+    body(cursor.at(foresees && k < fit ? next.offset() : soon.offset(), soon.offset()));
+}
+
+// Planes in the order of memory, as (batch, channel): calls body(run, channel) for the runs of planes [begin, end).
+// For what needs no sums over a channel.
+template <class Body>
+inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, int64_t ahead, const Body& body) {
   for (int64_t plane = begin; plane < end; ++plane)
     for (int64_t s = 0; s < l.spatial; s += kRun)
-      body(plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels * l.spatial + s,
+      body(PlaneRun{plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels, s, ahead, ahead},
            plane % l.channels);
 }
 

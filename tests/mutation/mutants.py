@@ -378,9 +378,9 @@ NATIVE = [
         "validity of another position",
     ),
     Mutant(
-        NCPU,
-        "a.mask + row * row_bytes + position % l.spatial / 8",
-        "a.mask + row * row_bytes",
+        NWALK,
+        "* ((l.spatial + 7) / 8) + start / 8",
+        "* ((l.spatial + 7) / 8)",
         "bn",
         "mask of a plane's second run",
     ),
@@ -804,8 +804,8 @@ NATIVE = [
     ),
     Mutant(
         NACT,
-        "+ z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
-        "- z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
+        "normal_below(z, density) + z * kInvSqrt2Pi<A> * density;",
+        "normal_below(z, density) - z * kInvSqrt2Pi<A> * density;",
         "bn",
         "gelu'",
     ),
