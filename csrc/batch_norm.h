@@ -62,10 +62,21 @@ struct ChannelLayout {
 };
 
 // Two sums (and how many values they are of) per channel and part; merged in order by the caller.
-// Columns: (row_blocks, channels). Planes: (channels, parts).
+// Planes: (channels, parts). Columns: ColumnPartials.
 struct Partial {
   double a, b;  // moments: mean, M2.  gradients: sum of grad, sum of grad * (x - mean)
   int64_t n;
+};
+
+// Columns: the `channels` partials of a block of rows hold all its `a`, then all its `b`, which are merged many at a
+// time, then the n of each tile where its first column's would be.
+struct ColumnPartials {
+  double *a, *b;
+  int64_t* n;
+  ColumnPartials(Partial* partials, int64_t block, int64_t channels)
+      : a(reinterpret_cast<double*>(partials + block * channels)),
+        b(a + channels),
+        n(reinterpret_cast<int64_t*>(b + channels)) {}
 };
 
 // output = activation((x - mean) * scale + shift + residual). The coefficients are accumulators (float, or double for
