@@ -6,7 +6,7 @@
 
 namespace fused_ops {
 
-constexpr int64_t kMergedTogether = 64;  // channels whose partials are merged together: they are neighbours in memory
+constexpr int64_t kMergedTogether = 256;  // channels whose partials are merged together: they are neighbours in memory
 
 // Calls add(channel - begin, a, b, n) for the partials of channels [begin, end) in a fixed order: parts, or the blocks
 // of rows of the channels' columns.
@@ -37,7 +37,8 @@ void for_partials(const View& view, Partial* partials, int64_t begin, int64_t en
 inline void merge_moments(const View& view, Partial* partials, int64_t begin, int64_t end, Partial* out) {
   const ChannelLayout& l = view.layout;
   const bool single = (l.columns() ? l.row_blocks() * view.repeat : l.parts()) == 1;
-  double mean[kMergedTogether] = {}, m2[kMergedTogether] = {}, count[kMergedTogether] = {};
+  double mean[kMergedTogether], m2[kMergedTogether], count[kMergedTogether];
+  for (int64_t i = 0; i < end - begin; ++i) mean[i] = 0, m2[i] = 0, count[i] = 0;
   for_partials(view, partials, begin, end, [&](int64_t i, double a, double, int64_t n) {
     mean[i] += single ? a : static_cast<double>(n) * a, count[i] += static_cast<double>(n);
   });
@@ -58,8 +59,9 @@ inline void merge_moments(const View& view, Partial* partials, int64_t begin, in
 }
 
 inline void merge_sums(const View& view, Partial* partials, int64_t begin, int64_t end, Partial* out) {
-  double sum[kMergedTogether] = {}, dot[kMergedTogether] = {};
-  int64_t count[kMergedTogether] = {};
+  double sum[kMergedTogether], dot[kMergedTogether];
+  int64_t count[kMergedTogether];
+  for (int64_t i = 0; i < end - begin; ++i) sum[i] = 0, dot[i] = 0, count[i] = 0;
   for_partials(view, partials, begin, end,
                [&](int64_t i, double a, double b, int64_t n) { sum[i] += a, dot[i] += b, count[i] += n; });
   for (int64_t i = 0; i < end - begin; ++i) out[i] = {sum[i], dot[i], count[i]};

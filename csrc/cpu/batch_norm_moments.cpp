@@ -1,9 +1,11 @@
 // Batch normalisation on the CPU, forward: mean and M2 of each channel, read once.
 //
 // Stability: deviations are taken from a pilot mean (of the channel so far), squared in the accumulator over at most
-// kFoldAt values and summed in double beyond, corrected and merged in double: the sum of their squares is at most a
-// small multiple of M2, whatever the data, so no digits of M2 cancel. float32 values are summed in double, where their
-// mean is as exact as PyTorch's; 16-bit deviations are exact. docs/batch_norm.md.
+// kFoldAt values (kRowsPerFold steps of rows) and summed in double beyond, corrected and merged in double: the sum of
+// their squares is at most a small multiple of M2, whatever the data, so no digits of M2 cancel. float32 values are
+// summed in double, where their mean is as exact as PyTorch's, and so are the squares of those of columns: there a
+// block's first row may serve as pilot, whose sum of squares is at most n M2. 16-bit deviations are exact.
+// docs/batch_norm.md.
 #include <cmath>
 
 #include "batch_norm_walk.h"
