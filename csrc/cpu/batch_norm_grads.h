@@ -98,11 +98,10 @@ struct LinePair {
   Line<T> x, h;
 };
 
-// x and h of the line at i.
+// x and h of the line at i, which is prefetched elsewhere.
 template <class T, Before kBefore, class Coefficient>
 inline FUSED_OPS_INLINE LinePair<T> whole_line(const GradRun<T>& run, int64_t i,
                                                const BackwardCoefficients<Coefficient>& c) {
-  run.prefetch_line(i);
   const Line<T> x = input_of<T, kBefore>(Line<T>::load(run.x + i), run);
   typename LineBits<T>::Word bits = 0;
   if (reads_bits(kBefore)) bits = LineBits<T>::load(run.mask + i / 8, Line<T>::kSize);

@@ -16,9 +16,15 @@ constexpr int64_t kPadded = kRun + 48;
 // every line that is read: many at once wait for each other. A prefetch may point anywhere.
 constexpr int kRunsAhead = 2;
 constexpr int64_t kCacheBytes = int64_t{1} << 20;  // of a core: the second level of what this runs on
-constexpr int64_t kRowsTogether = 4;               // rows of a tile that are summed together
 template <class T>
 constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
+template <class T>
+constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));  // of rows that are summed
+
+// Rows of a tile that are summed together: the more, the fewer loads and stores of their sums; the fewer, the more they
+// are read in the order of memory, which reads faster.
+template <class T>
+constexpr int kRowsTogether = sizeof(T) == 2 ? 4 : 2;
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
@@ -141,11 +147,10 @@ struct Tile {
   int64_t rows() const { return row_end - row_begin; }
   // `width` and what a last line needs behind it.
   int64_t padded() const { return (width + 63) / 64 * 64; }
-  // How far behind a value the one lies that is prefetched with it.
-  template <class T>
-  int64_t ahead(const ChannelLayout& l) const {
+  // How far behind a value of a row the one lies that is prefetched with it, about `distance` values.
+  int64_t ahead(const ChannelLayout& l, int64_t distance, int64_t rows) const {
     const int64_t step = fused * l.channels;
-    return std::max(kRowsTogether, kAhead<T> / step) * step;
+    return std::max(rows, distance / step) * step;
   }
 
   // Calls body(row, count, n) for the steps of rows [begin, end): `count` rows from `row` on, n values.
@@ -175,11 +180,88 @@ struct Tile {
     std::fill(values + width, values + padded(), A(0));
     if (Line<T>::kPairs) to_line_order<T>(natural, to, padded());
   }
-  // values[0, n) += the repetitions, in order.
-  template <class A>
-  void fold(A* values) const {
-    for (int64_t k = 1; k < fused; ++k)
-      for (int64_t i = 0; i < n; ++i) values[i] += values[k * n + i];
+};
+
+// What is prefetched with the lines of rows that are walked together. Where the tile is all columns, so that the rows
+// are one piece of memory, its lines in their order: in the order in which they are read, one of each row in turn, the
+// same bytes took a sixth longer.
+template <class T>
+struct TilePrefetch {
+  int64_t ahead, step;
+  bool adjacent;
+  TilePrefetch(const ChannelLayout& l, const Tile& t)
+      : ahead(t.ahead(l, kAheadOfRows<T>, kRowsTogether<T>)), step(t.fused * l.channels), adjacent(t.n == l.channels) {}
+
+  // For kRows rows, the first of which lies at `from`.
+  template <int kRows>
+  struct Lines {
+    const T* from;
+    int64_t line, row;
+    // Into the first-level cache: it is read soon.
+    inline FUSED_OPS_INLINE void prefetch_line(int r, int64_t i) const {
+      __builtin_prefetch(from + i * line + r * row, 0, 3);
+    }
+  };
+  template <int kRows>
+  Lines<kRows> lines(const T* from) const {
+    return adjacent ? Lines<kRows>{from + ahead, kRows, Line<T>::kSize} : Lines<kRows>{from + ahead, 1, step};
+  }
+};
+
+// Two sums a column of a tile, in the order of lines: in double for float32; of 16-bit values in float for at most
+// kRowsPerFold steps, then in double.
+template <class T>
+struct TileSums {
+  using A = acc_t<T>;
+  static constexpr bool kWiden = std::is_same_v<T, float>, kFolds = sizeof(T) == 2;
+  using S = std::conditional_t<kWiden, double, A>;
+  using V = vec_t<S>;
+  static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
+  static constexpr int kVectors = static_cast<int>(Line<T>::kSize / kLane);
+  struct OfLine {
+    V a[kVectors], b[kVectors];
+  };
+
+  alignas(kLineBytes) S a[kPadded], b[kPadded];
+  alignas(kLineBytes) double folded_a[kFolds ? kPadded : 1], folded_b[kFolds ? kPadded : 1];
+
+  void clear(const Tile& t) {
+    std::fill_n(a, t.padded(), S(0)), std::fill_n(b, t.padded(), S(0));
+    if (kFolds) std::fill_n(folded_a, t.padded(), 0.0), std::fill_n(folded_b, t.padded(), 0.0);
+  }
+  inline FUSED_OPS_INLINE OfLine load(int64_t at) const {
+    OfLine line;
+    for (int k = 0; k < kVectors; ++k)
+      line.a[k] = load_bits<V>(a + at + k * kLane), line.b[k] = load_bits<V>(b + at + k * kLane);
+    return line;
+  }
+  inline FUSED_OPS_INLINE void store(int64_t at, const OfLine& line) {
+    for (int k = 0; k < kVectors; ++k) {
+      std::memcpy(a + at + k * kLane, &line.a[k], sizeof(V));
+      std::memcpy(b + at + k * kLane, &line.b[k], sizeof(V));
+    }
+  }
+  void fold(const Tile& t) {
+    if constexpr (kFolds) {
+      for (int64_t i = 0; i < t.padded(); ++i) {
+        folded_a[i] += static_cast<double>(a[i]), folded_b[i] += static_cast<double>(b[i]);
+        a[i] = 0, b[i] = 0;
+      }
+    }
+  }
+  // What was folded of the t.n columns, over the rows that were walked as one.
+  void take(const Tile& t, double* to_a, double* to_b) const {
+    const auto one = [&](const auto* from, double* to) {
+      alignas(kLineBytes) double natural[Line<T>::kPairs ? kTile : 1];
+      if constexpr (Line<T>::kPairs) from_line_order<T>(from, natural, t.padded()), from = natural;
+      for (int64_t i = 0; i < t.n; ++i) to[i] = from[i];
+      for (int64_t i = t.n; i < t.width; i += t.n)
+        for (int64_t j = 0; j < t.n; ++j) to[j] += from[i + j];
+    };
+    if constexpr (kFolds)
+      one(folded_a, to_a), one(folded_b, to_b);
+    else
+      one(a, to_a), one(b, to_b);
   }
 };
 
@@ -195,7 +277,7 @@ struct Tile {
 // where they are not wanted.
 template <class T>
 struct TileValues {
-  alignas(kLineBytes) acc_t<T> values[kTile];
+  alignas(kLineBytes) acc_t<T> values[kPadded];
   TileValues(const Tile& t, const acc_t<T>* from, bool wanted = true) {
     if (wanted) t.repeat_ordered<T>(from, values);
   }

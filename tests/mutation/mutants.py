@@ -400,8 +400,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "for (int64_t i = 0; i < n; ++i) values[i] += values[k * n + i];",
-        "for (int64_t i = 0; i + 1 < n; ++i) values[i] += values[k * n + i];",
+        "for (int64_t j = 0; j < t.n; ++j) to[j] += from[i + j];",
+        "for (int64_t j = 0; j + 1 < t.n; ++j) to[j] += from[i + j];",
         "bn",
         "repetitions of the last channel",
     ),
