@@ -25,7 +25,24 @@ PLAIN, HEAD, NORM = (
     "fused_ops/batch_norm.py",
 )
 
+PACKED = "fused_ops/_batch_norm_packed.py"
+
 PYTHON = [
+    Mutant(PACKED, "bias if numbers[3] else None", "None", "bn", "bias not kept for an activation"),
+    Mutant(
+        PACKED,
+        "update = training and _current_graph_task_id() == -1",
+        "update = training",
+        "bn",
+        "checkpointing counts twice in plain eager mode",
+    ),
+    Mutant(
+        PACKED,
+        "return *op(grad_output, input, weight, bias, statistics), None",
+        "return *op(grad_output, input, None, bias, statistics), None",
+        "bn",
+        "weight left out of the gradient",
+    ),
     Mutant(
         ROWS,
         "math.nan, nll) if one else nll",
@@ -345,6 +362,7 @@ CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, S
     )
 )
 NBIND, CBIND = "csrc/batch_norm.cpp", "csrc/cross_entropy.cpp"
+NSMALL = "csrc/cpu/batch_norm_small.cpp"
 CHEAD, CPASSES = "csrc/linear_cross_entropy_small.cpp", "csrc/cross_entropy_passes.h"
 CGRAD = "csrc/cpu/cross_entropy_with_gradient.cpp"
 
@@ -476,6 +494,29 @@ NATIVE = [
         "bn",
         "mask of the second ghost batch",
     ),
+    Mutant(NSMALL, "(partials[c].b / (count - 1))", "(partials[c].b / count)", "bn", "n/(n-1) missing in running_var"),
+    Mutant(
+        NSMALL,
+        "1.0 / std::sqrt(partials[c].b / divisor + s.eps)",
+        "1.0 / std::sqrt(partials[c].b / count + s.eps)",
+        "bn",
+        "correction dropped",
+    ),
+    Mutant(
+        NSMALL,
+        "slope[c] = dot * inv * inv / divisor;",
+        "slope[c] = dot * inv / divisor;",
+        "bn",
+        "invstd once instead of squared",
+    ),
+    Mutant(
+        NSMALL,
+        "grad_mean[c] = sum / count - lost[c] * slope[c];",
+        "grad_mean[c] = sum / count;",
+        "bn",
+        "what rounding the mean loses, in the gradient",
+    ),
+    Mutant(NSMALL, "* scale[c] + (shift[c] + r[at + c]);", "* scale[c] + shift[c];", "bn", "residual dropped"),
     Mutant(
         CCPU,
         "static_cast<const T*>(a.grad_loss)[row + r]",
