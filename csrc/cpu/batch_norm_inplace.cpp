@@ -4,7 +4,9 @@
 //   h = g * activation'(z)    grad_x = scale * (h - mean(h) - v * inverse^2 * sum(h * v) / (n - correction))
 //
 // Memory: the backward reads y and g twice and writes grad_x once, 20 bytes a value in float32, and reads what x were
-// kept; the forward reads y once more where activation is elu. Stability: docs/batch_norm.md, "Keeping the output".
+// kept; the forward reads y once more where activation is elu. Channels none of whose x are kept (all, most often, but
+// for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm_inplace.cpp. Stability:
+// docs/batch_norm.md, "Keeping the output".
 #include "../batch_norm_inplace.h"
 
 #include <algorithm>

@@ -42,8 +42,8 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
 struct PlaneRun {
   int64_t offset, n;   // of its values
   int64_t row, start;  // its first place in (batch, spatial)
-  int64_t ahead;       // what is to be prefetched lies so many values behind; `soon`: what this pass comes to
-  int64_t soon;
+  int64_t ahead;       // what is to be prefetched lies so many values behind,
+  int64_t soon;        // and of what is read once, or written, so many
   int64_t position(const ChannelLayout& l) const { return row * l.spatial + start; }
   // Its place in a mask of bits, where each plane starts a byte.
   int64_t mask_byte(const ChannelLayout& l, int64_t channel) const {
