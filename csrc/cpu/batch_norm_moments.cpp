@@ -153,7 +153,8 @@ template <class T>
 int64_t add_tile_rows(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, ColumnSums<T>& columns) {
   const ChannelLayout& l = a.layout;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  const T* rows[kRowsTogether<T>];
+  const T* rows[kMostRows];
+  const int64_t together = rows_together<T>(l);
   int64_t waiting = 0, counted = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     if (l.valid && !l.valid[r]) return;
@@ -161,8 +162,9 @@ int64_t add_tile_rows(const BatchNormForward& a, const Tile& t, int64_t begin, i
     rows[waiting] = x + r * l.channels;
     if (n < t.width)  // the last step, of fewer rows
       columns.template add<1>(rows + waiting, n);
-    else if (++waiting == kRowsTogether<T>)
-      columns.template add<kRowsTogether<T>>(rows, n), waiting = 0;
+    else if (++waiting == together)
+      together == kMostRows ? columns.template add<kMostRows>(rows, n) : columns.template add<kMostRows / 2>(rows, n),
+          waiting = 0;
   });
   for (int64_t k = 0; k < waiting; ++k) columns.template add<1>(rows + k, t.width);
   columns.sums.fold(t);

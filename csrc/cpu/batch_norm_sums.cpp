@@ -98,8 +98,15 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
-  alignas(kLineBytes) A given[kRowsTogether<T>][kBefore == Before::given ? kTile + 16 : 1];
-  GradRun<T> runs[kRowsTogether<T>];
+  alignas(kLineBytes) A given[kMostRows][kBefore == Before::given ? kTile + 16 : 1];
+  GradRun<T> runs[kMostRows];
+  const int64_t together = rows_together<T>(l);
+  const auto add = [&](const GradRun<T>* rows, int64_t n) {
+    if (together == kMostRows)
+      columns.template add_rows<kMostRows, kBefore>(rows, n, c);
+    else
+      columns.template add_rows<kMostRows / 2, kBefore>(rows, n, c);
+  };
   int64_t waiting = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     const int64_t offset = r * l.channels + t.column;
@@ -110,8 +117,8 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
     runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), 0, 0, inverse_slope<T>(a)};
     if (n < t.width)  // the last step, of fewer rows
       columns.template add_rows<1, kBefore>(runs + waiting, n, c);
-    else if (++waiting == kRowsTogether<T>)
-      columns.template add_rows<kRowsTogether<T>, kBefore>(runs, n, c), waiting = 0;
+    else if (++waiting == together)
+      add(runs, n), waiting = 0;
   });
   for (int64_t w = 0; w < waiting; ++w) columns.template add_rows<1, kBefore>(runs + w, t.width, c);
 }
