@@ -117,18 +117,20 @@ void batch_norm_small_forward(const BatchNormForward& given, const SmallForward&
     Partial partials[kSmallChannels];
     args.partials = partials;
     batch_norm_moments(args, 0, 1);
-    const double count = static_cast<double>(partials[0].n), divisor = count - static_cast<double>(s.correction);
+    const ColumnPartials found(partials, 0, n);
+    const double *sample_mean = found.a, *m2 = found.b;
+    const double count = static_cast<double>(*found.n), divisor = count - static_cast<double>(s.correction);
     const double rest = 1 - s.momentum;
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
-      mean[c] = partials[c].a;
-      invstd[c] = 1.0 / std::sqrt(partials[c].b / divisor + s.eps);
+      mean[c] = sample_mean[c];
+      invstd[c] = 1.0 / std::sqrt(m2[c] / divisor + s.eps);
     }
     if (s.new_mean) {
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        running[0][c] = s.momentum * partials[c].a + rest * running[0][c];
-        running[1][c] = s.momentum * (partials[c].b / (count - 1)) + rest * running[1][c];
+        running[0][c] = s.momentum * sample_mean[c] + rest * running[0][c];
+        running[1][c] = s.momentum * (m2[c] / (count - 1)) + rest * running[1][c];
       }
       save(s.params, running[0], n, s.new_mean), save(s.params, running[1], n, s.new_var);
     }
@@ -159,11 +161,13 @@ void batch_norm_small_backward(const BatchNormBackward& given, const SmallBackwa
     Partial partials[kSmallChannels];
     args.partials = partials;
     batch_norm_grad_sums(args, 0, 1);
-    const double count = static_cast<double>(partials[0].n), divisor = count - static_cast<double>(s.correction);
+    const ColumnPartials found(partials, 0, n);
+    const double *sums = found.a, *dots = found.b;
+    const double count = static_cast<double>(*found.n), divisor = count - static_cast<double>(s.correction);
     double *grad_weight = weight, *grad_bias = bias, grad_mean[kSmallChannels], slope[kSmallChannels];
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
-      const double sum = 0 + partials[c].a, dot = 0 + partials[c].b, inv = s.invstd[c];  // no -0
+      const double sum = 0 + sums[c], dot = 0 + dots[c], inv = s.invstd[c];  // no -0
       grad_weight[c] = dot * inv;
       grad_bias[c] = sum;
       slope[c] = dot * inv * inv / divisor;
