@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
+from fused_ops._batch_norm_functions import _grads
 from fused_ops._function import _has_torch_function, _transforms_active, call_backward_directly
 from fused_ops._library import eager, register
 from fused_ops.reference import _activation, empty_output
@@ -117,8 +118,6 @@ class BatchNormPackedFunction(Function):
         training, _, eps, correction, code, slope = ctx.numbers
         grad_input: Tensor | None
         if _is_grad_enabled() or _transforms_active():
-            from fused_ops.batch_norm import _grads  # that module needs this one
-
             ctx.options = Options(training, eps, correction, code, slope)
             mean, invstd = statistics.unbind(0)
             saved = Saved(input, None, weight, bias, mean, invstd, None, None)

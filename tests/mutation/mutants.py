@@ -263,7 +263,11 @@ PYTHON = [
         "checkpointing counts twice",
     ),
     Mutant(
-        NORM, "found[1] = grad_output\n", "found[1] = grad_output * 2\n", "bn", "gradient of a plain residual doubled"
+        "fused_ops/_batch_norm_functions.py",
+        "found[1] = grad_output\n",
+        "found[1] = grad_output * 2\n",
+        "bn",
+        "gradient of a plain residual doubled",
     ),
     Mutant(
         BN, "mask = pack(~(z <= 0), input)", "mask = pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
@@ -494,11 +498,11 @@ NATIVE = [
         "bn",
         "mask of the second ghost batch",
     ),
-    Mutant(NSMALL, "(partials[c].b / (count - 1))", "(partials[c].b / count)", "bn", "n/(n-1) missing in running_var"),
+    Mutant(NSMALL, "(m2[c] / (count - 1))", "(m2[c] / count)", "bn", "n/(n-1) missing in running_var"),
     Mutant(
         NSMALL,
-        "1.0 / std::sqrt(partials[c].b / divisor + s.eps)",
-        "1.0 / std::sqrt(partials[c].b / count + s.eps)",
+        "1.0 / std::sqrt(m2[c] / divisor + s.eps)",
+        "1.0 / std::sqrt(m2[c] / count + s.eps)",
         "bn",
         "correction dropped",
     ),
