@@ -58,8 +58,12 @@ def unavailable() -> str:
 
 
 def kernels() -> list[str]:
-    """Names of the kernels that the contract headers declare."""
-    text = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "csrc").glob("*.h")))
+    """Names of the kernels that the contract headers declare.
+
+    But for those that call others of them: entering the second of two would switch the counting off again.
+    """
+    headers = [p for p in sorted((ROOT / "csrc").glob("*.h")) if p.name != "batch_norm_small.h"]
+    text = "".join(p.read_text(encoding="utf-8") for p in headers)
     return re.findall(r"^FUSED_OPS_PER_ISA\(\s*[\w:]+\s+(\w+)\(", text, re.MULTILINE)
 
 

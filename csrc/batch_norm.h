@@ -18,6 +18,7 @@ constexpr int64_t kNarrowTile = 256;  // where there are fewer rows than
 constexpr int64_t kWideTileRows = 1024;
 constexpr int64_t kFusedColumns = 256;  // rows shorter than this are walked several at a time
 constexpr int64_t kMostRowBlocks = 32;
+constexpr int64_t kMinRows = 256;     // of a block: the sums of fewer cost more to merge than a thread saves
 constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
 constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
 constexpr int64_t kMinItemValues = 16384;
@@ -39,7 +40,8 @@ struct ChannelLayout {
   // Columns: item = a block of rows of one tile, tile after tile. Planes: item = one part of one channel's runs.
   int64_t fused() const { return channels > 0 && !valid ? std::max<int64_t>(1, kFusedColumns / channels) : 1; }
   int64_t rows_per_item() const {
-    const int64_t step = kRowsPerFold * fused(), steps = (batch + step - 1) / step;
+    const int64_t fold = kRowsPerFold * fused(), step = (kMinRows + fold - 1) / fold * fold;
+    const int64_t steps = (batch + step - 1) / step;
     return std::max<int64_t>(1, (steps + kMostRowBlocks - 1) / kMostRowBlocks) * step;
   }
   int64_t row_blocks() const { return (batch + rows_per_item() - 1) / rows_per_item(); }
@@ -62,10 +64,21 @@ struct ChannelLayout {
 };
 
 // Two sums (and how many values they are of) per channel and part; merged in order by the caller.
-// Columns: (row_blocks, channels). Planes: (channels, parts).
+// Planes: (channels, parts). Columns: ColumnPartials.
 struct Partial {
   double a, b;  // moments: mean, M2.  gradients: sum of grad, sum of grad * (x - mean)
   int64_t n;
+};
+
+// Columns: the `channels` partials of a block of rows hold all its `a`, then all its `b`, which are merged many at a
+// time, then the n of each tile where its first column's would be.
+struct ColumnPartials {
+  double *a, *b;
+  int64_t* n;
+  ColumnPartials(Partial* partials, int64_t block, int64_t channels)
+      : a(reinterpret_cast<double*>(partials + block * channels)),
+        b(a + channels),
+        n(reinterpret_cast<int64_t*>(b + channels)) {}
 };
 
 // output = activation((x - mean) * scale + shift + residual). The coefficients are accumulators (float, or double for
@@ -93,6 +106,7 @@ struct BatchNormBackward {
   Activation activation;
   double slope;
   bool frozen;    // evaluation mode: grad_input = scale * grad_residual
+  bool kept;      // `input` is leaky_relu's output: x is leaky_relu^-1 of it, `mean` the bias
   bool by_plane;  // items of batch_norm_grad_input are the planes in the order of memory instead
   bool stream;    // the gradients are too large for the cache: they go past it
   const void *input, *grad_output, *residual;

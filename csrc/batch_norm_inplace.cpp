@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "batch_norm_passes.h"
 #include "batch_norm_tensors.h"
 #include "checks.h"
 
@@ -81,15 +82,17 @@ class Columns {
     a.grad_mean = values_.row(kGradMean), a.grad_slope = values_.row(kGradSlope);
     return a;
   }
-  // Calls body(partial) for what the kernels wrote for a channel, in a fixed order.
-  template <class Body>
-  void for_partials(const Partial* partials, int64_t items, int64_t channel, const Body& body) const {
+  // What the kernels wrote for a channel, added in a fixed order.
+  Partial merged(const Partial* partials, int64_t items, int64_t channel) const {
+    Partial sum{};
+    const auto add = [&](const Partial& p) { sum.a += p.a, sum.b += p.b, sum.n += p.n; };
     if (!layout.columns()) {
-      for (int64_t item = channel; item < items; item += channels_) body(partials[item]);
-      return;
+      for (int64_t item = channel; item < items; item += channels_) add(partials[item]);
+    } else {
+      for (int64_t item = 0; item < items; ++item)
+        each(channel, [&](int64_t column) { add(partials[item * layout.channels + column]); });
     }
-    for (int64_t item = 0; item < items; ++item)
-      each(channel, [&](int64_t column) { body(partials[item * layout.channels + column]); });
+    return sum;
   }
 
   ChannelLayout layout;
@@ -203,26 +206,68 @@ struct Backward {
   bool need_input, need_params;
 };
 
-// One group: sums, coefficients, and the gradient of the input, channel by channel where there are many planes.
+// What one group's walks share. Channels none of whose x are kept take the ordinary backward's: with leaky_relu^-1 of
+// the output for x, and the bias for its mean.
+struct Group {
+  const BatchNormInplace& args;
+  const BatchNormBackward ordinary;
+  const View &part, &plain;  // as each of the two sees it
+  const Columns& table;
+  const Backward& o;
+
+  bool reduces() const { return o.need_params || (o.training && o.need_input); }
+  bool by_channel() const { return !args.layout.columns() && part.channels >= kMinItems; }
+  bool shares_channels() const { return by_channel() && !ordinary.layout.columns(); }
+};
+
+BatchNormBackward ordinary(const BatchNormInplace& args, const View& part, Coefficients& coefficients,
+                           const double* biases) {
+  BatchNormBackward a{};
+  a.dtype = args.dtype, a.layout = part.layout, a.activation = args.activation, a.slope = args.slope;
+  a.frozen = args.frozen, a.kept = args.activation == Activation::leaky_relu;
+  a.stream = streams(part.layout, args.dtype, true);
+  a.input = args.output, a.grad_output = args.grad_output, a.grad_input = args.grad_input;
+  a.mean = coefficients.row(0), a.scale = coefficients.row(1), a.shift = coefficients.row(2);
+  a.grad_mean = coefficients.row(3), a.grad_slope = coefficients.row(4);
+  a.exact_mean = biases, a.repeat = part.repeat;
+  a.partials = args.partials;
+  return a;
+}
+
+// Both passes over channel c, with finish(channel, sums) between them.
 template <class Finish>
-void run_group(const BatchNormInplace& args, const View& part, const Backward& o, const Finish& finish) {
-  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
-  const bool reduces = o.need_params || (o.training && o.need_input);
-  const int64_t channels = part.channels, items = args.items();
-  if (!args.layout.columns() && channels >= kMinItems) {
-    for_items(args.layout, channels, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        for (int64_t item = c; reduces && item < items; item += channels) sums(args, item, item + 1);
-        finish(c);
-        for (int64_t item = items - channels + c; o.need_input && item >= 0; item -= channels)
-          grads(args, item, item + 1);
-      }
-    });
+void run_channel(const Group& g, int64_t c, const Finish& finish) {
+  const int64_t channels = g.part.channels, items = g.args.items();
+  if (g.args.keep[c] == Keep::none && g.shares_channels()) {
+    if (g.reduces()) FUSED_OPS_SELECT(batch_norm_grad_sums)(g.ordinary, c, c + 1);
+    finish(c, g.reduces() ? g.ordinary.partials[c] : Partial{});
+    if (g.o.need_input) FUSED_OPS_SELECT(batch_norm_grad_input)(g.ordinary, c, c + 1);
     return;
   }
-  if (reduces) for_items(args.layout, items, [&](int64_t begin, int64_t end) { sums(args, begin, end); });
-  for (int64_t c = 0; c < channels; ++c) finish(c);
-  if (o.need_input) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
+  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
+  for (int64_t item = c; g.reduces() && item < items; item += channels) sums(g.args, item, item + 1);
+  finish(c, g.table.merged(g.args.partials, g.reduces() ? items : 0, c));
+  for (int64_t item = items - channels + c; g.o.need_input && item >= 0; item -= channels)
+    grads(g.args, item, item + 1);
+}
+
+// Sums, coefficients, and the gradient of the input, channel by channel where there are many planes.
+template <class Finish>
+void run_group(const Group& g, const Finish& finish) {
+  const BatchNormInplace& args = g.args;
+  const bool writes = g.o.need_input;
+  if (!g.table.any())
+    return two_passes(g.plain, g.reduces() ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
+                      writes ? FUSED_OPS_SELECT(batch_norm_grad_input) : nullptr, g.ordinary, merge_sums, finish);
+  const int64_t channels = g.part.channels, items = args.items();
+  if (g.by_channel())
+    return for_items(args.layout, channels, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) run_channel(g, c, finish);
+    });
+  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
+  if (g.reduces()) for_items(args.layout, items, [&](int64_t begin, int64_t end) { sums(args, begin, end); });
+  for (int64_t c = 0; c < channels; ++c) finish(c, g.table.merged(args.partials, g.reduces() ? items : 0, c));
+  if (writes) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& grad_output_, const Tensor& output_,
@@ -252,8 +297,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
   check_same_dtype(kOp, "kept", kept_, "output", output);
   const Tensor mean = dense(mean_), invstd = dense(invstd_), kept = dense(kept_), begins = dense(begins_);
   const Values w(weight, 1), b(bias, 0);
+  const View plain = view_of(output, last, valid, groups, kSmallPlane);
   std::vector<Columns> columns;
-  int64_t items = 0, most = 0;
+  int64_t items = 0, most = plain.layout.partials();
   for (int64_t group = 0; group < view.groups; ++group) {
     columns.emplace_back(view.group(group), dtype);
     const BatchNormInplace args = columns.back().args(dtype, options);
@@ -268,11 +314,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
   const Tensor grad_weight = empty(output, {need_params ? &channels : &none, 1}, like);
   const Tensor grad_bias = empty(output, {need_params ? &channels : &none, 1}, like);
   std::vector<double> params(static_cast<size_t>(2 * channels));
-  std::vector<double> inverse(static_cast<size_t>(channels));
+  std::vector<double> inverse(static_cast<size_t>(channels)), biases(static_cast<size_t>(channels));
+  for (int64_t c = 0; c < channels; ++c) biases[static_cast<size_t>(c)] = b[c];
+  Coefficients coefficients(dtype, plain.layout.channels, 5);
   std::vector<Partial> partials(static_cast<size_t>(most));
   int64_t done = 0;
   for (int64_t group = 0; group < view.groups; ++group) {
-    const View part = view.group(group);
+    const View part = view.group(group), plain_part = plain.group(group);
     Columns& table = columns[static_cast<size_t>(group)];
     const double* m = doubles(mean) + group * channels;
     const double* inv = doubles(invstd) + group * channels;
@@ -284,6 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
       inverse[static_cast<size_t>(c)] = inv[c] / factor;
       table.set(kBias, c, b[c]), table.set(kMean, c, m[c]), table.set(kFactor, c, factor);
       table.set(kShift, c, -factor * lost(m[c], dtype)), table.set(kScale, c, w[c] * inv[c]);
+      coefficients.set_affine(plain_part, c, b[c], w[c] * inv[c], 0);
     }
     BatchNormInplace args = table.args(dtype, options);
     const int64_t offset = view.group_offset(group) * element_size(dtype);
@@ -292,15 +341,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
     args.begins = static_cast<int64_t*>(begins.mutable_data_ptr()) + done, args.kept = kept.mutable_data_ptr();
     args.grad_input = need_input ? at(grad_input.mutable_data_ptr(), offset) : nullptr;
     args.partials = partials.data();
-    run_group(args, part, o, [&](int64_t c) {
-      double sum = 0, dot = 0;
-      int64_t counted = 0;
-      table.for_partials(partials.data(), args.items(), c,
-                         [&](const Partial& p) { sum += p.a, dot += p.b, counted += p.n; });
-      const double n = static_cast<double>(counted), slope = inverse[static_cast<size_t>(c)];
-      dot *= slope;
-      if (counted) params[static_cast<size_t>(2 * c)] += dot, params[static_cast<size_t>(2 * c + 1)] += sum;
-      table.set(kGradMean, c, sum / n), table.set(kGradSlope, c, dot * slope / (n - static_cast<double>(correction)));
+    const Group all{args, ordinary(args, plain_part, coefficients, biases.data()), part, plain_part, table, o};
+    run_group(all, [&](int64_t c, const Partial& p) {
+      const double n = static_cast<double>(p.n), slope = inverse[static_cast<size_t>(c)], dot = p.b * slope;
+      if (p.n) params[static_cast<size_t>(2 * c)] += dot, params[static_cast<size_t>(2 * c + 1)] += p.a;
+      const double grad_mean = p.a / n, grad_slope = dot * slope / (n - static_cast<double>(correction));
+      table.set(kGradMean, c, grad_mean), table.set(kGradSlope, c, grad_slope);
+      coefficients.set(plain_part, 3, c, grad_mean - coefficients.lost_of(b[c]) * grad_slope);
+      coefficients.set(plain_part, 4, c, grad_slope);
     });
     done += args.items();
   }

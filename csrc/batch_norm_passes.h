@@ -6,49 +6,65 @@
 
 namespace fused_ops {
 
-constexpr int64_t kMergedTogether = 64;  // channels whose partials are merged together: they are neighbours in memory
+constexpr int64_t kMergedTogether = 256;  // channels whose partials are merged together: they are neighbours in memory
 
-// Calls add(channel - begin, partial) for the partials of channels [begin, end) in a fixed order: parts, or the blocks
+// Calls add(channel - begin, a, b, n) for the partials of channels [begin, end) in a fixed order: parts, or the blocks
 // of rows of the channels' columns.
 template <class Add>
-void for_partials(const View& view, const Partial* partials, int64_t begin, int64_t end, const Add& add) {
+void for_partials(const View& view, Partial* partials, int64_t begin, int64_t end, const Add& add) {
   const ChannelLayout& l = view.layout;
-  const int64_t blocks = l.columns() ? l.row_blocks() : 1, each = l.columns() ? view.repeat : l.parts();
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Partial* p = partials + b * l.channels + begin * each;
+  if (!l.columns()) {
+    const Partial* p = partials + begin * l.parts();
     for (int64_t c = 0; c < end - begin; ++c)
-      for (int64_t i = 0; i < each; ++i) add(c, *p++);
+      for (int64_t i = 0; i < l.parts(); ++i, ++p) add(c, p->a, p->b, p->n);
+    return;
+  }
+  const int64_t first = begin * view.repeat, tile = first / l.tile_columns() * l.tile_columns();
+  for (int64_t block = 0; block < l.row_blocks(); ++block) {
+    const ColumnPartials p(partials, block, l.channels);
+    const double *a = p.a + first, *b = p.b + first;
+    const int64_t n = p.n[tile];
+    if (view.repeat == 1)
+      for (int64_t c = 0; c < end - begin; ++c) add(c, a[c], b[c], n);
+    else
+      for (int64_t c = 0; c < end - begin; ++c)
+        for (int64_t i = 0; i < view.repeat; ++i) add(c, *a++, *b++, n);
   }
 }
 
 // Mean and M2 of at most kMergedTogether channels. The mean of all parts first, then their M2 around it: this needs no
 // division for each part, as merging one after the other does. Inf and NaN are merged so.
-inline void merge_moments(const View& view, const Partial* partials, int64_t begin, int64_t end, Partial* out) {
-  double sum[kMergedTogether] = {};
-  int64_t parts[kMergedTogether] = {};
-  for (int64_t i = 0; i < end - begin; ++i) out[i] = {0, 0, 0};
-  for_partials(view, partials, begin, end, [&](int64_t i, const Partial& p) {
-    sum[i] += static_cast<double>(p.n) * p.a, out[i].n += p.n, out[i].a = p.a, ++parts[i];
+inline void merge_moments(const View& view, Partial* partials, int64_t begin, int64_t end, Partial* out) {
+  const ChannelLayout& l = view.layout;
+  const bool single = (l.columns() ? l.row_blocks() * view.repeat : l.parts()) == 1;
+  double mean[kMergedTogether], m2[kMergedTogether], count[kMergedTogether];
+  for (int64_t i = 0; i < end - begin; ++i) mean[i] = 0, m2[i] = 0, count[i] = 0;
+  for_partials(view, partials, begin, end, [&](int64_t i, double a, double, int64_t n) {
+    mean[i] += single ? a : static_cast<double>(n) * a, count[i] += static_cast<double>(n);
   });
-  for (int64_t i = 0; i < end - begin; ++i)
-    if (parts[i] > 1 && out[i].n) out[i].a = sum[i] / static_cast<double>(out[i].n);
-  for_partials(view, partials, begin, end, [&](int64_t i, const Partial& p) {
-    const double delta = p.a - out[i].a;
-    out[i].b += p.b + static_cast<double>(p.n) * (delta * delta);
+  for (int64_t i = 0; !single && i < end - begin; ++i) mean[i] = count[i] != 0 ? mean[i] / count[i] : 0;
+  for_partials(view, partials, begin, end, [&](int64_t i, double a, double b, int64_t n) {
+    const double delta = a - mean[i];
+    m2[i] += b + static_cast<double>(n) * (delta * delta);
   });
   for (int64_t i = 0; i < end - begin; ++i) {
-    if (std::isfinite(out[i].a) && std::isfinite(out[i].b)) continue;
+    out[i] = {mean[i], m2[i], static_cast<int64_t>(count[i])};
+    if (std::isfinite(mean[i]) && std::isfinite(m2[i])) continue;
     DEFAULT::Moments total;
     const int64_t channel = begin + i;
-    for_partials(view, partials, channel, channel + 1, [&](int64_t, const Partial& p) { total.merge(p.a, p.b, p.n); });
+    for_partials(view, partials, channel, channel + 1,
+                 [&](int64_t, double a, double b, int64_t n) { total.merge(a, b, n); });
     out[i] = {total.mean, total.m2, total.n};
   }
 }
 
-inline void merge_sums(const View& view, const Partial* partials, int64_t begin, int64_t end, Partial* out) {
-  for (int64_t i = 0; i < end - begin; ++i) out[i] = {0, 0, 0};
+inline void merge_sums(const View& view, Partial* partials, int64_t begin, int64_t end, Partial* out) {
+  double sum[kMergedTogether], dot[kMergedTogether];
+  int64_t count[kMergedTogether];
+  for (int64_t i = 0; i < end - begin; ++i) sum[i] = 0, dot[i] = 0, count[i] = 0;
   for_partials(view, partials, begin, end,
-               [&](int64_t i, const Partial& p) { out[i].a += p.a, out[i].b += p.b, out[i].n += p.n; });
+               [&](int64_t i, double a, double b, int64_t n) { sum[i] += a, dot[i] += b, count[i] += n; });
+  for (int64_t i = 0; i < end - begin; ++i) out[i] = {sum[i], dot[i], count[i]};
 }
 
 // Whether the outputs go past the cache: large ones, but not in pieces of a few lines, most of them parts of lines.

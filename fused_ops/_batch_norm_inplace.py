@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._batch_norm_functions import _act_forward_op, _grads
 from fused_ops._function import FusedFunction, _transforms_active
 from fused_ops._library import register
-from fused_ops.batch_norm import _act_forward_op, _grads
 from fused_ops.reference import _activation, empty_output
 from fused_ops.reference import _batch_norm_inplace as reference
 from fused_ops.reference import batch_norm as batch_norm_reference

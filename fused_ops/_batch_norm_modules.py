@@ -21,8 +21,6 @@ DEFAULTS: dict[str, Any] = {
     "inplace_activated": False,
 }
 
-_OPTIONS = ["correction", "activation", "residual", "negative_slope", "alpha", "valid", "groups", "inplace_activated"]
-
 
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the modules add to PyTorch's: the options of ``batch_norm``, and statistics that count once."""
@@ -77,34 +75,44 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         self._check_input_dim(input)
         training = self.training and not self.frozen
-        tracked = self.track_running_stats and self.running_mean is not None
-        counted = training and tracked and self.num_batches_tracked is not None and not recomputing()
-        if counted:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        running = (self.running_mean, self.running_var) if not training or tracked else (None, None)
-        batch_statistics = training or self.running_mean is None
-        name, *slopes = (
-            (self.activation, self.negative_slope, self.alpha)
-            if activation is None
-            else (
-                activation[0],
-                activation[1],
-                activation[1],
-            )
-        )
-        options = (self.correction, name, residual, *slopes, valid, self.groups, self.inplace_activated)
-        if self.momentum is None and counted:
+        # As self.weight and so on, without the search of nn.Module.__getattr__ where they are what modules have.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
+        var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
+        counts = False
+        if training and self.track_running_stats and mean is not None:
+            count = self.num_batches_tracked
+            counts = count is not None
+            if count is not None and not recomputing():
+                count.add_(1)
+        elif training:
+            mean = var = None
+        name, slope, alpha = self.activation, self.negative_slope, self.alpha
+        if activation is not None:
+            name, slope = activation
+            alpha = slope
+        if counts and self.momentum is None:
+            options = (self.correction, name, residual, slope, alpha, valid, self.groups, self.inplace_activated)
             return self._cumulative(input, options)
-        momentum = 0.0 if self.momentum is None else self.momentum
         return batch_norm(
             input,
-            *running,
-            self.weight,
-            self.bias,
-            batch_statistics,
-            momentum,
+            mean,
+            var,
+            weight,
+            bias,
+            training or mean is None,
+            0.0 if self.momentum is None else self.momentum,
             self.eps,
-            **dict(zip(_OPTIONS, options, strict=True)),  # type: ignore[arg-type]
+            correction=self.correction,
+            activation=name,
+            residual=residual,
+            negative_slope=slope,
+            alpha=alpha,
+            valid=valid,
+            groups=self.groups,
+            inplace_activated=self.inplace_activated,
         )
 
     def _cumulative(self, input: Tensor, options: tuple[Any, ...]) -> Tensor:
@@ -113,7 +121,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert mean is not None and var is not None
         args = (input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         output, _, _, batch_mean, batch_var = _with_statistics(*args, *options)
-        if input.numel():
+        if input.numel() and not recomputing():
             with torch.no_grad():
                 share = 1.0 / self.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
                 mean.lerp_(batch_mean, share)

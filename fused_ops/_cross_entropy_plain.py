@@ -10,8 +10,15 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ops._cross_entropy_rows import refuse_inplace_transforms
-from fused_ops._function import FusedFunction, _transforms_active, is_one, save
-from fused_ops._library import register
+from fused_ops._function import (
+    FusedFunction,
+    _has_torch_function,
+    _transforms_active,
+    call_backward_directly,
+    is_one,
+    save,
+)
+from fused_ops._library import eager, register
 from fused_ops.reference import cross_entropy as reference
 from fused_ops.reference import empty_output
 
@@ -55,6 +62,7 @@ _with_gradient_op: Any = register(
     reference.with_gradient,
     _fake_with_gradient,
 )
+_with_gradient = eager(_with_gradient_op)
 _backward_op = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
     "int ignore_index, int reduction) -> Tensor",
@@ -156,7 +164,8 @@ class _SmallFunction(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, options: tuple[int, int]) -> Tensor:
         loss: Tensor
-        loss, gradient, ignored = _with_gradient_op(input, target, *options)
+        op = _with_gradient_op if _has_torch_function(input, target) else _with_gradient
+        loss, gradient, ignored = op(input, target, *options)
         ctx.found = gradient, ignored, options
         ctx.save_for_backward(input, target)
         return loss
@@ -184,6 +193,7 @@ class _CompiledFunction(CrossEntropyFunction):
 
 
 _small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what _brings_gradient has asked already
+call_backward_directly(_SmallFunction)
 
 
 def _brings_gradient(input: Tensor) -> bool:

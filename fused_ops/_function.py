@@ -13,6 +13,7 @@ from torch.autograd import Function, forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_has_torch_function = torch._C._has_torch_function_variadic
 
 
 def autocast_enabled(input: Tensor) -> bool:
@@ -42,6 +43,13 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
+def call_backward_directly(function: type[Function]) -> None:
+    """For plain eager mode: the engine calls what looks for ``backward`` and calls that, for half a microsecond."""
+    backward_class = getattr(function, "_backward_cls", None)
+    if backward_class is not None:
+        backward_class.apply = function.backward
+
+
 def _of_first_output(function: type[FusedFunction]) -> Callable[..., Any]:
     """``apply`` of a Function of the first output alone; what the others are, it appends to its last argument."""
 
@@ -57,6 +65,7 @@ def _of_first_output(function: type[FusedFunction]) -> Callable[..., Any]:
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": function.__module__}
     made = types.new_class(function.__name__, (Function,), exec_body=lambda names: names.update(members))
+    call_backward_directly(made)
     apply: Callable[..., Any] = super(Function, made).apply  # type: ignore[misc]
     return apply
 

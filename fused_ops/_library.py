@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,6 +68,12 @@ def register(
         _registered.append(name)
     packet = getattr(torch.ops.fused_ops, name)
     return packet.default  # type: ignore[no-any-return]
+
+
+def eager(op: Any) -> Callable[..., Any]:
+    """A raw op without what a call of it spends on ``__torch_function__``: for arguments that have none."""
+    call = getattr(torch._C, "_dispatch_call_boxed", None)
+    return op if call is None else partial(call, op._handle)
 
 
 def isa() -> str | None:

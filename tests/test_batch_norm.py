@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_ops
 from fused_ops.reference import _activation
 from fused_ops.reference import batch_norm as reference
+from fused_ops.testing import _opcheck
 
 
 def checked(sample):
@@ -32,6 +34,79 @@ def test_derivatives(sample):
     function, inputs = checked(sample)
     assert gradcheck(function, inputs, check_forward_ad=True)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+BEYOND_PACKED = ("residual", "valid", "groups", "inplace_activated")
+PACKED = [s for s in reference.samples() if not any(s.kwargs.get(name) is not None for name in BEYOND_PACKED)]
+
+
+@pytest.fixture
+def functional(monkeypatch):
+    """Plain eager calls take the ops that everything else takes."""
+    return lambda: monkeypatch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
+
+
+@pytest.mark.parametrize("sample", PACKED, ids=lambda s: s.name)
+def test_derivatives_by_the_functional_ops(sample, functional):
+    functional()
+    function, inputs = checked(sample)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+    assert _opcheck(lambda *given: (function(*given),), inputs) is not False
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32, 64), (300, 7), (5, 300), (3, 4, 2, 3), (3, 4, 9, 9)])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_and_functional_ops_agree_in_every_bit(dtype, shape, activation, training, functional):
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    params = [torch.randn(shape[1]).to(dtype) for _ in range(2)]
+
+    def results():
+        leaves = [t.clone().requires_grad_() for t in (x, *params)]
+        running = torch.full(shape[1:2], 0.5, dtype=dtype), torch.full(shape[1:2], 2.0, dtype=dtype)
+        y = fused_ops.batch_norm(leaves[0], *running, *leaves[1:], training, activation=activation)
+        return y.grad_fn.name(), [y.detach(), *torch.autograd.grad(y, leaves, g), *running]
+
+    (name, ours), _ = results(), functional()
+    other_name, theirs = results()
+    assert name != other_name
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_ops_serve_plain_eager_calls_alone(functional):
+    x, weight = torch.randn(6, 3, requires_grad=True), nn.Parameter(torch.ones(3))
+    running = torch.zeros(3), torch.ones(3)
+
+    def packed(x=x, weight=weight, **options):
+        y = fused_ops.batch_norm(x, *running, weight, None, True, **options)
+        return "Packed" in y.grad_fn.name()
+
+    assert packed() and packed(x.detach()) and packed(activation="silu")
+    assert packed(x.T.contiguous().T) and packed(x.reshape(2, 3, 3))
+    assert not packed(residual=x) and not packed(groups=2) and not packed(valid=x[:, 0] > -9)
+    assert not packed(x.as_subclass(nn.Parameter))  # another type
+    with forward_ad.dual_level():
+        assert not packed()
+    versions = [t._version for t in running]
+    assert packed() and [t._version for t in running] == [v + 1 for v in versions]
+    strided = torch.zeros(3, 2)[:, 0], torch.ones(3, 2)[:, 0]
+    dense = torch.zeros(3), torch.ones(3)
+    for pair in (strided, dense):
+        fused_ops.batch_norm(x, *pair, training=True)
+    assert torch.equal(strided[0], dense[0]) and torch.equal(strided[1], dense[1]) and dense[0].abs().sum() > 0
+
+
+def test_an_error_leaves_the_running_statistics_alone():
+    x, running = torch.randn(6, 3), (torch.zeros(3), torch.ones(3))
+    for bad in ({"weight": torch.ones(4)}, {"eps": 0.0}, {"activation": "none"}, {"momentum": None}, {"input": x[:1]}):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            fused_ops.batch_norm(
+                **{"input": x, "training": True, **bad}, running_mean=running[0], running_var=running[1]
+            )
+    assert not running[0].any() and (running[1] == 1).all() and running[0]._version == 0
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -52,8 +52,13 @@ def valid_calls(names):
     for name in names:
         module = importlib.import_module(f"fused_ops.reference.{name}")
         extra = list(in_tiles()) * 4 if name == "linear_cross_entropy" else []
-        for sample in [*module.samples(), *extra]:
-            with _RecordCopies() as recorder:
+        # The ops of plain eager calls, and those that serve everything else.
+        samples = [*module.samples(), *extra]
+        each_way = [(s, True) for s in samples] + [(s, False) for s in samples if name == "batch_norm"]
+        for sample, packed in each_way:
+            with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch:
+                if not packed:
+                    patch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
                 outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
@@ -73,7 +78,10 @@ REFERENCES = {
         ("batch_norm", "batch_norm"),
         ("linear_cross_entropy", "linear_cross_entropy"),
     )
-    for suffix in ("forward", "backward", "backward_", "act_forward", "act_backward", "chunk_", "small")
+    for suffix in (
+        *("forward", "backward", "backward_", "act_forward", "act_backward", "packed_forward", "packed_backward"),
+        *("chunk_", "small"),
+    )
     if hasattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
 }
 

@@ -77,35 +77,48 @@ inline float tanh_(float x) {
 }
 inline double tanh_(double x) { return std::tanh(x); }
 
-// erf(x) to about 1 ulp of 1: an odd polynomial below 0.95, and 1 - exp(polynomial), the logarithm of erfc, above. Both
-// are Chebyshev fits (mpmath.chebyfit), the first in x^2 on [0, 0.9025], the second on [0.95, 4].
-inline float erf_(float x) {
-  const float a = std::fabs(x), square = x * x;
-  float near = 8.20416972e-05f;
-  near = near * square + -0.00081029156f;
-  near = near * square + 0.00519748731f;
-  near = near * square + -0.0268579591f;
-  near = near * square + 0.112836696f;
-  near = near * square + -0.376126319f;
-  near = near * square + 0.128379167f;
-  const float t = a > 4.0f ? 4.0f : a;
-  float far = -6.12397244e-08f;
-  far = far * t + 2.98091209e-06f;
-  far = far * t + -5.88302137e-05f;
-  far = far * t + 0.000665684696f;
-  far = far * t + -0.00499138562f;
-  far = far * t + 0.0269248653f;
-  far = far * t + -0.110785715f;
-  far = far * t + -0.631212652f;
-  far = far * t + -1.13053334f;
-  far = far * t + 0.000382937345f;
-  const float y = a < 0.95f ? near * a + a : 1.0f - exp_close(far);
-  return x != x ? x : std::copysign(y, x);
+// exp(-x^2 / 2): exp_close without its second factor, as nothing that is not 0 needs it.
+inline float gauss(float x) {
+  float y = -0.5f * x * x;
+  y = y < -150.0f ? -150.0f : y;
+  const float shifted = y * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  float r = y - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  float poly = 1.9841270e-4f;
+  poly = poly * r + 1.3888889e-3f;
+  poly = poly * r + 8.3333337e-3f;
+  poly = poly * r + 4.1666668e-2f;
+  poly = poly * r + 1.6666667e-1f;
+  poly = poly * r + 0.5f;
+  poly = poly * r * r + r + 1.0f;
+  const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000 + 127;
+  return poly * bit_copy<float>(static_cast<uint32_t>(k < 0 ? 0 : k) << 23);
 }
-inline double erf_(double x) { return std::erf(x); }
+inline double gauss(double x) { return std::exp(-0.5 * x * x); }
 
-template <class A>
-constexpr A kSqrtHalf = static_cast<A>(0.70710678118654752440L);
+// The normal distribution's integral up to x, to about 1 ulp of 1; `density` is gauss(x). The part beyond |x| is
+// density times erfcx(|x| / sqrt 2) / 2, a polynomial fitted on [0, 5.5] with the density as its weight (the density is
+// 0 soon behind).
+inline float normal_below(float x, float density) {
+  const float a = std::fabs(x), t = a > 5.5f ? 5.5f : a;
+  float beyond = 5.538782e-08f;
+  beyond = beyond * t + -1.5356671e-06f;
+  beyond = beyond * t + 1.9264338e-05f;
+  beyond = beyond * t + -0.0001465349f;
+  beyond = beyond * t + 0.0007692836f;
+  beyond = beyond * t + -0.0030342056f;
+  beyond = beyond * t + 0.009632392f;
+  beyond = beyond * t + -0.026047362f;
+  beyond = beyond * t + 0.062252734f;
+  beyond = beyond * t + -0.13291518f;
+  beyond = beyond * t + 0.24999127f;
+  beyond = beyond * t + -0.39894187f;
+  beyond = (beyond * t + 0.5f) * density;
+  return x > 0.0f ? 1.0f - beyond : beyond;
+}
+inline double normal_below(double x, double) { return 0.5 * (1.0 + std::erf(x * 0.70710678118654752440)); }
+
 template <class A>
 constexpr A kInvSqrt2Pi = static_cast<A>(0.39894228040143267794L);
 
@@ -115,7 +128,7 @@ inline A activated(A z, A slope) {
   if constexpr (kind == Activation::leaky_relu) return z > A(0) ? z : z * slope;
   if constexpr (kind == Activation::elu) return z > A(0) ? z : slope * expm1_(z > A(0) ? A(0) : z);
   if constexpr (kind == Activation::silu) return z / (A(1) + exp_close(-z));
-  if constexpr (kind == Activation::gelu) return A(0.5) * z * (A(1) + erf_(z * kSqrtHalf<A>));
+  if constexpr (kind == Activation::gelu) return z * normal_below(z, gauss(z));
   if constexpr (kind == Activation::tanh) return tanh_(z);
   if constexpr (kind == Activation::sigmoid) return sigmoid_(z);
   if constexpr (kind == Activation::hardswish) {
@@ -136,8 +149,10 @@ inline A derivative(A z, A slope) {
     const A s = sigmoid_(z);
     return s * (A(1) + z * (A(1) - s));
   }
-  if constexpr (kind == Activation::gelu)
-    return A(0.5) * (A(1) + erf_(z * kSqrtHalf<A>)) + z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);
+  if constexpr (kind == Activation::gelu) {
+    const A density = gauss(z);
+    return normal_below(z, density) + z * kInvSqrt2Pi<A> * density;
+  }
   if constexpr (kind == Activation::tanh) {
     const A gap = tanh_gap(z);
     return A(2) * gap - gap * gap;  // 1 - t^2 = (1 - t) (1 + t), without its cancellation

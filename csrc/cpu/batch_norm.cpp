@@ -23,7 +23,7 @@ struct Run {
   uint8_t* mask;
   int64_t n;
   bool stream;
-  int64_t ahead;  // what is prefetched with each line lies so many values behind it
+  int64_t ahead, soon;  // what is prefetched with each line lies so many values behind it, of the residual `soon`
 };
 
 template <class Coefficient>
@@ -34,11 +34,9 @@ struct Affine {
 // activation((x - mean) * scale + shift + residual) of the line whose coefficients are `at` on, and the bits of its
 // sign.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-inline FUSED_OPS_INLINE Line<T> applied(const T* x, const T* residual, const Affine<Coefficient>& c, int64_t at,
+inline FUSED_OPS_INLINE Line<T> applied(Line<T> z, const Line<T>& r, const Affine<Coefficient>& c, int64_t at,
                                         acc_t<T> slope, typename LineBits<T>::Word* bits) {
   using V = typename Line<T>::V;
-  Line<T> z = Line<T>::load(x), r;
-  if constexpr (kResidual) r = Line<T>::load(residual);
   for (int k = 0; k < Line<T>::kVectors; ++k) {
     const int64_t i = at + k * Line<T>::kLane;
     V shift = c.shift.at(i);
@@ -55,14 +53,14 @@ inline FUSED_OPS_INLINE Line<T> applied(const T* x, const T* residual, const Aff
 
 // `count` < kSize values at i.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-__attribute__((noinline)) void apply_part(const Run<T>& run, const Affine<Coefficient>& c, int64_t i, int64_t count,
-                                          acc_t<T> slope) {
-  const PaddedLine<T> in(run.x + i, count), extra(kResidual ? run.residual + i : run.x + i, count);
-  PaddedLine<T> out;
+FUSED_OPS_OF_PARTS void apply_part(const Run<T>& run, const Affine<Coefficient>& c, int64_t i, int64_t count,
+                                   acc_t<T> slope) {
+  const Line<T> x = Line<T>::load_part(run.x + i, count);
+  const Line<T> r = kResidual ? Line<T>::load_part(run.residual + i, count) : x;
   typename LineBits<T>::Word bits = 0;
-  applied<T, kind, kResidual>(in.values, extra.values, c, i, slope, &bits).template store<false>(out.values);
-  out.write(run.y + i, count);
-  if (run.mask) LineBits<T>::store(bits, count, run.mask + i / 8);
+  constexpr bool kMayMask = kResidual && kind != Activation::none;
+  applied<T, kind, kResidual>(x, r, c, i, slope, kMayMask ? &bits : nullptr).store_part(run.y + i, count);
+  if (kMayMask && run.mask) LineBits<T>::store(bits, count, run.mask + i / 8);
 }
 
 // Activations that are a comparison: a line never leaves the registers.
@@ -72,7 +70,8 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
   constexpr bool kMayMask = kResidual && kind != Activation::none;  // else the backward rebuilds the sign from x
   const Affine<Coefficient> c = coefficients;                       // no store to y can change a copy
   const T *x = run.x, *r = run.residual;
-  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0, ahead = run.ahead;
+  const int64_t n = run.n, before = run.stream ? values_before_line(run.y, n) : 0;
+  const int64_t ahead = run.ahead, soon = run.soon;
   uint8_t* mask = kMayMask ? run.mask : nullptr;
   T* y = run.y;
   bool stream = run.stream;
@@ -81,18 +80,23 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
     stream = std::is_same_v<Coefficient, Spread<T>> && (!mask || before % 8 == 0);
     if (stream) apply_part<T, kind, kResidual>(run, c, 0, before, slope), i = before;
   }
+  if (run.stream && (before || (n - i) % L::kSize)) prefetch(y + soon), prefetch(y + n - 1 + soon);
   for (; i + L::kSize <= n; i += L::kSize) {
     typename LineBits<T>::Word bits = 0;
     prefetch(x + i + ahead);
-    if (kResidual) prefetch(r + i + ahead);
-    const L z = applied<T, kind, kResidual>(x + i, kResidual ? r + i : r, c, i, slope, mask ? &bits : nullptr);
+    if (kResidual) prefetch(r + i + soon);
+    const L in = L::load(x + i), extra = kResidual ? L::load(r + i) : in;
+    const L z = applied<T, kind, kResidual>(in, extra, c, i, slope, mask ? &bits : nullptr);
     if (mask) LineBits<T>::store(bits, L::kSize, mask + i / 8);
     if (stream)
       z.template store<true>(y + i);
     else
       z.template store<false>(y + i);
   }
-  if (i < n) apply_part<T, kind, kResidual>(run, c, i, n - i, slope);
+  if (i == n) return;
+  prefetch_part(x + i + ahead);
+  if (kResidual) prefetch_part(r + i + soon);
+  apply_part<T, kind, kResidual>(run, c, i, n - i, slope);
 }
 
 // The others: a run of z in a buffer, then the activation over it.
@@ -102,13 +106,16 @@ void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation 
   alignas(kLineBytes) acc_t<T> z[kPadded];
   const T *x = run.x, *r = run.residual;
   int64_t i = 0;
-  for (; i + L::kSize <= run.n; i += L::kSize)
-    applied<T, Activation::none, kResidual>(x + i, kResidual ? r + i : r, c, i, slope, nullptr).store_ordered(z + i);
-  const int64_t whole = i, left = run.n - i;
-  if (left) {
-    const PaddedLine<T> in(x + i, left), extra(kResidual ? r + i : x + i, left);
-    applied<T, Activation::none, kResidual>(in.values, extra.values, c, i, slope, nullptr).store_ordered(z + i);
+  const auto rebuild = [&](const L& in, const L& extra) FUSED_OPS_INLINE {
+    applied<T, Activation::none, kResidual>(in, extra, c, i, slope, nullptr).store_ordered(z + i);
+  };
+  for (; i + L::kSize <= run.n; i += L::kSize) {
+    prefetch(x + i + run.ahead);
+    if (kResidual) prefetch(r + i + run.soon);
+    rebuild(L::load(x + i), L::load(kResidual ? r + i : x + i));
   }
+  const int64_t whole = i, left = run.n - i;
+  if (left) rebuild(L::load_part(x + i, left), L::load_part(kResidual ? r + i : x + i, left));
   activate(activation, z, left ? whole + L::kSize : whole, slope);
   const bool stream = run.stream && values_before_line(run.y, run.n) == 0;
   for (i = 0; i < whole; i += L::kSize) {
@@ -118,11 +125,7 @@ void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation 
     else
       line.template store<false>(run.y + i);
   }
-  if (left) {
-    PaddedLine<T> out;
-    L::load_ordered(z + whole).template store<false>(out.values);
-    out.write(run.y + whole, left);
-  }
+  if (left) L::load_ordered(z + whole).store_part(run.y + whole, left);
 }
 
 template <class T, bool kResidual, class Coefficient>
@@ -138,9 +141,15 @@ inline void apply_run(const BatchNormForward& a, const Run<T>& run, const Affine
 
 template <class T, class Coefficient>
 inline void apply_at(const BatchNormForward& a, int64_t offset, int64_t n, uint8_t* mask, const Affine<Coefficient>& c,
-                     int64_t ahead) {
-  Run<T> run{
-      static_cast<const T*>(a.input) + offset, nullptr, static_cast<T*>(a.output) + offset, mask, n, a.stream, ahead};
+                     int64_t ahead, int64_t soon) {
+  Run<T> run{static_cast<const T*>(a.input) + offset,
+             nullptr,
+             static_cast<T*>(a.output) + offset,
+             mask,
+             n,
+             a.stream,
+             ahead,
+             soon};
   if (!a.residual) return apply_run<T, false>(a, run, c);
   run.residual = static_cast<const T*>(a.residual) + offset;
   apply_run<T, true>(a, run, c);
@@ -162,12 +171,13 @@ void apply_tile(const BatchNormForward& a, int64_t item) {
       scale(t, static_cast<const A*>(a.scale) + column), shift(t, static_cast<const A*>(a.shift) + column);
   const Affine<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values)};
   T* y = static_cast<T*>(a.output) + column;
-  const int64_t ahead = t.ahead<T>(l);
+  const int64_t ahead = t.ahead(l, kAhead<T>, 4);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
     if (l.valid && !l.valid[r])
       std::fill_n(y + r * l.channels, n, T{});
     else
-      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead);
+      apply_at<T>(a, r * l.channels + column, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead,
+                  ahead);
   });
 }
 
@@ -175,24 +185,15 @@ template <class T>
 void apply_planes(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
-  const int64_t row_bytes = (l.spatial + 7) / 8;
-  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel, int64_t ahead) {
+  const auto write = [&](const PlaneRun& run, int64_t channel) {
     const auto coefficient = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
-    const int64_t row = position / l.spatial * l.channels + channel;
-    uint8_t* mask = a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr;
-    apply_at<T>(a, offset, n, mask, Affine<Spread<T>>{coefficient(a.mean), coefficient(a.scale), coefficient(a.shift)},
-                ahead);
-    zero_invalid(l, static_cast<T*>(a.output) + offset, n, position);
+    const Affine<Spread<T>> c{coefficient(a.mean), coefficient(a.scale), coefficient(a.shift)};
+    apply_at<T>(a, run.offset, run.n, a.mask ? a.mask + run.mask_byte(l, channel) : nullptr, c, run.ahead, run.soon);
+    zero_invalid(l, static_cast<T*>(a.output) + run.offset, run.n, run.position(l));
   };
-  if (a.by_plane) {
-    for_each_plane_run(l, item, item + 1, [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
-      run(offset, n, position, channel, kAhead<T>);
-    });
-  } else {
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
-      run(offset, n, position, item / l.parts(), ahead);
-    });
-  }
+  if (a.by_plane) return for_each_plane_run(l, item, item + 1, kAhead<T>, write);
+  const int64_t channel = item / l.parts(), bytes = static_cast<int64_t>(sizeof(T));
+  for_each_run_again(l, item, bytes, [&](const PlaneRun& run) { write(run, channel); });
 }
 
 template <class T>

@@ -18,16 +18,9 @@ namespace FUSED_OPS_ISA {
 namespace {
 
 template <class T>
-__attribute__((noinline)) void store_part(const Line<T>& line, T* to, int64_t count) {
-  PaddedLine<T> out;
-  line.template store<false>(out.values);
-  out.write(to, count);
-}
-
-template <class T>
 inline FUSED_OPS_INLINE void store_line(const Line<T>& line, T* to, int64_t count, bool stream) {
   if (count < Line<T>::kSize) {
-    store_part(line, to, count);
+    line.store_part(to, count);
   } else if (stream) {
     line.template store<true>(to);
   } else {
@@ -36,9 +29,11 @@ inline FUSED_OPS_INLINE void store_line(const Line<T>& line, T* to, int64_t coun
 }
 
 template <class T, Before kBefore, class Coefficient>
-void grad_run(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset, int64_t n,
-              const BackwardCoefficients<Coefficient>& c) {
+void grad_run(const BatchNormBackward& a, const GradRun<T>& values, int64_t offset, int64_t n,
+              const BackwardCoefficients<Coefficient>& coefficients) {
   using L = Line<T>;
+  const GradRun<T> run = values;  // no store can change a copy
+  const BackwardCoefficients<Coefficient> c = coefficients;
   T* to = a.grad_input ? static_cast<T*>(a.grad_input) + offset : nullptr;
   T* residual = a.grad_residual ? static_cast<T*>(a.grad_residual) + offset : nullptr;
   const bool frozen = a.frozen;
@@ -47,6 +42,10 @@ void grad_run(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset,
   if (before && (!std::is_same_v<Coefficient, Spread<T>> || kBefore == Before::given || reads_bits(kBefore)))
     stream = false;
   if (!stream) before = 0;
+  if (a.stream && (before || (n - before) % L::kSize)) {  // to write a part of a line is to read it
+    if (to) prefetch(to + run.soon), prefetch(to + n - 1 + run.soon);
+    if (residual) prefetch(residual + run.soon), prefetch(residual + n - 1 + run.soon);
+  }
   const auto body = [&](const L& x, const L& h, int64_t i, int64_t count) FUSED_OPS_INLINE {
     if (residual) store_line(h, residual + i, count, stream);
     if (!to) return;
@@ -69,14 +68,16 @@ void grad_run(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset,
 
 template <class T, class Coefficient>
 inline void grad_at(const BatchNormBackward& a, Before before, int64_t offset, int64_t n, const uint8_t* mask,
-                    const BackwardCoefficients<Coefficient>& c, int64_t ahead) {
+                    const BackwardCoefficients<Coefficient>& c, int64_t ahead, int64_t soon) {
   using A = acc_t<T>;
   GradRun<T> run{static_cast<const T*>(a.input) + offset,
                  static_cast<const T*>(a.grad_output) + offset,
                  mask,
                  nullptr,
                  static_cast<A>(a.slope),
-                 ahead};
+                 ahead,
+                 soon,
+                 inverse_slope<T>(a)};
   if (before == Before::given) {
     alignas(kLineBytes) A h[kPadded];
     buffer_before<T>(a, offset, n, c, h);
@@ -108,13 +109,13 @@ void grad_tile(const BatchNormBackward& a, Before before, int64_t item) {
                       grad_mean = values(a.grad_mean, reduced), grad_slope = values(a.grad_slope, reduced);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(grad_mean.values), Ordered<T>(grad_slope.values)};
-  const int64_t ahead = t.ahead<T>(l);
+  const int64_t ahead = t.ahead(l, kAhead<T>, 4);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
     const int64_t offset = r * l.channels + column;
     if (l.valid && !l.valid[r])
       zero<T>(a, offset, n);
     else
-      grad_at<T>(a, before, offset, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead);
+      grad_at<T>(a, before, offset, n, a.mask ? a.mask + r * row_bytes + column / 8 : nullptr, c, ahead, ahead);
   });
 }
 
@@ -122,24 +123,17 @@ template <class T>
 void grad_planes(const BatchNormBackward& a, Before before, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
-  const int64_t row_bytes = (l.spatial + 7) / 8;
-  const auto run = [&](int64_t offset, int64_t n, int64_t position, int64_t channel, int64_t ahead) {
+  const auto write = [&](const PlaneRun& run, int64_t channel) {
     const auto of = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
     const BackwardCoefficients<Spread<T>> c{of(a.mean), of(a.scale), of(a.shift), of(a.grad_mean), of(a.grad_slope)};
-    const int64_t row = position / l.spatial * l.channels + channel;
-    grad_at<T>(a, before, offset, n, a.mask ? a.mask + row * row_bytes + position % l.spatial / 8 : nullptr, c, ahead);
-    for (int64_t i = 0; l.valid && i < n; ++i)
-      if (!l.valid[position + i]) zero<T>(a, offset + i, 1);
+    grad_at<T>(a, before, run.offset, run.n, a.mask ? a.mask + run.mask_byte(l, channel) : nullptr, c, run.ahead,
+               run.soon);
+    for (int64_t i = 0; l.valid && i < run.n; ++i)
+      if (!l.valid[run.position(l) + i]) zero<T>(a, run.offset + i, 1);
   };
-  if (a.by_plane) {
-    for_each_plane_run(l, item, item + 1, [&](int64_t offset, int64_t n, int64_t position, int64_t channel) {
-      run(offset, n, position, channel, kAhead<T>);
-    });
-  } else {
-    for_each_run<true>(l, item, false, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
-      run(offset, n, position, item / l.parts(), ahead);
-    });
-  }
+  if (a.by_plane) return for_each_plane_run(l, item, item + 1, kAhead<T>, write);
+  const int64_t channel = item / l.parts(), bytes = (a.residual ? 3 : 2) * static_cast<int64_t>(sizeof(T));
+  for_each_run_again(l, item, bytes, [&](const PlaneRun& run) { write(run, channel); });
 }
 
 template <class T>

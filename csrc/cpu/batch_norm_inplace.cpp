@@ -4,7 +4,9 @@
 //   h = g * activation'(z)    grad_x = scale * (h - mean(h) - v * inverse^2 * sum(h * v) / (n - correction))
 //
 // Memory: the backward reads y and g twice and writes grad_x once, 20 bytes a value in float32, and reads what x were
-// kept; the forward reads y once more where activation is elu. Stability: docs/batch_norm.md, "Keeping the output".
+// kept; the forward reads y once more where activation is elu. Channels none of whose x are kept (all, most often, but
+// for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm_inplace.cpp. Stability:
+// docs/batch_norm.md, "Keeping the output".
 #include "../batch_norm_inplace.h"
 
 #include <algorithm>
@@ -55,6 +57,21 @@ struct Kept {
   acc_t<T> take(acc_t<T> otherwise) { return next < end ? to_acc(*next++) : otherwise; }
 };
 
+// Whether the x of an output is kept.
+template <class A>
+inline bool is_kept(Keep keep, A y, A limit) {
+  return keep == Keep::all || (keep == Keep::below && !(y >= limit));
+}
+
+// How many x of [0, n) are.
+template <class A, class K, class L>
+inline int64_t count_kept(const K& keep, const A* y, const L& limit, int64_t n) {
+  int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += is_kept<A>(keep[i], y[i], limit[i]);
+  return count;
+}
+
 // v and h, [0, n) each, from the outputs and upstream gradients at `offset`. `keep` is a channel's (planes), or that
 // of each of n columns.
 template <class T, class C, class K>
@@ -84,7 +101,7 @@ void rebuild_run(const BatchNormInplace& a, int64_t offset, int64_t n, const Reb
   }
   if (!any) return;
   for (int64_t i = 0; i < n; ++i) {
-    if (keep[i] == Keep::none || (keep[i] == Keep::below && y[i] >= k.limit[i])) continue;
+    if (!is_kept<A>(keep[i], y[i], k.limit[i])) continue;
     v[i] = (kept.take(k.mean[i]) - k.mean[i]) * k.factor[i] + k.shift[i];
     if (a.activation == Activation::elu)
       h[i] = g[i] * derivative<Activation::elu>((keep[i] == Keep::all ? v[i] * k.scale[i] : v[i]) + k.bias[i], slope);
@@ -127,7 +144,7 @@ void for_each_step(const BatchNormInplace& a, int64_t item, const Body& body) {
       body(r * l.channels + c, std::min(kStep, l.channels - c), c, r, k + c, a.keep + c, any);
 }
 
-// Whether each x of an item is kept, in the order of memory: body(offset).
+// Calls body(offset, n, y, keep, limit) for the runs of an item that may have kept x, in the order of memory.
 template <class T, class Body>
 void for_each_kept(const BatchNormInplace& a, int64_t item, const Body& body) {
   using A = acc_t<T>;
@@ -136,8 +153,7 @@ void for_each_kept(const BatchNormInplace& a, int64_t item, const Body& body) {
                      if (!any) return;
                      alignas(64) A buffer[kStep];
                      const A* y = load_chunk(static_cast<const T*>(a.output) + offset, 1, n, buffer);
-                     for (int64_t i = 0; i < n; ++i)
-                       if (keep[i] == Keep::all || (keep[i] == Keep::below && !(y[i] >= k.limit[i]))) body(offset + i);
+                     body(offset, n, y, keep, k.limit);
                    });
 }
 
@@ -145,7 +161,9 @@ template <class T>
 void keep_count(const BatchNormInplace& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     int64_t count = 0;
-    for_each_kept<T>(a, item, [&](int64_t) { ++count; });
+    for_each_kept<T>(a, item, [&](int64_t, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
+      count += count_kept(keep, y, limit, n);
+    });
     a.begins[item + 1] = count;
   }
 }
@@ -154,7 +172,13 @@ template <class T>
 void keep_copy(const BatchNormInplace& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     T* to = static_cast<T*>(a.kept) + a.begins[item];
-    for_each_kept<T>(a, item, [&](int64_t at) { *to++ = static_cast<const T*>(a.input)[at]; });
+    for_each_kept<T>(a, item, [&](int64_t offset, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
+      const T* x = static_cast<const T*>(a.input) + offset;
+      T kept[kStep];
+      int64_t count = 0;  // without a branch a value, which none could foresee
+      for (int64_t i = 0; i < n; ++i) kept[count] = x[i], count += is_kept<acc_t<T>>(keep[i], y[i], limit[i]);
+      to = std::copy_n(kept, count, to);
+    });
   }
 }
 

@@ -1,9 +1,11 @@
 // Batch normalisation on the CPU, forward: mean and M2 of each channel, read once.
 //
 // Stability: deviations are taken from a pilot mean (of the channel so far), squared in the accumulator over at most
-// kFoldAt values and summed in double beyond, corrected and merged in double: the sum of their squares is at most a
-// small multiple of M2, whatever the data, so no digits of M2 cancel. float32 values are summed in double, where their
-// mean is as exact as PyTorch's; 16-bit deviations are exact. docs/batch_norm.md.
+// kFoldAt values (kRowsPerFold steps of rows) and summed in double beyond, corrected and merged in double: the sum of
+// their squares is at most a small multiple of M2, whatever the data, so no digits of M2 cancel. float32 values are
+// summed in double, where their mean is as exact as PyTorch's, and so are the squares of those of columns: there a
+// block's first row may serve as pilot, whose sum of squares is at most n M2. 16-bit deviations are exact.
+// docs/batch_norm.md.
 #include <cmath>
 
 #include "batch_norm_walk.h"
@@ -13,7 +15,8 @@ namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
 
-constexpr int64_t kPilotRows = 8;
+template <class T>
+constexpr int64_t kPilotRows = std::is_same_v<T, float> ? 1 : 8;
 
 // Mean and M2 in double, value by value: where the fast sums met inf, NaN or an overflow. `visit(f)` calls f(x) for
 // each value.
@@ -44,20 +47,20 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
     total.merge(c + sum / n, squares - sum * sum / n, pending);
     pending = 0;
   };
-  for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t ahead) {
+  for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
     if (pending == 0) {
-      center = center_of<T>(total.n ? total.mean : pilot_mean(x + offset, n));
-      merge_at = 8 * std::max(total.n, n);
+      center = center_of<T>(total.n ? total.mean : pilot_mean(x + run.offset, run.n));
+      merge_at = 8 * std::max(total.n, run.n);
     }
-    sums.add(x + offset, n, center, ahead);
-    pending += n;
+    sums.add(x + run.offset, run.n, center, run.ahead);
+    pending += run.n;
     if (pending >= merge_at) merge();
   });
   merge();
   if (total.n && !(std::isfinite(total.mean) && std::isfinite(total.m2)))
     return slow_moments([&](auto f) {
-      for_each_run(a.layout, item, true, [&](int64_t offset, int64_t n, int64_t, int64_t) {
-        for (int64_t i = 0; i < n; ++i) f(static_cast<double>(to_acc(x[offset + i])));
+      for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
+        for (int64_t i = 0; i < run.n; ++i) f(static_cast<double>(to_acc(x[run.offset + i])));
       });
     });
   return {total.mean, total.m2, total.n};
@@ -70,121 +73,106 @@ void for_each_row(const ChannelLayout& l, int64_t begin, int64_t end, const Body
     if (!l.valid || l.valid[r]) body(r);
 }
 
-// center[0, t.n): the mean of the first rows that count, in [begin, end), rounded.
+// center[0, t.n): the mean of the item's first rows that count, rounded. Returns whether there are any.
 template <class T>
-void pilot_center(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, acc_t<T>* center) {
+bool pilot_center(const BatchNormForward& a, const Tile& t, acc_t<T>* center) {
+  using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  acc_t<T> pilot[kTile];
-  std::fill_n(pilot, t.n, acc_t<T>(0));
+  A pilot[kTile], buffer[kTile];
+  std::fill_n(pilot, t.n, A(0));
   int64_t count = 0;
-  for_each_row(a.layout, begin, end, [&](int64_t r) {
-    if (count >= kPilotRows) return;
-    const T* row = x + r * a.layout.channels;
-    for (int64_t i = 0; i < t.n; ++i) pilot[i] += to_acc(row[i]);
+  for (int64_t r = t.row_begin; r < t.row_end && count < kPilotRows<T>; ++r) {
+    if (a.layout.valid && !a.layout.valid[r]) continue;
+    const A* row = load_chunk(x + r * a.layout.channels, 1, t.n, buffer);
+    for (int64_t i = 0; i < t.n; ++i) pilot[i] += row[i];
     ++count;
-  });
-  for (int64_t i = 0; count && i < t.n; ++i)
-    center[i] = center_of<T>(static_cast<double>(pilot[i]) / static_cast<double>(count));
+  }
+  const double share = 1 / static_cast<double>(std::max<int64_t>(count, 1));
+  for (int64_t i = 0; i < t.n; ++i) center[i] = center_of<T>(static_cast<double>(pilot[i]) * share);
+  return count > 0;
 }
 
-// The sums of a tile's columns, in the order of lines.
+// Sums of the deviations of a tile's columns from their centers, and of the squares.
 template <class T>
 struct ColumnSums {
   using A = acc_t<T>;
-  static constexpr bool kExact = std::is_same_v<T, float>;  // values in double instead of deviations
-  using S = std::conditional_t<kExact, double, A>;
-  alignas(kLineBytes) A center[kTile], square[kTile];
-  alignas(kLineBytes) S sum[kTile];
-  int64_t ahead;
-
-  ColumnSums(const ChannelLayout& l, const Tile& t, const A* from) : ahead(t.ahead<T>(l)) {
-    t.repeat_ordered<T>(from, center);
-    std::fill_n(square, t.padded(), A(0)), std::fill_n(sum, t.padded(), S(0));
-  }
-
-  // Adds one line at columns `at` on of each of the rows.
+  using L = Line<T>;
+  using Sums = TileSums<T>;
   template <int kRows>
-  inline void add_line(const T* const* rows, int64_t at, int64_t offset) {
-    using L = Line<T>;
-    L x[kRows];
-    for (int r = 0; r < kRows; ++r) prefetch(rows[r] + offset + ahead);
-    for (int r = 0; r < kRows; ++r) x[r] = L::load(rows[r] + offset);
-    for (int k = 0; k < L::kVectors; ++k) {
-      const int64_t i = at + k * L::kLane;
-      const typename L::V c = load_bits<typename L::V>(center + i);
-      typename L::V q = load_bits<typename L::V>(square + i), s{};
-      if constexpr (kExact) {
-        double_vec low = load_bits<double_vec>(sum + i), high = load_bits<double_vec>(sum + i + L::kLane / 2);
-        for (int r = 0; r < kRows; ++r) {
-          const DoublePair d = widen_at(rows[r] + offset + k * L::kLane);
-          low += d.low, high += d.high;
+  using Next = typename TilePrefetch<T>::template Lines<kRows>;
+  alignas(kLineBytes) A center[kPadded];
+  Sums sums;
+  TilePrefetch<T> ahead;
+
+  ColumnSums(const ChannelLayout& l, const Tile& t) : ahead(l, t) {}
+
+  void start(const Tile& t, const A* from) { t.repeat_ordered<T>(from, center), sums.clear(t); }
+
+  // Adds the line of columns `at` on of each of the rows, or its first `count` values.
+  template <int kRows, bool kWhole>
+  inline FUSED_OPS_INLINE void add_line(const T* const* rows, int64_t at, int64_t count, const Next<kRows>& next) {
+    typename Sums::OfLine s = sums.load(at);
+    const auto add = [&](int k, const typename Sums::V& d) FUSED_OPS_INLINE { s.a[k] += d, s.b[k] += d * d; };
+    for (int r = 0; r < kRows; ++r) {
+      PaddedLine<T> padded;
+      const T* from = rows[r] + at;
+      if constexpr (kWhole)
+        next.prefetch_line(r, at);
+      else
+        padded = PaddedLine<T>(from, count), from = padded.values;
+      if constexpr (Sums::kWiden) {
+        for (int k = 0; k < L::kVectors; ++k) {
+          const DoublePair x = widen_at(from + k * L::kLane), c = widen_at(center + at + k * L::kLane);
+          add(2 * k, x.low - c.low), add(2 * k + 1, x.high - c.high);
         }
-        store_vec(sum + i, low), store_vec(sum + i + L::kLane / 2, high);
+      } else {
+        const L x = L::load(from), c = L::load_ordered(center + at);
+        for (int k = 0; k < L::kVectors; ++k) add(k, x.v[k] - c.v[k]);
       }
-      for (int r = 0; r < kRows; ++r) {
-        const typename L::V d = x[r].v[k] - c;
-        s += d, q += d * d;
-      }
-      store_vec(square + i, q);
-      if constexpr (!kExact) store_vec(sum + i, load_bits<typename L::V>(sum + i) + s);
     }
+    sums.store(at, s);
   }
 
   // Adds n values of each of the rows; what is behind them in the last line is left as it was.
   template <int kRows>
-  void add(const T* const* rows, int64_t n) {
-    using L = Line<T>;
+  __attribute__((noinline)) void add(const T* const* rows, int64_t n) {
+    const Next<kRows> next = ahead.template lines<kRows>(rows[0]);
     int64_t i = 0;
-    for (; i + L::kSize <= n; i += L::kSize) add_line<kRows>(rows, i, i);
+    for (; i + L::kSize <= n; i += L::kSize) add_line<kRows, true>(rows, i, L::kSize, next);
     if (i == n) return;
-    PaddedLine<T> last[kRows];
-    const T* at[kRows];
-    for (int r = 0; r < kRows; ++r) last[r] = PaddedLine<T>(rows[r] + i, n - i), at[r] = last[r].values;
-    A squares[L::kSize];
-    S sums[L::kSize];
-    std::copy_n(square + i, L::kSize, squares), std::copy_n(sum + i, L::kSize, sums);
-    add_line<kRows>(at, i, 0);
+    typename Sums::S a[L::kSize], b[L::kSize];
+    std::copy_n(sums.a + i, L::kSize, a), std::copy_n(sums.b + i, L::kSize, b);
+    add_line<kRows, false>(rows, i, n - i, next);
     for (int64_t j = 0; j < L::kSize; ++j)
-      if (L::element(j) >= n - i) square[i + j] = squares[j], sum[i + j] = sums[j];
-  }
-
-  // Of t.n columns, over the rows that were walked as one: the sums of `count` deviations, and of their squares.
-  void take(const Tile& t, int64_t count, double* sums, double* squares) const {
-    alignas(kLineBytes) A q[kTile], c[kTile];
-    alignas(kLineBytes) S s[kTile];
-    const int64_t padded = t.padded();
-    from_line_order<T>(square, q, padded), from_line_order<T>(sum, s, padded), from_line_order<T>(center, c, padded);
-    for (int64_t i = 0; i < t.n; ++i) sums[i] = static_cast<double>(s[i]), squares[i] = static_cast<double>(q[i]);
-    for (int64_t i = t.n; i < t.width; i += t.n)
-      for (int64_t j = 0; j < t.n; ++j)
-        sums[j] += static_cast<double>(s[i + j]), squares[j] += static_cast<double>(q[i + j]);
-    if constexpr (kExact)
-      for (int64_t i = 0; i < t.n; ++i) sums[i] -= static_cast<double>(count) * static_cast<double>(c[i]);
+      if (L::element(j) >= n - i) sums.a[i + j] = a[j], sums.b[i + j] = b[j];
   }
 };
 
-// Sums of the deviations from `center`, and of their squares, over rows [begin, end); returns how many count.
+// Adds rows [begin, end) to the sums; returns how many count.
 template <class T>
-int64_t tile_deviations(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, const acc_t<T>* center,
-                        double* sums, double* squares) {
+int64_t add_tile_rows(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, ColumnSums<T>& columns) {
   const ChannelLayout& l = a.layout;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  ColumnSums<T> columns(l, t, center);
-  const T* rows[kRowsTogether];
+  const T* rows[kMostRows];
+  const int64_t together = rows_together<T>(l);
   int64_t waiting = 0, counted = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     if (l.valid && !l.valid[r]) return;
     counted += count;
-    const T* row = x + r * l.channels;
-    if (n < t.width) return columns.template add<1>(&row, n);  // the last step, of fewer rows
-    rows[waiting] = row;
-    if (++waiting == kRowsTogether) columns.template add<kRowsTogether>(rows, n), waiting = 0;
+    rows[waiting] = x + r * l.channels;
+    if (n < t.width)  // the last step, of fewer rows
+      columns.template add<1>(rows + waiting, n);
+    else if (++waiting == together)
+      together == kMostRows ? columns.template add<kMostRows>(rows, n) : columns.template add<kMostRows / 2>(rows, n),
+          waiting = 0;
   });
   for (int64_t k = 0; k < waiting; ++k) columns.template add<1>(rows + k, t.width);
-  columns.take(t, counted, sums, squares);
+  columns.sums.fold(t);
   return counted;
 }
 
+// Segments of rows, each with centers of its own: the pilot's, then the mean so far, for at most 8 times the rows it
+// is the mean of. In float32, whose sums are in double, the pilot's serve all rows.
 template <class T>
 void tile_moments(const BatchNormForward& a, int64_t item) {
   const ChannelLayout& l = a.layout;
@@ -192,18 +180,18 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
   const T* x = static_cast<const T*>(a.input) + t.column;
   acc_t<T> center[kTile];
   double mean[kTile], m2[kTile], sums[kTile], squares[kTile];
-  std::fill_n(center, t.n, acc_t<T>(0)), std::fill_n(m2, t.n, 0.0);
-  int64_t done = 0;
-  const int64_t fold = kRowsPerFold * t.fused;
-  for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
-    const int64_t end = std::min(begin + fold, t.row_end);
-    if (done == 0) {
-      pilot_center<T>(a, t, begin, end, center);
-    } else {
-      for (int64_t i = 0; i < t.n; ++i) center[i] = center_of<T>(mean[i]);
-    }
-    const int64_t count = tile_deviations<T>(a, t, begin, end, center, sums, squares);
-    if (count == 0) continue;
+  std::fill_n(m2, t.n, 0.0);
+  ColumnSums<T> columns(l, t);
+  int64_t done = 0, begin = pilot_center<T>(a, t, center) ? t.row_begin : t.row_end;
+  const int64_t fold = TileSums<T>::kWiden ? t.rows() : kRowsPerFold * t.fused;
+  while (begin < t.row_end) {
+    for (int64_t i = 0; done && i < t.n; ++i) center[i] = center_of<T>(mean[i]);
+    columns.start(t, center);
+    int64_t count = 0;
+    for (const int64_t enough = done ? 8 * done : fold; begin < t.row_end && count < enough; begin += fold)
+      count += add_tile_rows<T>(a, t, begin, std::min(begin + fold, t.row_end), columns);
+    if (count == 0) break;
+    columns.sums.take(t, sums, squares);
     const double n = static_cast<double>(count), total = static_cast<double>(done + count);
     const double share = n / total, cross = static_cast<double>(done) * n / total, inverse = 1 / n;
     const bool first = done == 0;
@@ -216,14 +204,17 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
     }
     done += count;
   }
-  Partial* out = a.partials + t.block * l.channels + t.column;
+  const ColumnPartials out(a.partials, t.block, l.channels);
+  out.n[t.column] = done;
   for (int64_t i = 0; i < t.n; ++i) {
-    out[i] = done ? Partial{mean[i], m2[i], done} : Partial{0, 0, 0};
-    if (done && !(std::isfinite(mean[i]) && std::isfinite(m2[i])))
-      out[i] = slow_moments([&](auto f) {
-        for_each_row(l, t.row_begin, t.row_end,
-                     [&](int64_t r) { f(static_cast<double>(to_acc(x[r * l.channels + i]))); });
-      });
+    double *to_mean = out.a + t.column + i, *to_m2 = out.b + t.column + i;
+    *to_mean = done ? mean[i] : 0, *to_m2 = done ? m2[i] : 0;
+    if (!done || (std::isfinite(mean[i]) && std::isfinite(m2[i]))) continue;
+    const Partial slow = slow_moments([&](auto f) {
+      for_each_row(l, t.row_begin, t.row_end,
+                   [&](int64_t r) { f(static_cast<double>(to_acc(x[r * l.channels + i]))); });
+    });
+    *to_mean = slow.a, *to_m2 = slow.b;
   }
 }
 

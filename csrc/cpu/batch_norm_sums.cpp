@@ -21,11 +21,12 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   alignas(kLineBytes) A given[kBefore == Before::given ? kPadded : 1];
   ProductSums<T> sums(a.exact_mean[channel]);
   int64_t count = 0;
-  for_each_run(l, item, true, [&](int64_t offset, int64_t n, int64_t position, int64_t ahead) {
-    const int64_t row = position / l.spatial * l.channels + channel;
-    const uint8_t* mask = a.mask ? a.mask + row * ((l.spatial + 7) / 8) + position % l.spatial / 8 : nullptr;
+  for_each_run(l, item, true, [&](const PlaneRun& at) {
+    const int64_t offset = at.offset, n = at.n;
+    const uint8_t* mask = reads_bits(kBefore) ? a.mask + at.mask_byte(l, channel) : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given);
-    const GradRun<T> run{x + offset, g + offset, mask, given, static_cast<A>(a.slope), ahead};
+    const GradRun<T> run{x + offset, g + offset,         mask, given, static_cast<A>(a.slope), at.ahead,
+                         at.soon,    inverse_slope<T>(a)};
     auto lanes = sums.lanes();
     for_each_line<T, kBefore>(
         run, 0, n, c, [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t) FUSED_OPS_INLINE { lanes.step(h, v); });
@@ -37,55 +38,57 @@ Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   return result;
 }
 
-// The sums of a tile's columns, in the order of lines.
+// Sums of h and of h * (x - center) of a tile's columns.
 template <class T>
 struct ColumnProducts {
-  using A = acc_t<T>;
   using L = Line<T>;
-  static constexpr bool kWiden = std::is_same_v<T, float>;
-  using S = std::conditional_t<kWiden, double, A>;
-  using SV = vec_t<S>;
-  static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
-  alignas(kLineBytes) S sum[kTile], dot[kTile], center[kTile];
+  using Sums = TileSums<T>;
+  template <int kRows>
+  using Next = typename TilePrefetch<T>::template Lines<kRows>;
+  alignas(kLineBytes) typename Sums::S center[kPadded];
+  Sums sums;
+  TilePrefetch<T> ahead;
 
-  void clear(const Tile& t) { std::fill_n(sum, t.padded(), S(0)), std::fill_n(dot, t.padded(), S(0)); }
+  ColumnProducts(const ChannelLayout& l, const Tile& t) : ahead(l, t) { sums.clear(t); }
 
   // Adds the line of columns `at` on of each of the rows, or its first `count` values.
   template <int kRows, Before kBefore, bool kWhole>
   inline FUSED_OPS_INLINE void add_line(const GradRun<T>* runs, int64_t at, int64_t count,
-                                        const BackwardCoefficients<Ordered<T>>& c) {
-    constexpr int kSums = static_cast<int>(L::kSize / kLane);
-    SV s[kSums], d[kSums];
-    for (int k = 0; k < kSums; ++k)
-      s[k] = load_bits<SV>(sum + at + k * kLane), d[k] = load_bits<SV>(dot + at + k * kLane);
-    const auto add = [&](int k, const SV& h, const SV& x)
-                         FUSED_OPS_INLINE { s[k] += h, d[k] += h * (x - load_bits<SV>(center + at + k * kLane)); };
+                                        const BackwardCoefficients<Ordered<T>>& c, const Next<kRows>& next_x,
+                                        const Next<kRows>& next_g) {
+    using V = typename Sums::V;
+    typename Sums::OfLine s = sums.load(at);
+    const auto add = [&](int k, const V& h, const V& x) FUSED_OPS_INLINE {
+      s.a[k] += h, s.b[k] += h * (x - load_bits<V>(center + at + k * Sums::kLane));
+    };
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kWhole) {
+        next_x.prefetch_line(r, at), next_g.prefetch_line(r, at);
+      }
       const LinePair<T> line =
           kWhole ? whole_line<T, kBefore>(runs[r], at, c) : part_of_line<T, kBefore>(runs[r], at, count, c);
       for (int k = 0; k < L::kVectors; ++k) {
-        if constexpr (kWiden) {
+        if constexpr (Sums::kWiden) {
           constexpr bool kPlain = kWhole && kBefore == Before::plain;
           const DoublePair h = kPlain ? widen_at(runs[r].g + at + k * L::kLane) : widen(line.h.v[k]);
-          const DoublePair x = kWhole ? widen_at(runs[r].x + at + k * L::kLane) : widen(line.x.v[k]);
+          const DoublePair x = kWhole && kBefore != Before::kept_leaky_relu ? widen_at(runs[r].x + at + k * L::kLane)
+                                                                            : widen(line.x.v[k]);
           add(2 * k, h.low, x.low), add(2 * k + 1, h.high, x.high);
         } else {
           add(k, line.h.v[k], line.x.v[k]);
         }
       }
     }
-    for (int k = 0; k < kSums; ++k) {
-      std::memcpy(sum + at + k * kLane, &s[k], sizeof(SV));
-      std::memcpy(dot + at + k * kLane, &d[k], sizeof(SV));
-    }
+    sums.store(at, s);
   }
   // Adds n values of each of the rows. What is behind them in the last line has h = 0.
   template <int kRows, Before kBefore>
   __attribute__((noinline)) void add_rows(const GradRun<T>* runs, int64_t n,
                                           const BackwardCoefficients<Ordered<T>>& c) {
+    const Next<kRows> x = ahead.template lines<kRows>(runs[0].x), g = ahead.template lines<kRows>(runs[0].g);
     int64_t i = 0;
-    for (; i + L::kSize <= n; i += L::kSize) add_line<kRows, kBefore, true>(runs, i, L::kSize, c);
-    if (i < n) add_line<kRows, kBefore, false>(runs, i, n - i, c);
+    for (; i + L::kSize <= n; i += L::kSize) add_line<kRows, kBefore, true>(runs, i, L::kSize, c, x, g);
+    if (i < n) add_line<kRows, kBefore, false>(runs, i, n - i, c, x, g);
   }
 };
 
@@ -95,21 +98,27 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
-  alignas(kLineBytes) A given[kRowsTogether][kBefore == Before::given ? kTile + 16 : 1];
-  GradRun<T> runs[kRowsTogether];
+  alignas(kLineBytes) A given[kMostRows][kBefore == Before::given ? kTile + 16 : 1];
+  GradRun<T> runs[kMostRows];
+  const int64_t together = rows_together<T>(l);
+  const auto add = [&](const GradRun<T>* rows, int64_t n) {
+    if (together == kMostRows)
+      columns.template add_rows<kMostRows, kBefore>(rows, n, c);
+    else
+      columns.template add_rows<kMostRows / 2, kBefore>(rows, n, c);
+  };
   int64_t waiting = 0;
-  const int64_t ahead = t.ahead<T>(l);
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     const int64_t offset = r * l.channels + t.column;
     if (l.valid && !l.valid[r]) return;
     *counted += count;
     const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
     if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[waiting]);
-    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), ahead};
+    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), 0, 0, inverse_slope<T>(a)};
     if (n < t.width)  // the last step, of fewer rows
       columns.template add_rows<1, kBefore>(runs + waiting, n, c);
-    else if (++waiting == kRowsTogether)
-      columns.template add_rows<kRowsTogether, kBefore>(runs, n, c), waiting = 0;
+    else if (++waiting == together)
+      add(runs, n), waiting = 0;
   });
   for (int64_t w = 0; w < waiting; ++w) columns.template add_rows<1, kBefore>(runs + w, t.width, c);
 }
@@ -117,7 +126,7 @@ void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int
 template <class T, Before kBefore>
 void tile_sums(const BatchNormBackward& a, int64_t item) {
   using A = acc_t<T>;
-  using Columns = ColumnProducts<T>;
+  using S = typename TileSums<T>::S;
   const ChannelLayout& l = a.layout;
   const Tile t(l, item, !a.mask || l.channels % 8 == 0);
   const auto values = [&](const void* from) {
@@ -126,37 +135,28 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   const TileValues<T> mean = values(a.mean), scale = values(a.scale), shift = values(a.shift);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(nullptr), Ordered<T>(nullptr)};
-  Columns columns;
-  columns.clear(t);
-  typename Columns::S center[kTile];
+  ColumnProducts<T> columns(l, t);
+  S center[kTile];
   const auto exact_mean = [&](int64_t i) {
     return a.repeat == 1 ? a.exact_mean[t.column + i] : a.exact_mean[(t.column + i) / a.repeat];
   };
   for (int64_t i = 0; i < t.n; ++i)
-    center[i] = sizeof(T) == 2 ? center_of<T>(exact_mean(i)) : static_cast<typename Columns::S>(exact_mean(i));
+    center[i] = sizeof(T) == 2 ? center_of<T>(exact_mean(i)) : static_cast<S>(exact_mean(i));
   t.repeat_ordered<T>(center, columns.center);
   int64_t counted = 0;
-  double buffers[2][sizeof(T) == 2 ? kTile : 1], *sum = buffers[0], *dot = buffers[1];
-  if constexpr (sizeof(T) == 2) {
-    std::fill_n(sum, t.width, 0.0), std::fill_n(dot, t.width, 0.0);
-    typename Columns::S natural[kTile];
-    const int64_t fold = kRowsPerFold * t.fused;  // rows that are summed in float
-    for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
-      add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
-      from_line_order<T>(columns.sum, natural, t.padded());
-      for (int64_t i = 0; i < t.width; ++i) sum[i] += static_cast<double>(natural[i]);
-      from_line_order<T>(columns.dot, natural, t.padded());
-      for (int64_t i = 0; i < t.width; ++i) dot[i] += static_cast<double>(natural[i]);
-      columns.clear(t);
-    }
-  } else {
-    add_tile_rows<T, kBefore>(a, t, t.row_begin, t.row_end, c, columns, &counted);
-    sum = columns.sum, dot = columns.dot;
+  double sum[kTile], dot[kTile];
+  const int64_t fold = sizeof(T) == 2 ? kRowsPerFold * t.fused : t.rows();  // rows that are summed in float
+  for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
+    add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
+    columns.sums.fold(t);
   }
-  t.fold(sum), t.fold(dot);
-  Partial* partials = a.partials + t.block * l.channels + t.column;
-  for (int64_t i = 0; i < t.n; ++i)
-    partials[i] = {sum[i], dot[i] - (exact_mean(i) - static_cast<double>(center[i])) * sum[i], counted};
+  columns.sums.take(t, sum, dot);
+  const ColumnPartials out(a.partials, t.block, l.channels);
+  out.n[t.column] = counted;
+  for (int64_t i = 0; i < t.n; ++i) {
+    out.a[t.column + i] = sum[i];
+    out.b[t.column + i] = dot[i] - (exact_mean(i) - static_cast<double>(center[i])) * sum[i];
+  }
 }
 
 template <class T, Before kBefore>

@@ -15,9 +15,21 @@ constexpr int64_t kPadded = kRun + 48;
 // What the hardware does not foresee, the start of the next plane, page or piece of a row, is prefetched, a line with
 // every line that is read: many at once wait for each other. A prefetch may point anywhere.
 constexpr int kRunsAhead = 2;
-constexpr int64_t kRowsTogether = 4;  // rows of a tile that are summed together
+constexpr int64_t kCacheBytes = int64_t{1} << 20;  // of a core: the second level of what this runs on
 template <class T>
 constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
+template <class T>
+constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));  // of rows that are summed
+
+// Rows of a tile that are summed together: the more, the fewer loads and stores of their sums; the fewer, the more they
+// are read in the order of memory, which reads faster what is not in the cache. No bit depends on it.
+constexpr int kMostRows = 4;
+constexpr int64_t kCachedBytes = int64_t{1} << 20;
+template <class T>
+inline int64_t rows_together(const ChannelLayout& l) {
+  const int64_t bytes = l.numel() * static_cast<int64_t>(sizeof(T));
+  return sizeof(T) == 2 || bytes < kCachedBytes ? kMostRows : kMostRows / 2;
+}
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
@@ -31,7 +43,19 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
   }
 }
 
-// Planes: one run of a channel. The runs of a plane are of one length, but for the last.
+// Planes: a run of a channel, one part of a plane. The runs of a plane are of one length, but for the last.
+struct PlaneRun {
+  int64_t offset, n;   // of its values
+  int64_t row, start;  // its first place in (batch, spatial)
+  int64_t ahead;       // what is to be prefetched lies so many values behind,
+  int64_t soon;        // and of what is read once, or written, so many
+  int64_t position(const ChannelLayout& l) const { return row * l.spatial + start; }
+  // Its place in a mask of bits, where each plane starts a byte.
+  int64_t mask_byte(const ChannelLayout& l, int64_t channel) const {
+    return (row * l.channels + channel) * ((l.spatial + 7) / 8) + start / 8;
+  }
+};
+
 class RunCursor {
  public:
   RunCursor(const ChannelLayout& l, int64_t channel, int64_t run)
@@ -40,8 +64,10 @@ class RunCursor {
   }
   static int64_t runs_per_row(const ChannelLayout& l) { return (l.spatial + kRun - 1) / kRun; }
   int64_t offset() const { return (row_ * layout_.channels + channel_) * layout_.spatial + start_; }
-  int64_t position() const { return row_ * layout_.spatial + start_; }
-  int64_t size() const { return std::min(length_, layout_.spatial - start_); }
+  PlaneRun at(int64_t later, int64_t soon) const {
+    const int64_t here = offset();
+    return {here, std::min(length_, layout_.spatial - start_), row_, start_, later - here, soon - here};
+  }
   void next() {
     start_ += length_;
     if (start_ < layout_.spatial) return;
@@ -60,43 +86,53 @@ class RunCursor {
   int64_t per_row_, length_, channel_, row_, start_;
 };
 
-// Planes: calls body(offset, n, position, ahead) for the runs of at most kRun values of item (channel, part);
-// `position` is the run's first place in (batch, spatial), and `ahead` values behind it lies what is to be prefetched.
-// With `split`, a run is cut into the stretches that count. kBackwards: last run first, so that a second pass begins
-// with what the first has left in the cache.
-template <bool kBackwards = false, class Body>
+// Planes: calls body(run) for the runs of at most kRun values of item (channel, part). With `split`, a run is cut into
+// the stretches that count.
+template <class Body>
 inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
-  const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
-  const int64_t runs = l.batch * RunCursor::runs_per_row(l);
+  const int64_t parts = l.parts(), part = item % parts, runs = l.batch * RunCursor::runs_per_row(l);
   const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
   if (begin == end) return;
-  RunCursor run(l, channel, kBackwards ? end - 1 : begin), later = run;
-  const auto step = [](RunCursor& cursor) {
-    if constexpr (kBackwards)
-      cursor.previous();
-    else
-      cursor.next();
-  };
-  for (int k = 0; k < kRunsAhead; ++k) step(later);
-  for (int64_t left = end - begin; left > 0; --left) {
-    const int64_t n = run.size(), position = run.position(), offset = run.offset(), ahead = later.offset() - offset;
-    if (split && l.valid) {
-      for_each_valid(l.valid, position, position + n,
-                     [&](int64_t at, int64_t count) { body(offset + at - position, count, at, ahead); });
-    } else {
-      body(offset, n, position, ahead);
+  RunCursor cursor(l, item / parts, begin), later = cursor;
+  for (int k = 0; k < kRunsAhead; ++k) later.next();
+  for (int64_t left = end - begin; left > 0; --left, cursor.next(), later.next()) {
+    const PlaneRun run = cursor.at(later.offset(), later.offset());
+    if (!split || !l.valid) {
+      body(run);
+      continue;
     }
-    step(run), step(later);
+    const int64_t position = run.position(l);
+    for_each_valid(l.valid, position, position + run.n, [&](int64_t at, int64_t count) {
+      const int64_t over = at - position;
+      body(PlaneRun{run.offset + over, count, run.row, run.start + over, run.ahead, run.soon});
+    });
   }
 }
 
-// Planes in the order of memory, as (batch, channel): calls body(offset, n, position, channel) for the runs of planes
-// [begin, end). For what needs no sums over a channel.
+// The same for a second pass: from the end, which the first pass has left in the cache. What it reads, `bytes` a value,
+// is there, if the channel fits; so it prefetches the next channel, as far as that fits beside this one: main memory is
+// read while outputs are written to it.
 template <class Body>
-inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, const Body& body) {
+inline void for_each_run_again(const ChannelLayout& l, int64_t item, int64_t bytes, const Body& body) {
+  const int64_t parts = l.parts(), channel = item / parts, part = item % parts;
+  const int64_t per_row = RunCursor::runs_per_row(l), runs = l.batch * per_row;
+  const int64_t begin = runs * part / parts, end = runs * (part + 1) / parts;
+  if (begin == end) return;
+  const int64_t fit = kCacheBytes / (bytes * ((l.spatial + per_row - 1) / per_row)) - runs;
+  const bool foresees = parts == 1 && fit > 0;
+  RunCursor cursor(l, channel, end - 1), soon = cursor, next(l, channel + 1, 0);
+  for (int k = 0; k < kRunsAhead; ++k) soon.previous();
+  for (int64_t k = 0; k < end - begin; ++k, cursor.previous(), soon.previous(), next.next())
+    body(cursor.at(foresees && k < fit ? next.offset() : soon.offset(), soon.offset()));
+}
+
+// Planes in the order of memory, as (batch, channel): calls body(run, channel) for the runs of planes [begin, end).
+// For what needs no sums over a channel.
+template <class Body>
+inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, int64_t ahead, const Body& body) {
   for (int64_t plane = begin; plane < end; ++plane)
     for (int64_t s = 0; s < l.spatial; s += kRun)
-      body(plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels * l.spatial + s,
+      body(PlaneRun{plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels, s, ahead, ahead},
            plane % l.channels);
 }
 
@@ -116,11 +152,10 @@ struct Tile {
   int64_t rows() const { return row_end - row_begin; }
   // `width` and what a last line needs behind it.
   int64_t padded() const { return (width + 63) / 64 * 64; }
-  // How far behind a value the one lies that is prefetched with it.
-  template <class T>
-  int64_t ahead(const ChannelLayout& l) const {
+  // How far behind a value of a row the one lies that is prefetched with it, about `distance` values.
+  int64_t ahead(const ChannelLayout& l, int64_t distance, int64_t rows) const {
     const int64_t step = fused * l.channels;
-    return std::max(kRowsTogether, kAhead<T> / step) * step;
+    return std::max(rows, distance / step) * step;
   }
 
   // Calls body(row, count, n) for the steps of rows [begin, end): `count` rows from `row` on, n values.
@@ -150,11 +185,88 @@ struct Tile {
     std::fill(values + width, values + padded(), A(0));
     if (Line<T>::kPairs) to_line_order<T>(natural, to, padded());
   }
-  // values[0, n) += the repetitions, in order.
-  template <class A>
-  void fold(A* values) const {
-    for (int64_t k = 1; k < fused; ++k)
-      for (int64_t i = 0; i < n; ++i) values[i] += values[k * n + i];
+};
+
+// What is prefetched with the lines of rows that are walked together. Where the tile is all columns, so that the rows
+// are one piece of memory, its lines in their order: in the order in which they are read, one of each row in turn, the
+// same bytes took a sixth longer.
+template <class T>
+struct TilePrefetch {
+  int64_t ahead, step;
+  bool adjacent;
+  TilePrefetch(const ChannelLayout& l, const Tile& t)
+      : ahead(t.ahead(l, kAheadOfRows<T>, kMostRows)), step(t.fused * l.channels), adjacent(t.n == l.channels) {}
+
+  // For kRows rows, the first of which lies at `from`.
+  template <int kRows>
+  struct Lines {
+    const T* from;
+    int64_t line, row;
+    // Into the first-level cache: it is read soon.
+    inline FUSED_OPS_INLINE void prefetch_line(int r, int64_t i) const {
+      __builtin_prefetch(from + i * line + r * row, 0, 3);
+    }
+  };
+  template <int kRows>
+  Lines<kRows> lines(const T* from) const {
+    return adjacent ? Lines<kRows>{from + ahead, kRows, Line<T>::kSize} : Lines<kRows>{from + ahead, 1, step};
+  }
+};
+
+// Two sums a column of a tile, in the order of lines: in double for float32; of 16-bit values in float for at most
+// kRowsPerFold steps, then in double.
+template <class T>
+struct TileSums {
+  using A = acc_t<T>;
+  static constexpr bool kWiden = std::is_same_v<T, float>, kFolds = sizeof(T) == 2;
+  using S = std::conditional_t<kWiden, double, A>;
+  using V = vec_t<S>;
+  static constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(S));
+  static constexpr int kVectors = static_cast<int>(Line<T>::kSize / kLane);
+  struct OfLine {
+    V a[kVectors], b[kVectors];
+  };
+
+  alignas(kLineBytes) S a[kPadded], b[kPadded];
+  alignas(kLineBytes) double folded_a[kFolds ? kPadded : 1], folded_b[kFolds ? kPadded : 1];
+
+  void clear(const Tile& t) {
+    std::fill_n(a, t.padded(), S(0)), std::fill_n(b, t.padded(), S(0));
+    if (kFolds) std::fill_n(folded_a, t.padded(), 0.0), std::fill_n(folded_b, t.padded(), 0.0);
+  }
+  inline FUSED_OPS_INLINE OfLine load(int64_t at) const {
+    OfLine line;
+    for (int k = 0; k < kVectors; ++k)
+      line.a[k] = load_bits<V>(a + at + k * kLane), line.b[k] = load_bits<V>(b + at + k * kLane);
+    return line;
+  }
+  inline FUSED_OPS_INLINE void store(int64_t at, const OfLine& line) {
+    for (int k = 0; k < kVectors; ++k) {
+      std::memcpy(a + at + k * kLane, &line.a[k], sizeof(V));
+      std::memcpy(b + at + k * kLane, &line.b[k], sizeof(V));
+    }
+  }
+  void fold(const Tile& t) {
+    if constexpr (kFolds) {
+      for (int64_t i = 0; i < t.padded(); ++i) {
+        folded_a[i] += static_cast<double>(a[i]), folded_b[i] += static_cast<double>(b[i]);
+        a[i] = 0, b[i] = 0;
+      }
+    }
+  }
+  // What was folded of the t.n columns, over the rows that were walked as one.
+  void take(const Tile& t, double* to_a, double* to_b) const {
+    const auto one = [&](const auto* from, double* to) {
+      alignas(kLineBytes) double natural[Line<T>::kPairs ? kTile : 1];
+      if constexpr (Line<T>::kPairs) from_line_order<T>(from, natural, t.padded()), from = natural;
+      for (int64_t i = 0; i < t.n; ++i) to[i] = from[i];
+      for (int64_t i = t.n; i < t.width; i += t.n)
+        for (int64_t j = 0; j < t.n; ++j) to[j] += from[i + j];
+    };
+    if constexpr (kFolds)
+      one(folded_a, to_a), one(folded_b, to_b);
+    else
+      one(a, to_a), one(b, to_b);
   }
 };
 
@@ -170,7 +282,7 @@ struct Tile {
 // where they are not wanted.
 template <class T>
 struct TileValues {
-  alignas(kLineBytes) acc_t<T> values[kTile];
+  alignas(kLineBytes) acc_t<T> values[kPadded];
   TileValues(const Tile& t, const acc_t<T>* from, bool wanted = true) {
     if (wanted) t.repeat_ordered<T>(from, values);
   }

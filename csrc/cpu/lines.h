@@ -3,20 +3,19 @@
 #include <algorithm>
 #include <cstring>
 
-#include "vector.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "padded_line.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-#define FUSED_OPS_INLINE __attribute__((always_inline))  // of a lambda in a loop that must stay in registers
-
-constexpr int64_t kLineBytes = 64;
-
 inline FUSED_OPS_INLINE void prefetch(const void* p) {  // inlined, or GCC finds that it has no effect
   __builtin_prefetch(p, 0, 2);
+}
+
+// For a part of a line at p: a masked load waits for both lines that a whole one would touch.
+template <class T>
+inline FUSED_OPS_INLINE void prefetch_part(const T* p) {
+  prefetch(p), prefetch(reinterpret_cast<const char*>(p) + kLineBytes - 1);
 }
 
 using double_vec = vec_t<double>;
@@ -118,18 +117,44 @@ struct Line {
     if constexpr (kPairs) {
       for (int k = 0; k < kVectors; k += 2) put<kStream>(p + k * kLane, rounded_pair(v[k], v[k + 1]));
     } else if constexpr (sizeof(T) == 2) {
-      for (int k = 0; k < kVectors; ++k) {
 #if defined(__AVX512F__)
-        put<kStream>(p + k * kLane, _mm512_cvtps_ph(bit_copy<__m512>(v[k]), _MM_FROUND_TO_NEAREST_INT));
+      put<kStream>(p, bits());
 #elif defined(__AVX2__)
+      for (int k = 0; k < kVectors; ++k)
         put<kStream>(p + k * kLane, _mm256_cvtps_ph(bit_copy<__m256>(v[k]), _MM_FROUND_TO_NEAREST_INT));
 #else
-        store_vec(p + k * kLane, v[k]);
+      for (int k = 0; k < kVectors; ++k) store_vec(p + k * kLane, v[k]);
 #endif
-      }
     } else {
       for (int k = 0; k < kVectors; ++k) put<kStream>(p + k * kLane, v[k]);
     }
+  }
+
+  // n < kSize values, and 0 or `fill` behind them: no byte beyond them is read, or written.
+  static inline FUSED_OPS_INLINE Line load_part(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+    return of_bits(load_lanes(p, n, _mm512_setzero_si512()));
+#else
+    return load(PaddedLine<T>(p, n).values);
+#endif
+  }
+  static inline FUSED_OPS_INLINE Line load_part(const T* p, int64_t n, T fill) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 8) return of_bits(load_lanes(p, n, bit_copy<__m512i>(V{} + fill)));
+    if constexpr (sizeof(T) == 4) return of_bits(load_lanes(p, n, bit_copy<__m512i>(V{} + fill)));
+    if constexpr (sizeof(T) == 2) return of_bits(load_lanes(p, n, _mm512_set1_epi16(bit_copy<int16_t>(fill))));
+#else
+    return load(PaddedLine<T>(p, n, fill).values);
+#endif
+  }
+  inline FUSED_OPS_INLINE void store_part(T* p, int64_t n) const {
+#if defined(__AVX512F__)
+    store_lanes(p, n, bits());
+#else
+    PaddedLine<T> out;
+    store<false>(out.values);
+    out.write(p, n);
+#endif
   }
 
   // Both with the values in the registers' order, kSize of them at p.
@@ -143,6 +168,32 @@ struct Line {
   }
 
  private:
+#if defined(__AVX512F__)
+  // The line as it lies in memory.
+  static inline FUSED_OPS_INLINE Line of_bits(__m512i b) {
+    Line line;
+    if constexpr (kPairs) {
+      const bits_vec pairs = bit_copy<bits_vec>(b);
+      line.v[0] = bit_copy<V>(pairs << 16), line.v[1] = bit_copy<V>(pairs & 0xffff0000u);
+    } else if constexpr (sizeof(T) == 2) {
+      line.v[0] = bit_copy<V>(_mm512_cvtph_ps(_mm512_castsi512_si256(b)));
+      line.v[1] = bit_copy<V>(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(b, 1)));
+    } else {
+      line.v[0] = bit_copy<V>(b);
+    }
+    return line;
+  }
+  inline FUSED_OPS_INLINE __m512i bits() const {
+    if constexpr (kPairs) return bit_copy<__m512i>(rounded_pair(v[0], v[1]));
+    if constexpr (sizeof(T) == 2) {
+      const __m256i low = _mm512_cvtps_ph(bit_copy<__m512>(v[0]), _MM_FROUND_TO_NEAREST_INT);
+      const __m256i high = _mm512_cvtps_ph(bit_copy<__m512>(v[1]), _MM_FROUND_TO_NEAREST_INT);
+      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    } else {
+      return bit_copy<__m512i>(v[0]);
+    }
+  }
+#endif
   // Every second value from `low`, the others from `high`. NaN, which rounding might carry away, is looked for in both
   // at once.
   static inline FUSED_OPS_INLINE bits_vec rounded_pair(float_vec low, float_vec high) {
@@ -277,74 +328,6 @@ inline int64_t values_before_line(const T* to, int64_t n) {
   const int64_t over = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes);
   return over == 0 ? 0 : std::min(n, (kLineBytes - over) / static_cast<int64_t>(sizeof(T)));
 }
-
-// A part of a line, with `fill` behind it. A copy of a size that is not known is a call, and loading the line behind it
-// waits for its stores: with AVX-512, and to read four or eight bytes a value with AVX2, the lanes are masked instead.
-template <class T>
-struct PaddedLine {
-  alignas(kLineBytes) T values[Line<T>::kSize] = {};
-  PaddedLine() = default;
-  PaddedLine(const T* from, int64_t n) {
-#if defined(__AVX512F__)
-    _mm512_store_si512(values, load_lanes(from, n, _mm512_setzero_si512()));
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) >= 4) {
-      constexpr int64_t kHalf = Line<T>::kSize / 2;
-      store_half(values, load_half(from, n)), store_half(values + kHalf, load_half(from + kHalf, n - kHalf));
-    } else {
-      std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
-    }
-#else
-    std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
-#endif
-  }
-  PaddedLine(const T* from, int64_t n, T fill) {
-    for (T& value : values) value = fill;
-#if defined(__AVX512F__)
-    _mm512_store_si512(values, load_lanes(from, n, _mm512_load_si512(values)));
-#else
-    std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T));
-#endif
-  }
-  void write(T* to, int64_t n) const {
-#if defined(__AVX512F__)
-    const __m512i v = _mm512_load_si512(values);
-    if constexpr (sizeof(T) == 8)
-      _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(first(n)), v);
-    else if constexpr (sizeof(T) == 4)
-      _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(first(n)), v);
-    else
-      _mm512_mask_storeu_epi16(to, static_cast<__mmask32>(first(n)), v);
-#else
-    std::memcpy(to, values, static_cast<size_t>(n) * sizeof(T));
-#endif
-  }
-
-#if defined(__AVX512F__)
- private:
-  static uint64_t first(int64_t n) { return (uint64_t{1} << n) - 1; }
-  static inline FUSED_OPS_INLINE __m512i load_lanes(const T* from, int64_t n, __m512i rest) {
-    if constexpr (sizeof(T) == 8) return _mm512_mask_loadu_epi64(rest, static_cast<__mmask8>(first(n)), from);
-    if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_epi32(rest, static_cast<__mmask16>(first(n)), from);
-    return _mm512_mask_loadu_epi16(rest, static_cast<__mmask32>(first(n)), from);
-  }
-#elif defined(__AVX2__)
- private:
-  static inline FUSED_OPS_INLINE __m256i load_half(const T* from, int64_t n) {
-    if constexpr (sizeof(T) == 8) {
-      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3), count = _mm256_set1_epi64x(n);
-      return _mm256_maskload_epi64(reinterpret_cast<const long long*>(from), _mm256_cmpgt_epi64(count, lane));
-    } else {
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      const __m256i count = _mm256_set1_epi32(static_cast<int32_t>(n));
-      return _mm256_maskload_epi32(reinterpret_cast<const int*>(from), _mm256_cmpgt_epi32(count, lane));
-    }
-  }
-  static inline FUSED_OPS_INLINE void store_half(T* to, __m256i half) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), half);
-  }
-#endif
-};
 
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

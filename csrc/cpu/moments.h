@@ -87,8 +87,8 @@ class DeviationSums {
     if (i < n) {  // padded with the center, which every T has
       T fill;
       store(&fill, center);
-      const PaddedLine<T> last(x + i, n - i, fill);
-      t.step(last.values, c, 0);
+      prefetch_part(x + i + ahead);
+      t.step_part(L::load_part(x + i, n - i, fill), c);
       padded_ += L::kSize - (n - i);
     }
     lanes_ = t;
@@ -124,6 +124,18 @@ class DeviationSums {
           exact[at % 2 * 2] += wide.low, exact[at % 2 * 2 + 1] += wide.high;
         } else {
           sum[at] += d;
+        }
+      }
+    }
+    inline FUSED_OPS_INLINE void step_part(const L& x, V center) {
+      for (int k = 0; k < L::kVectors; ++k) {
+        const V d = x.v[k] - center;
+        square[k % 4] += d * d;
+        if constexpr (kExact) {
+          const DoublePair wide = widen(x.v[k]);
+          exact[k % 2 * 2] += wide.low, exact[k % 2 * 2 + 1] += wide.high;
+        } else {
+          sum[k % 4] += d;
         }
       }
     }

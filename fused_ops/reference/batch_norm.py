@@ -472,6 +472,52 @@ def backward(
     return found[0], found[2], found[3]
 
 
+def packed_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    correction: int = 0,
+    activation: int = _activation.NONE,
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``act_forward`` without a residual, valid mask or ghost batches; the running statistics are written in place."""
+    if training and input.size(1) and input.numel() == input.size(1):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+    options = (training, momentum, eps, correction, activation, slope, 1)
+    output, mean, invstd, *new, _ = act_forward(input, None, running_mean, running_var, weight, bias, None, *options)
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(new[0])
+        running_var.copy_(new[1])
+    return output, torch.stack((mean, invstd))
+
+
+def packed_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    training: bool = True,
+    need_input: bool = True,
+    need_params: bool = True,
+    correction: int = 0,
+    activation: int = _activation.NONE,
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act_backward`` of ``packed_forward``."""
+    options = (training, correction, activation, slope, 1, need_input, need_params, False)
+    mean, invstd = statistics.unbind(0)
+    found = act_backward(grad_output, input, None, weight, bias, mean, invstd, None, None, *options)
+    return found[0], found[2], found[3]
+
+
 def samples() -> list[Sample]:
     """Small float64 calls over the option grid."""
     found: list[Sample] = []

@@ -25,7 +25,24 @@ PLAIN, HEAD, NORM = (
     "fused_ops/batch_norm.py",
 )
 
+PACKED = "fused_ops/_batch_norm_packed.py"
+
 PYTHON = [
+    Mutant(PACKED, "bias if numbers[3] else None", "None", "bn", "bias not kept for an activation"),
+    Mutant(
+        PACKED,
+        "update = training and _current_graph_task_id() == -1",
+        "update = training",
+        "bn",
+        "checkpointing counts twice in plain eager mode",
+    ),
+    Mutant(
+        PACKED,
+        "return *op(grad_output, input, weight, bias, statistics), None",
+        "return *op(grad_output, input, None, bias, statistics), None",
+        "bn",
+        "weight left out of the gradient",
+    ),
     Mutant(
         ROWS,
         "math.nan, nll) if one else nll",
@@ -246,7 +263,11 @@ PYTHON = [
         "checkpointing counts twice",
     ),
     Mutant(
-        NORM, "found[1] = grad_output\n", "found[1] = grad_output * 2\n", "bn", "gradient of a plain residual doubled"
+        "fused_ops/_batch_norm_functions.py",
+        "found[1] = grad_output\n",
+        "found[1] = grad_output * 2\n",
+        "bn",
+        "gradient of a plain residual doubled",
     ),
     Mutant(
         BN, "mask = pack(~(z <= 0), input)", "mask = pack(z > 1, input)", "bn", "wrong signs in the reference's mask"
@@ -345,6 +366,7 @@ CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, S
     )
 )
 NBIND, CBIND = "csrc/batch_norm.cpp", "csrc/cross_entropy.cpp"
+NSMALL = "csrc/cpu/batch_norm_small.cpp"
 CHEAD, CPASSES = "csrc/linear_cross_entropy_small.cpp", "csrc/cross_entropy_passes.h"
 CGRAD = "csrc/cpu/cross_entropy_with_gradient.cpp"
 
@@ -378,9 +400,9 @@ NATIVE = [
         "validity of another position",
     ),
     Mutant(
-        NCPU,
-        "a.mask + row * row_bytes + position % l.spatial / 8",
-        "a.mask + row * row_bytes",
+        NWALK,
+        "* ((l.spatial + 7) / 8) + start / 8",
+        "* ((l.spatial + 7) / 8)",
         "bn",
         "mask of a plane's second run",
     ),
@@ -400,8 +422,8 @@ NATIVE = [
     ),
     Mutant(
         NWALK,
-        "for (int64_t i = 0; i < n; ++i) values[i] += values[k * n + i];",
-        "for (int64_t i = 0; i + 1 < n; ++i) values[i] += values[k * n + i];",
+        "for (int64_t j = 0; j < t.n; ++j) to[j] += from[i + j];",
+        "for (int64_t j = 0; j + 1 < t.n; ++j) to[j] += from[i + j];",
         "bn",
         "repetitions of the last channel",
     ),
@@ -476,6 +498,29 @@ NATIVE = [
         "bn",
         "mask of the second ghost batch",
     ),
+    Mutant(NSMALL, "(m2[c] / (count - 1))", "(m2[c] / count)", "bn", "n/(n-1) missing in running_var"),
+    Mutant(
+        NSMALL,
+        "1.0 / std::sqrt(m2[c] / divisor + s.eps)",
+        "1.0 / std::sqrt(m2[c] / count + s.eps)",
+        "bn",
+        "correction dropped",
+    ),
+    Mutant(
+        NSMALL,
+        "slope[c] = dot * inv * inv / divisor;",
+        "slope[c] = dot * inv / divisor;",
+        "bn",
+        "invstd once instead of squared",
+    ),
+    Mutant(
+        NSMALL,
+        "grad_mean[c] = sum / count - lost[c] * slope[c];",
+        "grad_mean[c] = sum / count;",
+        "bn",
+        "what rounding the mean loses, in the gradient",
+    ),
+    Mutant(NSMALL, "* scale[c] + (shift[c] + r[at + c]);", "* scale[c] + shift[c];", "bn", "residual dropped"),
     Mutant(
         CCPU,
         "static_cast<const T*>(a.grad_loss)[row + r]",
@@ -804,8 +849,8 @@ NATIVE = [
     ),
     Mutant(
         NACT,
-        "+ z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
-        "- z * kInvSqrt2Pi<A> * exp_close(A(-0.5) * z * z);",
+        "normal_below(z, density) + z * kInvSqrt2Pi<A> * density;",
+        "normal_below(z, density) - z * kInvSqrt2Pi<A> * density;",
         "bn",
         "gelu'",
     ),
