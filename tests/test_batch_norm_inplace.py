@@ -2,10 +2,13 @@
 
 import gc
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
@@ -294,3 +297,23 @@ print(fused_ops._library.isa())
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_isa_equals_the_reference(isa, run_python):
     run_python("-c", CHILD, cwd=ordinary.__file__.rsplit("/", 3)[0], ATEN_CPU_CAPABILITY=isa, OMP_NUM_THREADS="1")
+
+
+def test_a_plain_backward_adds_no_zeros_of_the_input_s_size():
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if any(isinstance(t, torch.Tensor) and t.numel() >= x.numel() for t in tree_leaves(result)):
+                self.names.append(func.overloadpacket.__name__)
+            return result
+
+    x, weight, bias = torch.randn(4, 8, 9, 9), torch.rand(8) + 0.5, torch.rand(8)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = fused_ops.batch_norm(x, None, None, *leaves[1:], True, activation="leaky_relu", inplace_activated=True)
+    upstream = torch.randn_like(y)
+    with Seen() as seen:
+        torch.autograd.grad(y, leaves, upstream)
+    assert "batch_norm_inplace_backward" in seen.names
+    assert not {"zeros", "zero_", "new_zeros", "zeros_like", "add", "add_"} & set(seen.names)
