@@ -20,7 +20,9 @@ CALLED_AS = {  # by whom, in the order of OPS
         for name in ("_forward_op", "_backward_op", "_backward_inplace_op")
     ],
     "linear_cross_entropy": ["_linear_cross_entropy_chunks._chunk_op"],
-    "batch_norm": [f"batch_norm.{name}_op" for name in ("_forward", "_backward", "_act_forward", "_act_backward")],
+    "batch_norm": [
+        f"_batch_norm_functions.{name}_op" for name in ("_forward", "_backward", "_act_forward", "_act_backward")
+    ],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 

@@ -4,6 +4,7 @@ import itertools
 import sys
 import sysconfig
 import threading
+import time
 
 import pytest
 import torch
@@ -329,22 +330,22 @@ def test_other_threads_in_the_backward(before, after):
 def test_a_python_callback_while_others_wait():
     """Threads that call, interrupt nothing and hold no lock: a thread that only does Python keeps going."""
     x, target = torch.randn(2000, 500), torch.randint(0, 500, (2000,))
-    ticks, done = itertools.count(), threading.Event()
+    ticks, done, until = [0], threading.Event(), time.monotonic() + 20
 
     def tick():
         while not done.is_set():
-            next(ticks)
+            ticks[0] += 1
             done.wait(1e-4)
 
     thread = threading.Thread(target=tick)
     thread.start()
     try:
-        for _ in range(20):
+        while ticks[0] < 5 and time.monotonic() < until:  # a busy machine may take its time
             fused_ops.cross_entropy(x, target)
     finally:
         done.set()
         thread.join(20)
-    assert not thread.is_alive() and next(ticks) > 1
+    assert not thread.is_alive() and ticks[0] >= 5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
