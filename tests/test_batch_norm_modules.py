@@ -114,6 +114,21 @@ def test_checkpoint_counts_once(reentrant, momentum):
     assert kept.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_of_the_functional_ops_counts_once(reentrant):
+    """Ghost batches are not for the packed ops; the functional ones return the statistics, to be written back once."""
+    x = torch.randn(6, 3, requires_grad=True)
+    plain, kept = ((torch.zeros(3), torch.ones(3)) for _ in range(2))
+
+    def function(running, x):
+        return fused_ops.batch_norm(x, *running, training=True, groups=2)
+
+    expected = torch.autograd.grad(function(plain, x).pow(3).sum(), x)[0]
+    checkpoint(function, kept, x, use_reentrant=reentrant).pow(3).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
 def test_checkpoint_frees_the_input():
     """What a forward saves must be reachable by saved-tensor hooks, or checkpointing and offloading save nothing."""
     packed = []
