@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
-from fused_ops._batch_norm_functions import _grads
+from fused_ops._batch_norm_functions import _fake_act_backward, _grads
 from fused_ops._function import _has_torch_function, _transforms_active, call_backward_directly
 from fused_ops._library import eager, register
 from fused_ops.reference import _activation, empty_output
@@ -50,9 +50,9 @@ def _fake_backward(
     activation: int = _activation.NONE,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = reference.param_dtype(input, weight, bias)
-    grad_weight, grad_bias = (input.new_empty((input.size(1) if need_params else 0,), dtype=kind) for _ in range(2))
-    return empty_output(input) if need_input else input.new_empty(0), grad_weight, grad_bias
+    options = (training, correction, activation, slope, 1, need_input, need_params, False)
+    found = _fake_act_backward(grad_output, input, None, weight, bias, statistics, statistics, None, None, *options)
+    return found[0], found[2], found[3]
 
 
 _forward_op: Any = register(
@@ -180,7 +180,7 @@ def batch_norm(
     code, slope = 0, 0.0
     if activation is not None:
         code = _activation.CODES[activation]
-        slope = alpha if code == _activation.ELU else negative_slope if code == _activation.LEAKY_RELU else 0.0
+        slope = _activation.slope_of(code, negative_slope, alpha)
     numbers = momentum, eps, correction, code, slope
     update = False
     if running_mean is not None and running_var is not None:

@@ -255,7 +255,7 @@ def _with_statistics(
         function = _CompiledFunction if torch.compiler.is_compiling() else BatchNormFunction
         return function.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
     code = _code(activation)
-    slope = alpha if code == _activation.ELU else negative_slope if code == _activation.LEAKY_RELU else 0.0
+    slope = _activation.slope_of(code, negative_slope, alpha)
     options = Options(training, eps, correction, code, slope, groups)
     running, params = (running_mean, running_var), (weight, bias)
     if inplace_activated:

@@ -8,44 +8,42 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-// exp(x) to 0.6 ulp: exp_ of simd.h with one more term of the series.
+// exp(x) = (1 + series) * 2^power, for |x| of at most a few hundred: exp_ of simd.h with one more term of the series.
+struct Exponential {
+  float series;
+  int32_t power;
+};
+inline Exponential reduced_exp(float x) {
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  float r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  float poly = 1.9841270e-4f;
+  poly = poly * r + 1.3888889e-3f;
+  poly = poly * r + 8.3333337e-3f;
+  poly = poly * r + 4.1666668e-2f;
+  poly = poly * r + 1.6666667e-1f;
+  poly = poly * r + 0.5f;
+  return {poly * r * r + r, bit_copy<int32_t>(shifted) - 0x4b400000};
+}
+
+// exp(x) to 0.6 ulp.
 inline float exp_close(float x) {
   x = x < -110.0f ? -110.0f : x;
   x = x > 100.0f ? 100.0f : x;
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = x - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723e-6f;
-  float poly = 1.9841270e-4f;
-  poly = poly * r + 1.3888889e-3f;
-  poly = poly * r + 8.3333337e-3f;
-  poly = poly * r + 4.1666668e-2f;
-  poly = poly * r + 1.6666667e-1f;
-  poly = poly * r + 0.5f;
-  poly = poly * r * r + r + 1.0f;
-  const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000;
-  const int32_t half = k >> 1;
-  return poly * bit_copy<float>(static_cast<uint32_t>(half + 127) << 23) *
-         bit_copy<float>(static_cast<uint32_t>(k - half + 127) << 23);
+  const Exponential e = reduced_exp(x);
+  const int32_t half = e.power >> 1;
+  return (e.series + 1.0f) * bit_copy<float>(static_cast<uint32_t>(half + 127) << 23) *
+         bit_copy<float>(static_cast<uint32_t>(e.power - half + 127) << 23);
 }
 inline double exp_close(double x) { return std::exp(x); }
 
-// exp(x) - 1 for x <= 0 to about 1 ulp: the reduction of exp_, with the 1 kept out of the polynomial.
+// exp(x) - 1 for x <= 0 to about 1 ulp: the 1 stays out of the series.
 inline float expm1_(float x) {
   x = x < -30.0f ? -30.0f : x;
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = x - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723e-6f;
-  float poly = 1.9841270e-4f;
-  poly = poly * r + 1.3888889e-3f;
-  poly = poly * r + 8.3333337e-3f;
-  poly = poly * r + 4.1666668e-2f;
-  poly = poly * r + 1.6666667e-1f;
-  poly = poly * r + 0.5f;
-  poly = poly * r * r + r;
-  const float scale = bit_copy<float>((bit_copy<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
-  return poly * scale + (scale - 1.0f);
+  const Exponential e = reduced_exp(x);
+  const float scale = bit_copy<float>(static_cast<uint32_t>(e.power + 127) << 23);
+  return e.series * scale + (scale - 1.0f);
 }
 inline double expm1_(double x) { return std::expm1(x); }
 
@@ -81,19 +79,9 @@ inline double tanh_(double x) { return std::tanh(x); }
 inline float gauss(float x) {
   float y = -0.5f * x * x;
   y = y < -150.0f ? -150.0f : y;
-  const float shifted = y * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = y - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723e-6f;
-  float poly = 1.9841270e-4f;
-  poly = poly * r + 1.3888889e-3f;
-  poly = poly * r + 8.3333337e-3f;
-  poly = poly * r + 4.1666668e-2f;
-  poly = poly * r + 1.6666667e-1f;
-  poly = poly * r + 0.5f;
-  poly = poly * r * r + r + 1.0f;
-  const int32_t k = bit_copy<int32_t>(shifted) - 0x4b400000 + 127;
-  return poly * bit_copy<float>(static_cast<uint32_t>(k < 0 ? 0 : k) << 23);
+  const Exponential e = reduced_exp(y);
+  const int32_t exponent = e.power + 127;
+  return (e.series + 1.0f) * bit_copy<float>(static_cast<uint32_t>(exponent < 0 ? 0 : exponent) << 23);
 }
 inline double gauss(double x) { return std::exp(-0.5 * x * x); }
 

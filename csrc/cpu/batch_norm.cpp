@@ -171,7 +171,7 @@ void apply_tile(const BatchNormForward& a, int64_t item) {
       scale(t, static_cast<const A*>(a.scale) + column), shift(t, static_cast<const A*>(a.shift) + column);
   const Affine<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values)};
   T* y = static_cast<T*>(a.output) + column;
-  const int64_t ahead = t.ahead(l, kAhead<T>, 4);
+  const int64_t ahead = t.ahead(l, kAhead<T>, kMostRows);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
     if (l.valid && !l.valid[r])
       std::fill_n(y + r * l.channels, n, T{});

@@ -109,7 +109,7 @@ void grad_tile(const BatchNormBackward& a, Before before, int64_t item) {
                       grad_mean = values(a.grad_mean, reduced), grad_slope = values(a.grad_slope, reduced);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
                                            Ordered<T>(grad_mean.values), Ordered<T>(grad_slope.values)};
-  const int64_t ahead = t.ahead(l, kAhead<T>, 4);
+  const int64_t ahead = t.ahead(l, kAhead<T>, kMostRows);
   t.for_each_step(t.row_begin, t.row_end, [&](int64_t r, int64_t, int64_t n) {
     const int64_t offset = r * l.channels + column;
     if (l.valid && !l.valid[r])

@@ -153,20 +153,9 @@ template <class T>
 int64_t add_tile_rows(const BatchNormForward& a, const Tile& t, int64_t begin, int64_t end, ColumnSums<T>& columns) {
   const ChannelLayout& l = a.layout;
   const T* x = static_cast<const T*>(a.input) + t.column;
-  const T* rows[kMostRows];
-  const int64_t together = rows_together<T>(l);
-  int64_t waiting = 0, counted = 0;
-  t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
-    if (l.valid && !l.valid[r]) return;
-    counted += count;
-    rows[waiting] = x + r * l.channels;
-    if (n < t.width)  // the last step, of fewer rows
-      columns.template add<1>(rows + waiting, n);
-    else if (++waiting == together)
-      together == kMostRows ? columns.template add<kMostRows>(rows, n) : columns.template add<kMostRows / 2>(rows, n),
-          waiting = 0;
-  });
-  for (int64_t k = 0; k < waiting; ++k) columns.template add<1>(rows + k, t.width);
+  const int64_t counted = for_rows_together<T, const T*>(
+      l, t, begin, end, [&](int64_t r, int64_t, int64_t) { return x + r * l.channels; },
+      [&](auto k, const T* const* rows, int64_t n) { columns.template add<decltype(k)::value>(rows, n); });
   columns.sums.fold(t);
   return counted;
 }

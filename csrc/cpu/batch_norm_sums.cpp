@@ -93,34 +93,21 @@ struct ColumnProducts {
 };
 
 template <class T, Before kBefore>
-void add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int64_t end,
-                   const BackwardCoefficients<Ordered<T>>& c, ColumnProducts<T>& columns, int64_t* counted) {
+int64_t add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int64_t end,
+                      const BackwardCoefficients<Ordered<T>>& c, ColumnProducts<T>& columns) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
   alignas(kLineBytes) A given[kMostRows][kBefore == Before::given ? kTile + 16 : 1];
-  GradRun<T> runs[kMostRows];
-  const int64_t together = rows_together<T>(l);
-  const auto add = [&](const GradRun<T>* rows, int64_t n) {
-    if (together == kMostRows)
-      columns.template add_rows<kMostRows, kBefore>(rows, n, c);
-    else
-      columns.template add_rows<kMostRows / 2, kBefore>(rows, n, c);
-  };
-  int64_t waiting = 0;
-  t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
+  const auto run_of = [&](int64_t r, int64_t n, int64_t i) {
     const int64_t offset = r * l.channels + t.column;
-    if (l.valid && !l.valid[r]) return;
-    *counted += count;
     const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
-    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[waiting]);
-    runs[waiting] = {x + offset, g + offset, mask, given[waiting], static_cast<A>(a.slope), 0, 0, inverse_slope<T>(a)};
-    if (n < t.width)  // the last step, of fewer rows
-      columns.template add_rows<1, kBefore>(runs + waiting, n, c);
-    else if (++waiting == together)
-      add(runs, n), waiting = 0;
+    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[i]);
+    return GradRun<T>{x + offset, g + offset, mask, given[i], static_cast<A>(a.slope), 0, 0, inverse_slope<T>(a)};
+  };
+  return for_rows_together<T, GradRun<T>>(l, t, begin, end, run_of, [&](auto k, const GradRun<T>* runs, int64_t n) {
+    columns.template add_rows<decltype(k)::value, kBefore>(runs, n, c);
   });
-  for (int64_t w = 0; w < waiting; ++w) columns.template add_rows<1, kBefore>(runs + w, t.width, c);
 }
 
 template <class T, Before kBefore>
@@ -147,7 +134,7 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   double sum[kTile], dot[kTile];
   const int64_t fold = sizeof(T) == 2 ? kRowsPerFold * t.fused : t.rows();  // rows that are summed in float
   for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
-    add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns, &counted);
+    counted += add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns);
     columns.sums.fold(t);
   }
   columns.sums.take(t, sum, dot);

@@ -1,6 +1,7 @@
 // How the batch-norm kernels walk over a layout's items, and what they load on the way.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../batch_norm.h"
 #include "lines.h"
@@ -24,11 +25,10 @@ constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));  // of 
 // Rows of a tile that are summed together: the more, the fewer loads and stores of their sums; the fewer, the more they
 // are read in the order of memory, which reads faster what is not in the cache. No bit depends on it.
 constexpr int kMostRows = 4;
-constexpr int64_t kCachedBytes = int64_t{1} << 20;
 template <class T>
 inline int64_t rows_together(const ChannelLayout& l) {
   const int64_t bytes = l.numel() * static_cast<int64_t>(sizeof(T));
-  return sizeof(T) == 2 || bytes < kCachedBytes ? kMostRows : kMostRows / 2;
+  return sizeof(T) == 2 || bytes < kCacheBytes ? kMostRows : kMostRows / 2;
 }
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
@@ -186,6 +186,32 @@ struct Tile {
     if (Line<T>::kPairs) to_line_order<T>(natural, to, padded());
   }
 };
+
+// Calls add(k, items, n) for the rows of [begin, end) that count: k of them together (an integral_constant, as the
+// kernels are made for each), n values of each, and of each the item that make(r, n, i) gives, the i-th of those
+// waiting. Returns how many rows count.
+template <class T, class Item, class Make, class Add>
+inline int64_t for_rows_together(const ChannelLayout& l, const Tile& t, int64_t begin, int64_t end, const Make& make,
+                                 const Add& add) {
+  using One = std::integral_constant<int, 1>;
+  Item items[kMostRows];
+  const int64_t together = rows_together<T>(l);
+  int64_t waiting = 0, counted = 0;
+  t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
+    if (l.valid && !l.valid[r]) return;
+    counted += count;
+    items[waiting] = make(r, n, waiting);
+    if (n < t.width) return add(One(), items + waiting, n);  // the last step, of fewer rows
+    if (++waiting < together) return;
+    waiting = 0;
+    if (together == kMostRows)
+      add(std::integral_constant<int, kMostRows>(), items, n);
+    else
+      add(std::integral_constant<int, kMostRows / 2>(), items, n);
+  });
+  for (int64_t k = 0; k < waiting; ++k) add(One(), items + k, t.width);
+  return counted;
+}
 
 // What is prefetched with the lines of rows that are walked together. Where the tile is all columns, so that the rows
 // are one piece of memory, its lines in their order: in the order in which they are read, one of each row in turn, the

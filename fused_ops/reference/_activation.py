@@ -23,6 +23,11 @@ CODES: dict[str | None, int] = {
 SIGN_ONLY = (RELU, LEAKY_RELU)  # the derivative needs no more of z than whether it is positive
 
 
+def slope_of(code: int, negative_slope: float, alpha: float) -> float:
+    """What the raw ops take as ``slope``: leaky_relu's negative slope, elu's alpha, 0 for the others."""
+    return alpha if code == ELU else negative_slope if code == LEAKY_RELU else 0.0
+
+
 def apply(code: int, z: Tensor, slope: float) -> Tensor:
     """The activation of z; ``slope`` is leaky_relu's negative slope or elu's alpha."""
     if code == RELU:

@@ -797,7 +797,7 @@ NATIVE = [
         "deviation from the pilot not squared",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_moments.cpp",
+        NWALK,
         "if (l.valid && !l.valid[r]) return;",
         "if (l.valid && !l.valid[r] && r) return;",
         "bn",
