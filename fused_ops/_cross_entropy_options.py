@@ -68,13 +68,14 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 def _number(name: str, value: object, low: float, strict: bool = False) -> float:
-    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+    if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"cross_entropy(): argument '{name}' must be a number, not {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (strict and value == low):
+    # Comparisons alone: of a number that is a symbol of a graph they are guards, and nothing else can be asked of it.
+    if not -math.inf < value < math.inf or value < low or (strict and value == low):
         raise ValueError(
             f"cross_entropy: {name} must be finite and {'above' if strict else 'at least'} {low}, got {value}"
         )
-    return float(value)
+    return value * 1.0
 
 
 def check_logits(input: Tensor) -> None:
@@ -110,7 +111,7 @@ def _refuse_shape(name: str, target: Tensor, input: Tensor, want: torch.Size) ->
 
 def check_ignore_index(value: object) -> None:
     """Raises for what is no integer."""
-    if not hasattr(value, "__index__"):
+    if not isinstance(value, int) and not hasattr(value, "__index__"):  # a symbol of a graph is an int, and no more
         raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(value).__name__}")
 
 
@@ -121,7 +122,7 @@ def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     )
     dim, lam = class_dim(input), target[2]
     if not isinstance(lam, Tensor):
-        lam = torch.full((), _number("lam", lam, 0.0), dtype=acc_dtype(input.dtype), device=input.device)
+        lam = torch.ones((), dtype=acc_dtype(input.dtype), device=input.device) * _number("lam", lam, 0.0)
     if not lam.is_floating_point():
         raise RuntimeError(f"cross_entropy: expected lam of a floating-point dtype, got {lam.dtype}")
     if lam.dim() == 1 and first.dim() > 1:
@@ -228,7 +229,7 @@ def prepare(
     check_ignore_index(given.ignore_index)
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
-    smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
+    smoothing = given.label_smoothing * 1.0 if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
     autocast = autocast_enabled(input)
     kind, indices, probabilities = _target(target, input, given.ignore_index)
     if weight is not None:

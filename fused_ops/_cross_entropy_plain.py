@@ -26,6 +26,7 @@ _SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by on
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
 
 _grad_enabled = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
 
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
@@ -186,12 +187,6 @@ class _SmallFunction(Function):
         return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
 
 
-class _CompiledFunction(CrossEntropyFunction):
-    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
-
-    jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
-
-
 _small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what _brings_gradient has asked already
 call_backward_directly(_SmallFunction)
 
@@ -205,6 +200,7 @@ def _brings_gradient(input: Tensor) -> bool:
         and _grad_enabled()
         and not _transforms_active()
         and forward_ad._current_level < 0
+        and not _is_tracing()
     )
 
 
@@ -230,13 +226,9 @@ def small_loss(input: Any, target: Any, ignore_index: Any, reduction: Any) -> Te
 
 
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
-    """The loss of checked class indices."""
-    if torch.compiler.is_compiling():
-        function: type[FusedFunction] = _CompiledFunction
-    elif reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
+    """The loss of checked class indices in eager mode."""
+    if reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
         loss: Tensor = _small_apply(input, target, (ignore_index, REDUCTIONS[reduction]))
         return loss
-    else:
-        function = CrossEntropyFunction
-    loss = function.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
+    loss = CrossEntropyFunction.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
     return loss

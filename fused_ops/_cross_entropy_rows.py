@@ -132,13 +132,6 @@ class CrossEntropyRowsFunction(FusedFunction):
         return nll_t, lse_t, None, None, entropy_t, None, log_probability_t
 
 
-class _CompiledRowsFunction(CrossEntropyRowsFunction):
-    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
-
-    jvp = torch.autograd.Function.jvp  # type: ignore[assignment]
-
-
 def cross_entropy_rows(inplace_backward: bool, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
-    """The Function's outputs."""
-    function = _CompiledRowsFunction if torch.compiler.is_compiling() else CrossEntropyRowsFunction
-    return function.apply(*a, *o, inplace_backward)  # type: ignore[no-any-return]
+    """The seven results of each row in eager mode."""
+    return CrossEntropyRowsFunction.apply(*a, *o, inplace_backward)  # type: ignore[no-any-return]

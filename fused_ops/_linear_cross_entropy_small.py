@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
-from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
+from fused_ops._cross_entropy_dispatch import index_loss
+from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active, is_one
 from fused_ops._library import register
 from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
@@ -104,7 +105,7 @@ def _in_two(
 ) -> Tensor:
     """The product, then the loss."""
     logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-    return index_loss(logits, target, ignore_index, reduction, False)
+    return index_loss(logits, target, ignore_index, reduction)
 
 
 def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> bool:

@@ -16,10 +16,11 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss, small_loss
-from fused_ops._cross_entropy_rows import cross_entropy_rows
+from fused_ops._cross_entropy_dispatch import index_loss, rows
+from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
 from fused_ops._deferred_logits import DeferredLogits
 from fused_ops._function import _transforms_active, autocast_enabled
+from fused_ops._graph import needs_formulas
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
@@ -159,7 +160,7 @@ def cross_entropy(
             small = small_loss(input, target, ignore_index, reduction)
             if small is not None:
                 return small
-        if _is_plain(input, target):
+        if _is_plain(input, target) and not needs_formulas():
             indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
             if inplace_backward:
                 _check_inplace(input)
@@ -170,6 +171,5 @@ def cross_entropy(
         _check_inplace(input)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype)
-    return reduced_loss(
-        call, reduction, normalizer, empty, return_outputs, partial(cross_entropy_rows, inplace_backward)
-    )
+    run = partial(rows, inplace_backward=inplace_backward)
+    return reduced_loss(call, reduction, normalizer, empty, return_outputs, run)

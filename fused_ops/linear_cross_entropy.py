@@ -18,8 +18,8 @@ from fused_ops._cross_entropy_options import (
     reduced_loss,
     row_scale,
 )
-from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
-from fused_ops._cross_entropy_rows import cross_entropy_rows
+from fused_ops._cross_entropy_dispatch import index_loss, rows
+from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active
 from fused_ops._linear_cross_entropy_checks import check_memory, flat, flat_target, head_of, shapes, shifted
 from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
@@ -57,7 +57,7 @@ class _Memory(NamedTuple):
 
 def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
     """The rows of logits that exist all at once."""
-    return cross_entropy_rows(False, a._replace(input=reference.logits(head, classes)), o)
+    return rows(a._replace(input=reference.logits(head, classes)), o)
 
 
 def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_outputs: bool) -> int:
@@ -199,10 +199,10 @@ def linear_cross_entropy(
     result = _run(call, head, shape.classes, memory, reduction, normalizer, empty, return_outputs)
     if reduction != "none" and not return_outputs:
         return result
-    rows = shape.rows(False)
+    row_shape = shape.rows(False)
     if not return_outputs:
-        return result.reshape(rows)
-    return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(rows) for t in result))
+        return result.reshape(row_shape)
+    return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(row_shape) for t in result))
 
 
 def _run(
@@ -220,7 +220,7 @@ def _run(
         if _is_plain(call, normalizer, empty, return_outputs):
             indices = call.args.indices
             assert indices is not None
-            return index_loss(reference.logits(head, classes), indices, call.options.ignore_index, reduction, False)
+            return index_loss(reference.logits(head, classes), indices, call.options.ignore_index, reduction)
         run = partial(_whole_rows, head, classes)
         return reduced_loss(call, reduction, normalizer, empty, return_outputs, run)
     needs = _is_sum(call, head, reduction, normalizer, return_outputs)

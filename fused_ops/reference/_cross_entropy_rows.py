@@ -124,7 +124,9 @@ class _Row:
         off = q == 0
         if self.a.indices is None or self.o.label_smoothing:
             off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
-        return torch.where(off | ~self.valid.unsqueeze(self.dim), 0.0, q * values).sum(self.dim)
+        off = off | ~self.valid.unsqueeze(self.dim)
+        # inside too: the derivative of q * inf with respect to q is no 0 that the outer choice would leave out
+        return torch.where(off, 0.0, q * torch.where(off, 0.0, values)).sum(self.dim)
 
     def of_index(self, values: Tensor) -> Tensor:
         """The values of each row's one class index; 0 in ignored rows."""
@@ -158,7 +160,18 @@ def forward(
     """
     a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
     _check_range(a, o.ignore_index)
-    row, dim = _Row(a, o, torch.float64), class_dim(input)
+    return _results(_Row(a, o, torch.float64))
+
+
+def formulas(a: RowArgs, o: RowOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``forward`` as a differentiable function of every floating-point tensor, any number of times, in both modes."""
+    quiet = None if o.statistics else ~counted_rows(a, o.ignore_index)
+    return _results(_Row(a, o, torch.float64, quiet))
+
+
+def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, o, dim = row.a, row.o, row.dim
+    input, indices, probabilities, weight, _ = a
     q, count = row.q(), row.valid.double()
     lse = row.u.logsumexp(dim) + 0 * row.log_p.amax(dim) if input.size(dim) else count * 0  # NaN where no class is left
     nll = row.dot(q, -row.log_p)

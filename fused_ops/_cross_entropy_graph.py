@@ -1,0 +1,179 @@
+"""Cross-entropy in the graphs of torch.compile and torch.export: an op for class indices alone, and one for rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ops import _cross_entropy_plain as plain
+from fused_ops import _cross_entropy_rows as rows
+from fused_ops._graph import as_tensor, register_graph_op
+from fused_ops.reference import _cross_entropy_rows as reference
+from fused_ops.reference import empty_output
+from fused_ops.reference.cross_entropy import acc_dtype
+from fused_ops.reference.cross_entropy import double_backward as plain_double_backward
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
+
+# ---- class indices alone, reduced in the op
+
+
+def _index_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    input, target, ctx.ignore_index, ctx.reduction = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(input, target, *output[1:])
+
+
+def _index_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+    if grad_loss is None:
+        return None, None, None, None
+    return _index_grad_op(grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction), None, None, None
+
+
+def _index_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_loss, input, target, _, total, ctx.ignore_index, ctx.reduction = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_loss, input, target, total)
+
+
+def _index_grad_backward(ctx: Any, grad: Tensor | None) -> Any:
+    if grad is None:
+        return (None,) * 7
+    found = plain_double_backward(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
+    return *found, None, None, None, None, None
+
+
+_index_op = register_graph_op(
+    "cross_entropy(Tensor input, Tensor target, SymInt ignore_index, int reduction) "
+    "-> (Tensor loss, Tensor lse, Tensor total)",
+    plain._forward_op,
+    plain._fake_forward,
+    _index_context,
+    _index_backward,
+)
+_index_grad_op = register_graph_op(
+    "cross_entropy_grad(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
+    "SymInt ignore_index, int reduction) -> Tensor",
+    plain._backward_op,
+    plain._fake_backward,
+    _index_grad_context,
+    _index_grad_backward,
+)
+
+
+def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The loss of checked class indices."""
+    loss: Tensor = _index_op(input, target, ignore_index, plain.REDUCTIONS[reduction])[0]  # type: ignore[index]
+    return loss
+
+
+# ---- rows with every option
+
+_NUMBERS = "SymInt ignore_index, Tensor? numbers, bool statistics"  # of numbers, see _options
+_INPUT, _PROBABILITIES, _WEIGHT = 1, 2, 4  # the gradients that are needed, one bit each
+
+
+def _options(ignore_index: int, numbers: Tensor | None, statistics: bool) -> RowOptions:
+    """The options of a raw op; ``numbers`` are label_smoothing, logit_scale and softcap, None the defaults."""
+    return RowOptions(ignore_index, *((0.0, 1.0, 0.0) if numbers is None else numbers.tolist()), statistics)
+
+
+def _forward(input: Tensor, *args: Any) -> Any:
+    return rows._forward_op(input, *args[:4], *_options(*args[4:]))
+
+
+def _fake_forward(input: Tensor, *args: Any) -> Any:
+    return rows._fake_forward(input, args[-1])
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.ignore_index, numbers, ctx.statistics = inputs
+    _, lse, mass, target_weight, entropy, prediction, log_probability = output
+    fixed = (mass, target_weight, prediction)
+    ctx.mark_non_differentiable(*(fixed if ctx.statistics else (*fixed, entropy, log_probability)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, numbers, lse, mass, entropy)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> Any:
+    *tensors, numbers, lse, mass, entropy = ctx.saved_tensors
+    g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if ctx.statistics else (None, None)))
+    need = ctx.needs_input_grad
+    needs = need[0] * _INPUT + need[2] * _PROBABILITIES + need[3] * _WEIGHT
+    if not needs or all(grad is None for grad in g):
+        return (None,) * 8
+    options = (ctx.ignore_index, numbers, ctx.statistics)
+    if torch.is_grad_enabled():  # to be differentiated again, outside of what was compiled
+        found = _formulas(g, RowArgs(*tensors), _options(*options), needs)
+    else:
+        found = _grad_op(*g, *tensors, lse, mass, entropy, *options, needs)
+    grad_input, grad_probabilities, grad_weight = found
+    return (
+        grad_input if need[0] else None,
+        None,
+        grad_probabilities if need[2] else None,
+        grad_weight if need[3] else None,
+        *(None,) * 4,
+    )
+
+
+def _formulas(g: RowGrads, a: RowArgs, o: RowOptions, needs: int) -> tuple[Tensor | None, ...]:
+    """The gradients, differentiable."""
+    nll = g.nll is not None
+    return (
+        reference.grad_input(g, a, o, acc_dtype(a.input.dtype)).to(a.input.dtype) if needs & _INPUT else None,
+        reference.grad_probabilities(g, a, o) if nll and needs & _PROBABILITIES else None,
+        reference.grad_weight(g, a, o) if nll and needs & _WEIGHT else None,
+    )
+
+
+def _grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    g, a, (lse, mass, entropy), needs = RowGrads(*args[:4]), RowArgs(*args[4:9]), args[9:12], args[15]
+    o = _options(*args[12:15])
+    grad_input = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
+    found = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
+    return tuple(_or_zeros(t, like, n) for t, like, n in zip(found, *_wanted(a, needs), strict=True))  # type: ignore[return-value]
+
+
+def _wanted(a: RowArgs, needs: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    return (a.input, a.probabilities, a.weight), (needs & _INPUT, needs & _PROBABILITIES, needs & _WEIGHT)
+
+
+def _or_zeros(found: Tensor | None, like: Tensor | None, needed: int) -> Tensor:
+    """A gradient that is there; else zeros where it is needed, and an empty tensor where it is not."""
+    if found is not None:
+        return found
+    return torch.zeros_like(like) if needed and like is not None else torch.empty(0)
+
+
+def _fake_grad(*args: Any) -> tuple[Tensor, ...]:
+    a, needs = RowArgs(*args[4:9]), args[15]
+    (_, *others), (_, *needed) = _wanted(a, needs)
+    grad_input = empty_output(a.input) if needs & _INPUT else torch.empty(0)
+    return grad_input, *(_or_zeros(None, like, need) for like, need in zip(others, needed, strict=True))
+
+
+_rows_op = register_graph_op(
+    f"cross_entropy_rows(Tensor input, {rows._TENSORS}, {_NUMBERS}) "
+    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
+    "Tensor target_log_probability)",
+    _forward,
+    _fake_forward,
+    _context,
+    _backward,
+)
+_grad_op: Any = register_graph_op(
+    f"cross_entropy_rows_grad({rows._GRADS}, Tensor input, {rows._TENSORS}, Tensor lse, Tensor mass, Tensor entropy, "
+    f"{_NUMBERS}, int needs) -> (Tensor grad_input, Tensor grad_probabilities, Tensor grad_weight)",
+    _grad,
+    _fake_grad,
+)
+
+
+def cross_entropy_rows(a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
+    """The seven results of each row."""
+    numbers = o.label_smoothing, o.logit_scale, o.softcap
+    packed = None if numbers == (0.0, 1.0, 0.0) else as_tensor(*numbers)
+    return _rows_op(*a, o.ignore_index, packed, o.statistics)  # type: ignore[return-value]
