@@ -173,7 +173,9 @@ def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     a, o, dim = row.a, row.o, row.dim
     input, indices, probabilities, weight, _ = a
     q, count = row.q(), row.valid.double()
-    lse = row.u.logsumexp(dim) + 0 * row.log_p.amax(dim) if input.size(dim) else count * 0  # NaN where no class is left
+    lse = count * 0
+    if input.size(dim):  # NaN where no class is left, and beside an infinite logit
+        lse = torch.where(row.log_p.amax(dim).isnan(), math.nan, row.u.logsumexp(dim))
     nll = row.dot(q, -row.log_p)
     one = indices is not None and probabilities is None
     log_probability = row.of_index(row.log_p) if one else torch.zeros_like(nll)
