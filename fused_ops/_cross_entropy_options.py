@@ -67,7 +67,7 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _number(name: str, value: object, low: float, strict: bool = False) -> float:
+def _number(name: str, value: Any, low: float, strict: bool = False) -> float:
     if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"cross_entropy(): argument '{name}' must be a number, not {type(value).__name__}")
     # Comparisons alone: of a number that is a symbol of a graph they are guards, and nothing else can be asked of it.
@@ -75,7 +75,8 @@ def _number(name: str, value: object, low: float, strict: bool = False) -> float
         raise ValueError(
             f"cross_entropy: {name} must be finite and {'above' if strict else 'at least'} {low}, got {value}"
         )
-    return value * 1.0
+    result: float = value * 1.0
+    return result
 
 
 def check_logits(input: Tensor) -> None:

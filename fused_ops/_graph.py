@@ -25,7 +25,7 @@ def needs_formulas() -> bool:
     """Whether only PyTorch's own differentiable ops give the right derivatives of this call."""
     if torch.compiler.is_compiling():
         return bool(_transforms_active())  # Dynamo inlines a Function there, without its backward
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return True
     return bool(_transforms_active()) and _forward_levels() > 1
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_options import (
     Numbers,
     check_ignore_index,
@@ -18,9 +19,8 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
-from fused_ops import _dtensor
+from fused_ops._dtensor import any_dtensor, refuse
 from fused_ops._function import _has_torch_function, _transforms_active, autocast_enabled
 from fused_ops._graph import needs_formulas
 
@@ -156,9 +156,16 @@ def cross_entropy(
         small = small_loss(input, target, ignore_index, reduction)
         if small is not None:
             return small
-    if _has_torch_function(input, target, weight) or _dtensor.any_dtensor(input, target, weight):
-        args = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        own = {
+    if _has_torch_function(input, target, weight) or any_dtensor(input, target, weight):
+        given: dict[str, Any] = {
+            "weight": weight,
+            "size_average": size_average,
+            "ignore_index": ignore_index,
+            "reduce": reduce,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        own: dict[str, Any] = {
             "z_loss": z_loss,
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -171,9 +178,9 @@ def cross_entropy(
             "return_outputs": return_outputs,
         }
         if _has_torch_function(input, target, weight):
-            return handle_torch_function(cross_entropy, (input, target, weight), *args, **own)
-        _dtensor.refuse(cross_entropy, own)
-        return F.cross_entropy(*args)  # type: ignore[arg-type]
+            return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
+        refuse(cross_entropy, own)
+        return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
     if alone and _is_plain(input, target) and not needs_formulas():
         indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
         if inplace_backward:
