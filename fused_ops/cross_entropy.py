@@ -146,7 +146,7 @@ def cross_entropy(
         and size_average is None
         and reduce is None
         and type(z_loss) in _NUMBERS
-        and not z_loss
+        and z_loss == 0
         and not return_outputs
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
