@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
 def any_dtensor(*values: Any) -> bool:
     """Whether one is a DTensor; asks for what it has, as importing its class takes a third of a second."""
-    return any(type(value) not in _PLAIN and hasattr(type(value), "full_tensor") for value in values)
+    for value in values:  # a loop, since any() of a generator takes longer than all of its questions
+        kind = type(value)
+        if kind not in _ORDINARY and hasattr(kind, "full_tensor"):
+            return True
+    return False
 
 
 def refuse(op: Callable[..., Any], own: dict[str, Any]) -> None:
