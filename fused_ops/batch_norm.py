@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_ops._batch_norm_packed as packed
+from fused_ops._argument_checks import check_tensors
 from fused_ops._batch_norm_functions import (
     BatchNormActFunction,
     BatchNormFunction,
@@ -89,6 +90,7 @@ def _positions(valid: Tensor, input: Tensor) -> Tensor:
     if valid.shape != (batch,) or len(spatial) != 1:
         expected = f"lengths of shape {[batch]} with a 3-d input"
         raise RuntimeError(f"batch_norm: expected valid to be {expected}, got {list(valid.shape)} with {input.dim()}-d")
+    check_tensors("batch_norm", [("input", input), ("valid", valid)])
     return torch.arange(spatial[0], device=input.device) < valid.unsqueeze(1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._argument_checks import check_tensors
 from fused_ops._cross_entropy_options import (
     Call,
     CrossEntropyOutput,
@@ -17,6 +18,7 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
     row_scale,
+    target_tensors,
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS, index_loss
 from fused_ops._cross_entropy_rows import cross_entropy_rows
@@ -178,6 +180,11 @@ def linear_cross_entropy(
     ):
         ignored = -100 if ignore_index is None else ignore_index
         return small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
+    tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
+    tensors += [*target_tensors(target), ("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)]
+    if isinstance(lora, (tuple, list)):
+        tensors += [*zip(("lora's A", "lora's B"), lora, strict=False)]
+    check_tensors("linear_cross_entropy", tensors)
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
     check_reduction(reduction, normalizer, empty)
