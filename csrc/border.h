@@ -127,12 +127,9 @@ class ArgumentCheck {
           " in method fused_ops::", op_, ")");
   }
   [[noreturn]] __attribute__((noinline, cold)) void raise_data(const Tensor& t, int64_t bytes) const {
-    const std::string name = argument_name(op_, index_);
-    if (bytes == 0)
-      raise(op_, ": ", name,
-            ": The tensor has a non-zero number of elements, but its data is not allocated yet; shape ", shape_of(t));
-    raise(op_, ": ", name, ": The tensor of shape ", shape_of(t), " reaches beyond its storage of ", bytes,
-          " bytes: its data is not allocated");
+    raise(op_, ": ", argument_name(op_, index_),
+          ": The tensor has a non-zero number of elements, but its data is not allocated yet; shape ", shape_of(t),
+          " in a storage of ", bytes, " bytes");
   }
 
   const char* op_;

@@ -1,8 +1,8 @@
 """What holds of the tensors of every call: one device, the strided layout, and data behind each shape.
 
-The kernels check it in ``csrc/border.h``; this is the same for what Python runs: fake kernels, which must not answer for
-a tensor that is on another device than the rest, references, and public functions that combine tensors before a raw op
-has seen them. PyTorch's elementwise operations do not check that a tensor's data is there: they crash.
+The kernels check it in ``csrc/border.h``. This is the same for what Python runs: fake kernels, which must not answer
+for tensors of several devices; references; and public functions that combine tensors before a raw op has seen them.
+PyTorch's elementwise operations do not check that a tensor's data is there: they crash.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def check_data(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
         extent = t.numel()
         if extent and not t.is_contiguous():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        if extent and (t.storage_offset() + extent) * t.itemsize > t.untyped_storage().nbytes():
+        bytes = t.untyped_storage().nbytes()
+        if extent and (t.storage_offset() + extent) * t.itemsize > bytes:
             raise RuntimeError(
                 f"{op}: {name}: The tensor has a non-zero number of elements, but its data is not allocated yet; "
-                f"shape {list(t.shape)}"
+                f"shape {list(t.shape)} in a storage of {bytes} bytes"
             )
 
 

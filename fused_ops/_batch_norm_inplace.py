@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._argument_checks import check_data
 from fused_ops._batch_norm_functions import _act_forward_op, _grads
 from fused_ops._function import FusedFunction, _transforms_active, checked_saved
 from fused_ops._library import register
@@ -199,5 +200,6 @@ def apply(
     options: Options,
 ) -> Any:
     """(output, mean, invstd, new_running_mean, new_running_var)."""
+    check_data("batch_norm", [("input", input)])
     stand_in = _StandIn.apply(input)
     return BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)[:5]

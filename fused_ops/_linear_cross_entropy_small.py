@@ -105,9 +105,7 @@ def _in_two(
 ) -> Tensor:
     """The product, then the loss."""
     tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
-    check_tensors(
-        "linear_cross_entropy", tensors
-    )  # F.linear does not ask for the device of a matrix of the meta device
+    check_tensors("linear_cross_entropy", tensors)  # F.linear takes a meta matrix for one of the CPU
     logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
     return index_loss(logits, target, ignore_index, reduction, False)
 

@@ -180,10 +180,11 @@ def linear_cross_entropy(
     ):
         ignored = -100 if ignore_index is None else ignore_index
         return small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
-    tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
-    tensors += [*target_tensors(target), ("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)]
-    if isinstance(lora, (tuple, list)):
-        tensors += [*zip(("lora's A", "lora's B"), lora, strict=False)]
+    tensors: list[tuple[str, Any]] = [
+        *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
+        *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
+        *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
+    ]
     check_tensors("linear_cross_entropy", tensors)
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
