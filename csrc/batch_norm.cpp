@@ -14,7 +14,7 @@
 #include "batch_norm_passes.h"
 #include "batch_norm_small.h"
 #include "batch_norm_tensors.h"
-#include "checks.h"
+#include "border.h"
 
 namespace fused_ops {
 namespace {
@@ -35,11 +35,16 @@ struct ForwardTensors {
   MaybeTensor output, mean, invstd, new_mean, new_var, mask;
 };
 
-// What the public function raises too, before anything is written.
+// What the public function raises too, before anything is written. A dimension of stride 0 is what copy_ refuses.
 void check_packed(const Tensor& input, const MaybeTensor& running_mean, const MaybeTensor& running_var,
                   const ForwardOptions& o) {
   for (const MaybeTensor* t : {&running_mean, &running_var})
     if (*t && (*t)->dim() != 1) raise(kOp, ": expected running statistics to have one dimension");
+  for (const MaybeTensor* t : {&running_mean, &running_var})
+    if (o.training && *t && (*t)->size(0) > 1 && (*t)->stride(0) == 0)
+      raise(kOp,
+            ": running statistics: unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation.");
   if (o.training ? o.eps <= 0 : o.eps < 0) raise(kOp, ": eps must be positive, got ", o.eps);
   if (o.training && input.size(1) && input.numel() == input.size(1))
     raise("Expected more than 1 value per channel when training, got input size ", shape_of(input));
@@ -195,7 +200,6 @@ BackwardTensors backward(const Tensor& grad_output_, const Tensor& input_, const
   const DType dtype = float_dtype(kOp, "input", input);
   const int64_t statistics = view.groups * channels;
   const auto check_statistics = [&](const char* name, const Tensor& t, int64_t numel) {
-    check_cpu(kOp, name, t);
     check_dtype(kOp, name, t, ScalarType::Double, "float64");
     check_numel(kOp, name, t, numel);
   };
@@ -350,39 +354,44 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_packed_backward(const Tensor& grad
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_forward(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
       "bool training, float momentum, float eps, int correction) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor new_running_mean, Tensor new_running_var)");
-  m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
-      "bool training, int correction, bool need_input, bool need_params) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  m.def(
+  fused_ops::define(m,
+                    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
+                    "bool training, int correction, bool need_input, bool need_params) "
+                    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  fused_ops::define(
+      m,
       "batch_norm_act_forward(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
       "Tensor? weight, Tensor? bias, Tensor? valid, bool training, float momentum, float eps, int correction, "
       "int activation, float slope, int groups) -> (Tensor output, Tensor mean, Tensor invstd, "
       "Tensor new_running_mean, Tensor new_running_var, Tensor mask)");
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor mean, Tensor invstd, Tensor? mask, Tensor? valid, bool training, int correction, int activation, "
       "float slope, int groups, bool need_input, bool need_params, bool need_residual) "
       "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_packed_forward(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, "
       "Tensor? bias, bool training=True, float momentum=0.1, float eps=1e-5, int correction=0, int activation=0, "
       "float slope=0.0) -> (Tensor output, Tensor statistics)");
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_packed_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, "
       "bool training=True, bool need_input=True, bool need_params=True, int correction=0, int activation=0, "
       "float slope=0.0) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("batch_norm_forward", FUSED_OPS_BOX(&fused_ops::batch_norm_forward));
-  m.impl("batch_norm_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_backward));
-  m.impl("batch_norm_act_forward", FUSED_OPS_BOX(&fused_ops::batch_norm_act_forward));
-  m.impl("batch_norm_act_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_act_backward));
-  m.impl("batch_norm_packed_forward", FUSED_OPS_BOX(&fused_ops::batch_norm_packed_forward));
-  m.impl("batch_norm_packed_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_packed_backward));
+  fused_ops::implement<&fused_ops::batch_norm_forward>(m, "batch_norm_forward");
+  fused_ops::implement<&fused_ops::batch_norm_backward>(m, "batch_norm_backward");
+  fused_ops::implement<&fused_ops::batch_norm_act_forward>(m, "batch_norm_act_forward");
+  fused_ops::implement<&fused_ops::batch_norm_act_backward>(m, "batch_norm_act_backward");
+  fused_ops::implement<&fused_ops::batch_norm_packed_forward>(m, "batch_norm_packed_forward");
+  fused_ops::implement<&fused_ops::batch_norm_packed_backward>(m, "batch_norm_packed_backward");
 }

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <utility>
 
+#include "border.h"
 #include "cuda/batch_norm.h"
 #include "cuda_device.h"
 
@@ -38,7 +39,6 @@ std::tuple<Results...> call_op(const char* name, const Args&... args) {
 
 void check_input(const Tensor& input) {
   if (input.dim() < 2) raise(kOp, ": input must be (batch, channels, ...), got shape ", shape_of(input));
-  check_on_gpu(kOp, "input", input);
   float_dtype(kOp, "input", input);
 }
 
@@ -49,7 +49,6 @@ std::optional<ScalarType> check_parameters(const Tensor& input,
   std::optional<ScalarType> kind;
   for (const auto& [name, t] : all) {
     if (!*t) continue;
-    check_beside(kOp, name, **t, input);
     if ((*t)->numel() != input.size(1)) raise(name, " should contain ", input.size(1), " elements not ", (*t)->numel());
     const ScalarType type = (*t)->scalar_type();
     if ((type != input.scalar_type() && !(narrow && type == ScalarType::Float)) || (kind && *kind != type))
@@ -64,7 +63,6 @@ std::optional<ScalarType> check_parameters(const Tensor& input,
 // A tensor of the input's shape and dtype in the input's memory layout: itself, or a copy.
 MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor& input) {
   if (!t) return t;
-  check_beside(kOp, name, *t, input);
   check_same_dtype(kOp, name, *t, "input", input);
   check_same_shape(kOp, name, *t, "input", input);
   bool same = true;
@@ -156,9 +154,8 @@ Six act_forward(const Tensor& input_, const MaybeTensor& residual_, const MaybeT
   return {output, mean, invstd, new_mean, new_var, mask};
 }
 
-const uint8_t* mask_bytes(const MaybeTensor& mask, const BatchNormShape& shape, const Tensor& input) {
+const uint8_t* mask_bytes(const MaybeTensor& mask, const BatchNormShape& shape) {
   if (!mask || mask->numel() == 0) return nullptr;
-  check_beside(kOp, "mask", *mask, input);
   check_dtype(kOp, "mask", *mask, ScalarType::Byte, "uint8");
   check_numel(kOp, "mask", *mask, mask_size(shape));
   if (!mask->is_contiguous()) raise(kOp, ": mask must be contiguous, as the forward returned it");
@@ -180,7 +177,6 @@ Four act_backward(const Tensor& grad_output_, const Tensor& input_, const MaybeT
   const auto kind = check_parameters(input_, {{"weight", &weight_}, {"bias", &bias_}});
   const int64_t channels = input_.size(1), none = 0, count = need_params ? channels : none;
   for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
-    check_beside(kOp, name, *t, input_);
     check_dtype(kOp, name, *t, ScalarType::Double, "float64");
     check_numel(kOp, name, *t, channels);
   }
@@ -195,7 +191,7 @@ Four act_backward(const Tensor& grad_output_, const Tensor& input_, const MaybeT
   call.dtype = float_dtype(kOp, "input", input), call.shape = shape_of_input(input);
   call.activation = activation_of(activation), call.slope = slope;
   call.training = training, call.correction = correction;
-  call.mask = sign_is_enough(call.activation) ? mask_bytes(mask, call.shape, input) : nullptr;
+  call.mask = sign_is_enough(call.activation) ? mask_bytes(mask, call.shape) : nullptr;
   const ScalarType grad_type = kind ? *kind : input.scalar_type();
   const auto like_input = [&](bool need) {
     return need ? empty_output(input) : empty(input, {&none, 1}, input.scalar_type());
@@ -241,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("batch_norm_forward", FUSED_OPS_BOX(&fused_ops::cuda::forward));
-  m.impl("batch_norm_backward", FUSED_OPS_BOX(&fused_ops::cuda::backward));
-  m.impl("batch_norm_act_forward", FUSED_OPS_BOX(&fused_ops::cuda::act_forward));
-  m.impl("batch_norm_act_backward", FUSED_OPS_BOX(&fused_ops::cuda::act_backward));
+  fused_ops::implement<&fused_ops::cuda::forward>(m, "batch_norm_forward");
+  fused_ops::implement<&fused_ops::cuda::backward>(m, "batch_norm_backward");
+  fused_ops::implement<&fused_ops::cuda::act_forward>(m, "batch_norm_act_forward");
+  fused_ops::implement<&fused_ops::cuda::act_backward>(m, "batch_norm_act_backward");
 }

@@ -8,7 +8,7 @@
 
 #include "batch_norm_passes.h"
 #include "batch_norm_tensors.h"
-#include "checks.h"
+#include "border.h"
 
 namespace fused_ops {
 namespace {
@@ -191,7 +191,6 @@ double lost(double mean, DType dtype) {
 
 // What the backward relies on when it reads `kept`; the kernels stop at an item's end by themselves.
 void check_begins(const Tensor& begins, int64_t items, int64_t kept) {
-  check_cpu(kOp, "begins", begins);
   check_dtype(kOp, "begins", begins, ScalarType::Long, "int64");
   check_numel(kOp, "begins", begins, items + 1);
   const int64_t* b = static_cast<const int64_t*>(begins.const_data_ptr());
@@ -289,11 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
   const int64_t channels = view.channels, none = 0;
   const DType dtype = float_dtype(kOp, "output", output);
   for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
-    check_cpu(kOp, name, *t);
     check_dtype(kOp, name, *t, ScalarType::Double, "float64");
     check_numel(kOp, name, *t, view.groups * channels);
   }
-  check_cpu(kOp, "kept", kept_);
   check_same_dtype(kOp, "kept", kept_, "output", output);
   const Tensor mean = dense(mean_), invstd = dense(invstd_), kept = dense(kept_), begins = dense(begins_);
   const Values w(weight, 1), b(bias, 0);
@@ -363,10 +360,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_keep(Tensor output, Tensor input, Tensor? weight, Tensor? bias, Tensor? valid, int activation, "
       "float slope, int groups) -> (Tensor kept, Tensor begins)");
-  m.def(
+  fused_ops::define(
+      m,
       "batch_norm_inplace_backward(Tensor grad_output, Tensor output, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, Tensor kept, Tensor begins, Tensor? valid, bool training, int correction, int activation, "
       "float slope, int groups, bool need_input, bool need_params) "
@@ -374,6 +373,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("batch_norm_keep", FUSED_OPS_BOX(&fused_ops::batch_norm_keep));
-  m.impl("batch_norm_inplace_backward", FUSED_OPS_BOX(&fused_ops::batch_norm_inplace_backward));
+  fused_ops::implement<&fused_ops::batch_norm_keep>(m, "batch_norm_keep");
+  fused_ops::implement<&fused_ops::batch_norm_inplace_backward>(m, "batch_norm_inplace_backward");
 }

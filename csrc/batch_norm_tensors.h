@@ -84,7 +84,6 @@ inline void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; 
 // A tensor of the input's shape and dtype in the input's memory layout: itself, or a copy.
 inline MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor& input) {
   if (!t) return t;
-  check_cpu(kOp, name, *t);
   check_same_dtype(kOp, name, *t, "input", input);
   check_same_shape(kOp, name, *t, "input", input);
   bool same = true;
@@ -97,7 +96,6 @@ inline MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor
 
 inline void check_input(const Tensor& input) {
   if (input.dim() < 2) raise(kOp, ": input must be (batch, channels, ...), got shape ", shape_of(input));
-  check_cpu(kOp, "input", input);
   float_dtype(kOp, "input", input);
 }
 
@@ -108,7 +106,6 @@ inline void check_parameters(const Tensor& input,
   const Tensor* first = nullptr;
   for (const auto& [name, t] : parameters) {
     if (!*t) continue;
-    check_cpu(kOp, name, **t);
     if ((*t)->numel() != input.size(1)) raise(name, " should contain ", input.size(1), " elements not ", (*t)->numel());
     const ScalarType type = (*t)->scalar_type();
     if (type != input.scalar_type() && !(narrow && type == ScalarType::Float))
@@ -125,7 +122,6 @@ inline void check_parameters(const Tensor& input,
 // (batch, spatial) bytes or bools, one a position, dense.
 inline MaybeTensor valid_positions(const MaybeTensor& valid, const Tensor& input) {
   if (!valid) return valid;
-  check_cpu(kOp, "valid", *valid);
   if (valid->scalar_type() != ScalarType::Bool && valid->scalar_type() != ScalarType::Byte)
     raise(kOp, ": valid must be bool, got dtype code ", static_cast<int>(valid->scalar_type()));
   int64_t positions = input.size(0);
@@ -190,7 +186,6 @@ inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& vali
 
 inline const uint8_t* mask_bytes(const MaybeTensor& mask, const View& view) {
   if (!mask || mask->numel() == 0) return nullptr;
-  check_cpu(kOp, "mask", *mask);
   check_dtype(kOp, "mask", *mask, ScalarType::Byte, "uint8");
   check_numel(kOp, "mask", *mask, view.mask_rows() * view.mask_row_bytes());
   if (!mask->is_contiguous()) raise(kOp, ": mask must be contiguous, as the forward returned it");

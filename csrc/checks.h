@@ -54,10 +54,6 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t, 
           "), got code ", static_cast<int>(t.scalar_type()));
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  if (!t.is_cpu()) raise(op, ": ", name, " must be on the CPU like input");
-}
-
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want, const char* want_name) {
   if (t.scalar_type() != want)
     raise(op, ": ", name, " must be ", want_name, ", got dtype code ", static_cast<int>(t.scalar_type()));

@@ -5,16 +5,15 @@
 #include <atomic>
 #include <tuple>
 
+#include "border.h"
 #include "cross_entropy_passes.h"
 
 namespace fused_ops {
 namespace {
 
-void on_cpu(const char* name, const Tensor& t) { check_cpu(kOp, name, t); }
-
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, const Tensor& target_,
                                                          int64_t ignore_index, int64_t reduction) {
-  check_input_and_target(input_, target_, reduction, on_cpu);
+  check_input_and_target(input_, target_, reduction);
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
   const Tensor target = dense(target_);
   const DType dtype = float_dtype(kOp, "input", input);
@@ -46,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_, c
 // inputs so small that a second call of an op costs more than the arithmetic.
 std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& input_, const Tensor& target_,
                                                                 int64_t ignore_index, int64_t reduction) {
-  check_input_and_target(input_, target_, reduction, on_cpu);
+  check_input_and_target(input_, target_, reduction);
   const auto mode = static_cast<Reduction>(reduction);
   if (mode == Reduction::none) raise(kOp, ": reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0");
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
@@ -74,8 +73,8 @@ std::tuple<Tensor, Tensor, int64_t> cross_entropy_with_gradient(const Tensor& in
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
                 const Tensor& total, int64_t ignore_index, int64_t reduction, bool in_place) {
-  check_input_and_target(input_, target_, reduction, on_cpu);
-  check_backward(grad_loss_, input_, target_, lse_, total, reduction, on_cpu);
+  check_input_and_target(input_, target_, reduction);
+  check_backward(grad_loss_, input_, target_, lse_, total, reduction);
   const auto mode = static_cast<Reduction>(reduction);
   if (in_place) check_in_place(input_);
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
@@ -126,23 +125,24 @@ void cross_entropy_backward_(const Tensor& grad_loss, Tensor input, const Tensor
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
-      "-> (Tensor loss, Tensor lse, Tensor total)");
-  m.def(
-      "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
-      "-> (Tensor loss, Tensor gradient, int ignored)");
-  m.def(
-      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
-      "int ignore_index, int reduction) -> Tensor");
-  m.def(
+  fused_ops::define(m,
+                    "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
+                    "-> (Tensor loss, Tensor lse, Tensor total)");
+  fused_ops::define(m,
+                    "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
+                    "-> (Tensor loss, Tensor gradient, int ignored)");
+  fused_ops::define(m,
+                    "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
+                    "int ignore_index, int reduction) -> Tensor");
+  fused_ops::define(
+      m,
       "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor lse, Tensor total, "
       "int ignore_index, int reduction) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("cross_entropy_forward", FUSED_OPS_BOX(&fused_ops::cross_entropy_forward));
-  m.impl("cross_entropy_with_gradient", FUSED_OPS_BOX(&fused_ops::cross_entropy_with_gradient));
-  m.impl("cross_entropy_backward", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", FUSED_OPS_BOX(&fused_ops::cross_entropy_backward_));
+  fused_ops::implement<&fused_ops::cross_entropy_forward>(m, "cross_entropy_forward");
+  fused_ops::implement<&fused_ops::cross_entropy_with_gradient>(m, "cross_entropy_with_gradient");
+  fused_ops::implement<&fused_ops::cross_entropy_backward>(m, "cross_entropy_backward");
+  fused_ops::implement<&fused_ops::cross_entropy_backward_>(m, "cross_entropy_backward_");
 }

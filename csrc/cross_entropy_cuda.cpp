@@ -4,6 +4,7 @@
 // is an error of the device, as in PyTorch.
 #include <tuple>
 
+#include "border.h"
 #include "cross_entropy_tensors.h"
 #include "cuda/cross_entropy.h"
 #include "cuda_device.h"
@@ -12,13 +13,9 @@ namespace fused_ops {
 namespace cuda {
 namespace {
 
-auto on_device_of(const Tensor& input) {
-  return [&input](const char* name, const Tensor& t) { check_beside(kOp, name, t, input); };
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_, const Tensor& target_, int64_t ignore_index,
                                            int64_t reduction) {
-  check_input_and_target(input_, target_, reduction, on_device_of(input_));
+  check_input_and_target(input_, target_, reduction);
   const OnDevice device(input_);
   const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_), target = dense(target_);
   ForwardCall call{};
@@ -40,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_, const Tensor& t
 
 Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
                 const Tensor& total, int64_t ignore_index, int64_t reduction, bool in_place) {
-  check_input_and_target(input_, target_, reduction, on_device_of(input_));
-  check_backward(grad_loss_, input_, target_, lse_, total, reduction, on_device_of(input_));
+  check_input_and_target(input_, target_, reduction);
+  check_backward(grad_loss_, input_, target_, lse_, total, reduction);
   if (in_place) check_in_place(input_);
   const auto mode = static_cast<Reduction>(reduction);
   const OnDevice device(input_);
@@ -77,7 +74,7 @@ void backward_in_place(const Tensor& grad_loss, Tensor input, const Tensor& targ
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("cross_entropy_forward", FUSED_OPS_BOX(&fused_ops::cuda::forward));
-  m.impl("cross_entropy_backward", FUSED_OPS_BOX(&fused_ops::cuda::backward_fresh));
-  m.impl("cross_entropy_backward_", FUSED_OPS_BOX(&fused_ops::cuda::backward_in_place));
+  fused_ops::implement<&fused_ops::cuda::forward>(m, "cross_entropy_forward");
+  fused_ops::implement<&fused_ops::cuda::backward_fresh>(m, "cross_entropy_backward");
+  fused_ops::implement<&fused_ops::cuda::backward_in_place>(m, "cross_entropy_backward_");
 }

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "border.h"
 #include "cross_entropy_rows_tensors.h"
 
 namespace fused_ops {
@@ -78,17 +79,20 @@ void cross_entropy_rows_backward_(const MaybeTensor& grad_nll, const MaybeTensor
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
+  fused_ops::define(
+      m,
       "cross_entropy_rows_forward(Tensor input, Tensor? indices, Tensor? probabilities, Tensor? weight, "
       "Tensor? class_mask, int ignore_index, float label_smoothing, float logit_scale, float softcap, bool statistics) "
       "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
       "Tensor target_log_probability)");
-  m.def(
+  fused_ops::define(
+      m,
       "cross_entropy_rows_backward(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor? grad_target_log_probability, Tensor input, Tensor? indices, Tensor? probabilities, Tensor? weight, "
       "Tensor? class_mask, Tensor lse, Tensor mass, Tensor? entropy, int ignore_index, float label_smoothing, "
       "float logit_scale, float softcap, bool statistics) -> Tensor");
-  m.def(
+  fused_ops::define(
+      m,
       "cross_entropy_rows_backward_(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor? grad_target_log_probability, Tensor(a!) input, Tensor? indices, Tensor? probabilities, Tensor? weight, "
       "Tensor? class_mask, Tensor lse, Tensor mass, Tensor? entropy, int ignore_index, float label_smoothing, "
@@ -96,7 +100,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("cross_entropy_rows_forward", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_forward));
-  m.impl("cross_entropy_rows_backward", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_backward));
-  m.impl("cross_entropy_rows_backward_", FUSED_OPS_BOX(&fused_ops::cross_entropy_rows_backward_));
+  fused_ops::implement<&fused_ops::cross_entropy_rows_forward>(m, "cross_entropy_rows_forward");
+  fused_ops::implement<&fused_ops::cross_entropy_rows_backward>(m, "cross_entropy_rows_backward");
+  fused_ops::implement<&fused_ops::cross_entropy_rows_backward_>(m, "cross_entropy_rows_backward_");
 }

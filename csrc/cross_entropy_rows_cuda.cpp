@@ -2,6 +2,8 @@
 // cross_entropy_rows.cpp. Nothing here waits for the device; a target out of range is an error of the device.
 #include "cross_entropy_rows_cuda.h"
 
+#include "border.h"
+
 namespace fused_ops {
 namespace cuda {
 namespace {
@@ -30,9 +32,8 @@ Tensor rows_backward(bool in_place, const MaybeTensor& grad_nll, const MaybeTens
   if (grad_entropy && !entropy) raise(kOp, ": expected entropy beside grad_entropy, got none");
   const OnDevice device(input);
   MaybeTensor owners[7];
-  auto values = [&, check = on_device_of(input), next = 0](const char* name, const MaybeTensor& t,
-                                                           int64_t* step = nullptr) mutable {
-    return row_values(name, t, p, owners[next++], check, step);
+  auto values = [&, next = 0](const char* name, const MaybeTensor& t, int64_t* step = nullptr) mutable {
+    return row_values(name, t, p, owners[next++], step);
   };
   RowsBackwardCall call{};
   int64_t* steps = call.steps;
@@ -77,7 +78,7 @@ void rows_backward_in_place(const MaybeTensor& grad_nll, const MaybeTensor& grad
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("cross_entropy_rows_forward", FUSED_OPS_BOX(&fused_ops::cuda::rows_forward));
-  m.impl("cross_entropy_rows_backward", FUSED_OPS_BOX(&fused_ops::cuda::rows_backward_fresh));
-  m.impl("cross_entropy_rows_backward_", FUSED_OPS_BOX(&fused_ops::cuda::rows_backward_in_place));
+  fused_ops::implement<&fused_ops::cuda::rows_forward>(m, "cross_entropy_rows_forward");
+  fused_ops::implement<&fused_ops::cuda::rows_backward_fresh>(m, "cross_entropy_rows_backward");
+  fused_ops::implement<&fused_ops::cuda::rows_backward_in_place>(m, "cross_entropy_rows_backward_");
 }

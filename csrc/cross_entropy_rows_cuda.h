@@ -9,10 +9,6 @@
 namespace fused_ops {
 namespace cuda {
 
-inline auto on_device_of(const Tensor& input) {
-  return [&input](const char* name, const Tensor& t) { check_beside(kOp, name, t, input); };
-}
-
 // Nothing is read on the host: what the CPU's kernels want converted there, the device converts.
 struct RowsOnGpu : RowArguments {
   MaybeTensor weight, sparse;
@@ -20,8 +16,8 @@ struct RowsOnGpu : RowArguments {
   RowsOnGpu(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
             const MaybeTensor& weight_, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
             double logit_scale, double softcap, bool statistics)
-      : RowArguments(on_device_of(input_), input_, indices_, probabilities_, weight_, class_mask, ignore_index,
-                     label_smoothing, logit_scale, softcap, statistics) {
+      : RowArguments(input_, indices_, probabilities_, weight_, class_mask, ignore_index, label_smoothing, logit_scale,
+                     softcap, statistics) {
     const DType acc = rows.dtype == DType::float64 ? DType::float64 : DType::float32;
     if (weight_) {
       weight = dense(converted(*weight_, acc));

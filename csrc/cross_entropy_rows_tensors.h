@@ -63,21 +63,18 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// What the two directions take alike, checked: on any device, no value is read. check_device(name, tensor) raises for a
-// tensor of another device than the call's.
+// What the two directions take alike, checked: on any device, no value is read.
 struct RowArguments {
   Tensor input;
   MaybeTensor indices, probabilities, mask;  // probabilities of all classes, or of the indices
   std::vector<int64_t> rows_shape;
   CrossEntropyRows rows{};  // without sparse, class_weight and smoothing_weight
 
-  template <class CheckDevice>
-  RowArguments(const CheckDevice& check_device, const Tensor& input_, const MaybeTensor& indices_,
-               const MaybeTensor& probabilities_, const MaybeTensor& weight, const MaybeTensor& class_mask,
-               int64_t ignore_index, double label_smoothing, double logit_scale, double softcap, bool statistics)
+  RowArguments(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
+               const MaybeTensor& weight, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
+               double logit_scale, double softcap, bool statistics)
       : input(input_) {
     if (input_.dim() == 0) raise(kOp, ": input must have at least one dimension (classes), got a scalar");
-    check_device("input", input_);
     rows.dtype = float_dtype(kOp, "input", input_);
     if (!(label_smoothing >= 0 && label_smoothing <= 1))
       raise(kOp, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
@@ -90,20 +87,10 @@ struct RowArguments {
     for (int64_t d = 0; d < input.dim(); ++d)
       if (d != (input.dim() == 1 ? 0 : 1)) rows_shape.push_back(input.size(d));
     if (!indices_ && !probabilities_) raise(kOp, ": expected indices or probabilities, got neither");
-    if (indices_) {
-      check_device("indices", *indices_);
-      take_indices(*indices_, probabilities_, ignore_index);
-    }
-    if (probabilities_) {
-      check_device("probabilities", *probabilities_);
-      take_probabilities(*probabilities_, indices_.has_value());
-    }
-    if (class_mask) {
-      check_device("class_mask", *class_mask);
-      take_mask(*class_mask);
-    }
+    if (indices_) take_indices(*indices_, probabilities_, ignore_index);
+    if (probabilities_) take_probabilities(*probabilities_, indices_.has_value());
+    if (class_mask) take_mask(*class_mask);
     if (!weight) return;
-    check_device("weight", *weight);
     if (weight->dim() != 1 || weight->size(0) != classes())
       raise(kOp, ": weight must have shape [", classes(), "], got ", shape_of(*weight));
   }
@@ -168,9 +155,8 @@ struct Prepared : RowArguments {
   Prepared(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
            const MaybeTensor& weight_, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
            double logit_scale, double softcap, bool statistics)
-      : RowArguments([](const char* name, const Tensor& t) { check_cpu(kOp, name, t); }, input_, indices_,
-                     probabilities_, weight_, class_mask, ignore_index, label_smoothing, logit_scale, softcap,
-                     statistics) {
+      : RowArguments(input_, indices_, probabilities_, weight_, class_mask, ignore_index, label_smoothing, logit_scale,
+                     softcap, statistics) {
     if (indices && probabilities) {
       sparse = doubles(*probabilities);
       sparse.resize(std::max<size_t>(sparse.size(), 1));  // a pointer even to none
@@ -269,11 +255,9 @@ inline bool is_one_value(const Tensor& t) {
 }
 
 // A tensor of one double per row, or null. With `step`, from a row's to the next, one value may be for all: 0.
-template <class CheckDevice>
-const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner,
-                         const CheckDevice& check_device, int64_t* step = nullptr) {
+inline const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner,
+                                int64_t* step = nullptr) {
   if (!t) return nullptr;
-  check_device(name, *t);
   check_dtype(kOp, name, *t, ScalarType::Double, "float64");
   bool fits = t->dim() == static_cast<int64_t>(p.rows_shape.size());
   for (int64_t d = 0; fits && d < t->dim(); ++d) fits = t->size(d) == p.rows_shape[static_cast<size_t>(d)];
@@ -283,9 +267,6 @@ const double* row_values(const char* name, const MaybeTensor& t, const RowArgume
   if (step) *step = one ? 0 : 1;
   owner = one ? *t : dense(*t);
   return static_cast<const double*>(owner->const_data_ptr());
-}
-inline const double* row_values(const char* name, const MaybeTensor& t, const RowArguments& p, MaybeTensor& owner) {
-  return row_values(name, t, p, owner, [](const char* n, const Tensor& v) { check_cpu(kOp, n, v); });
 }
 
 }  // namespace fused_ops

@@ -48,14 +48,9 @@ inline RowLayout layout_of(const Tensor& t) {
   return l;
 }
 
-// check_device(name, tensor) raises for a tensor of another device than the call's.
-template <class CheckDevice>
-void check_input_and_target(const Tensor& input, const Tensor& target, int64_t reduction,
-                            const CheckDevice& check_device) {
+inline void check_input_and_target(const Tensor& input, const Tensor& target, int64_t reduction) {
   if (input.dim() == 0) raise(kOp, ": input must have at least one dimension (classes), got a scalar");
   if (reduction < 0 || reduction > 2) raise(kOp, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  check_device("input", input);
-  check_device("target", target);
   bool fits = target.dim() == std::max<int64_t>(input.dim() - 1, 0);
   for (int64_t d = 0; fits && d < target.dim(); ++d) fits = target.size(d) == input.size(d == 0 ? 0 : d + 1);
   if (!fits)
@@ -64,12 +59,8 @@ void check_input_and_target(const Tensor& input, const Tensor& target, int64_t r
 }
 
 // What the backward takes besides.
-template <class CheckDevice>
-void check_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& lse,
-                    const Tensor& total, int64_t reduction, const CheckDevice& check_device) {
-  check_device("grad_loss", grad_loss);
-  check_device("lse", lse);
-  check_device("total", total);
+inline void check_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& lse,
+                           const Tensor& total, int64_t reduction) {
   check_same_dtype(kOp, "grad_loss", grad_loss, "input", input);
   check_dtype(kOp, "lse", lse, ScalarType::Double, "float64");
   check_dtype(kOp, "total", total, ScalarType::Double, "float64");

@@ -28,21 +28,6 @@ inline int32_t device_index(const Tensor& t) {
   return index;
 }
 
-inline void check_on_gpu(const char* op, const char* name, const Tensor& t) {
-#if defined(FUSED_OPS_CUDA_HOST)
-  if (!t.is_cpu()) raise(op, ": ", name, " must be on the CPU");
-#else
-  if (!t.is_cuda()) raise(op, ": ", name, " must be a CUDA tensor");
-#endif
-}
-
-// On the same GPU as input.
-inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  check_on_gpu(op, name, t);
-  if (device_index(t) != device_index(input))
-    raise(op, ": ", name, " must be on the device of input, ", device_index(input), ", got ", device_index(t));
-}
-
 // Makes the tensor's device the current one, and knows its current stream.
 class OnDevice {
  public:

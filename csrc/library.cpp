@@ -1,7 +1,6 @@
 // Facts about the library itself.
-#include <torch/csrc/stable/library.h>
-
 #include "isa.h"
+#include "stable.h"
 
 namespace fused_ops {
 namespace {

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "border.h"
 #include "cross_entropy_rows_tensors.h"
 
 namespace fused_ops {
@@ -47,7 +48,6 @@ constexpr const char* kHere = "linear_cross_entropy";
 
 // Uninitialised memory for logits or a gradient, in huge pages where it is large.
 Tensor linear_cross_entropy_buffer(const Tensor& like, int64_t rows, int64_t columns) {
-  check_cpu(kHere, "like", like);
   if (rows < 0 || columns < 0) raise(kHere, ": rows and columns must not be negative, got ", rows, " and ", columns);
   const int64_t shape[2] = {rows, columns};
   const Tensor t = empty(like, {shape, 2}, like.scalar_type());
@@ -56,7 +56,6 @@ Tensor linear_cross_entropy_buffer(const Tensor& like, int64_t rows, int64_t col
 }
 
 const float* floats(const char* name, const Tensor& t, int64_t rows) {
-  check_cpu(kHere, name, t);
   check_dtype(kHere, name, t, ScalarType::Float, "float32");
   check_numel(kHere, name, t, rows);
   if (!t.is_contiguous()) raise(kHere, ": ", name, " must be contiguous");
@@ -65,8 +64,6 @@ const float* floats(const char* name, const Tensor& t, int64_t rows) {
 
 // `classes` is how many there are in all: a target that is none of them raises.
 LinearCrossEntropyTile tile_of(const Tensor& logits, const Tensor& target, int64_t first_class, int64_t classes) {
-  check_cpu(kHere, "logits", logits);
-  check_cpu(kHere, "target", target);
   LinearCrossEntropyTile tile{};
   tile.dtype = float_dtype(kHere, "logits", logits);
   if (tile.dtype == DType::float64) raise(kHere, ": logits must have a dtype that is computed in float32, got float64");
@@ -90,7 +87,6 @@ LinearCrossEntropyTile tile_of(const Tensor& logits, const Tensor& target, int64
 void linear_cross_entropy_tile_sums_(const Tensor& logits, const Tensor& target, int64_t first_class, int64_t classes,
                                      Tensor max, Tensor others, Tensor target_logit) {
   const LinearCrossEntropyTile tile = tile_of(logits, target, first_class, classes);
-  check_cpu(kHere, "others", others);
   check_dtype(kHere, "others", others, ScalarType::Double, "float64");
   check_numel(kHere, "others", others, tile.rows);
   if (!others.is_contiguous()) raise(kHere, ": others must be contiguous");
@@ -118,8 +114,6 @@ void linear_cross_entropy_tile_grads_(Tensor logits, const Tensor& target, int64
 }
 
 void linear_cross_entropy_add_(Tensor sum, const Tensor& part) {
-  check_cpu(kHere, "sum", sum);
-  check_cpu(kHere, "part", part);
   check_dtype(kHere, "sum", sum, ScalarType::Float, "float32");
   check_numel(kHere, "part", part, sum.numel());
   const DType dtype = float_dtype(kHere, "part", part);
@@ -136,25 +130,28 @@ void linear_cross_entropy_add_(Tensor sum, const Tensor& part) {
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
+  fused_ops::define(
+      m,
       "linear_cross_entropy_chunk_(Tensor(a!) logits, Tensor? indices, Tensor? probabilities, Tensor? weight, "
       "Tensor? class_mask, Tensor? row_scale, float z_loss, int ignore_index, float label_smoothing, "
       "float logit_scale, float softcap, bool statistics) -> (Tensor nll, Tensor lse, Tensor mass, "
       "Tensor target_weight, Tensor entropy, Tensor prediction, Tensor target_log_probability)");
-  m.def("linear_cross_entropy_buffer(Tensor like, SymInt rows, SymInt columns) -> Tensor");
-  m.def(
+  fused_ops::define(m, "linear_cross_entropy_buffer(Tensor like, SymInt rows, SymInt columns) -> Tensor");
+  fused_ops::define(
+      m,
       "linear_cross_entropy_tile_sums_(Tensor logits, Tensor target, int first_class, int classes, Tensor(a!) max, "
       "Tensor(b!) others, Tensor(c!) target_logit) -> ()");
-  m.def(
+  fused_ops::define(
+      m,
       "linear_cross_entropy_tile_grads_(Tensor(a!) logits, Tensor target, int first_class, int classes, Tensor max, "
       "Tensor factor, Tensor target_grad) -> ()");
-  m.def("linear_cross_entropy_add_(Tensor(a!) sum, Tensor part) -> ()");
+  fused_ops::define(m, "linear_cross_entropy_add_(Tensor(a!) sum, Tensor part) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("linear_cross_entropy_chunk_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_chunk_));
-  m.impl("linear_cross_entropy_buffer", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_buffer));
-  m.impl("linear_cross_entropy_tile_sums_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_tile_sums_));
-  m.impl("linear_cross_entropy_tile_grads_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_tile_grads_));
-  m.impl("linear_cross_entropy_add_", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_add_));
+  fused_ops::implement<&fused_ops::linear_cross_entropy_chunk_>(m, "linear_cross_entropy_chunk_");
+  fused_ops::implement<&fused_ops::linear_cross_entropy_buffer>(m, "linear_cross_entropy_buffer");
+  fused_ops::implement<&fused_ops::linear_cross_entropy_tile_sums_>(m, "linear_cross_entropy_tile_sums_");
+  fused_ops::implement<&fused_ops::linear_cross_entropy_tile_grads_>(m, "linear_cross_entropy_tile_grads_");
+  fused_ops::implement<&fused_ops::linear_cross_entropy_add_>(m, "linear_cross_entropy_add_");
 }

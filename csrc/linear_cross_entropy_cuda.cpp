@@ -1,5 +1,6 @@
 // Checks, allocation and launch of the op between linear cross-entropy's matrix products on a GPU; the schema is in
 // linear_cross_entropy.cpp. Nothing here waits for the device; a target out of range is an error of the device.
+#include "border.h"
 #include "cross_entropy_rows_cuda.h"
 #include "cuda/linear_cross_entropy.h"
 
@@ -18,7 +19,7 @@ RowResults chunk(Tensor logits, const MaybeTensor& indices, const MaybeTensor& p
   MaybeTensor scale;
   LinearChunkCall call{};
   call.args.forward = outputs.forward(p);
-  call.args.row_scale = row_values("row_scale", row_scale, p, scale, on_device_of(logits));
+  call.args.row_scale = row_values("row_scale", row_scale, p, scale);
   call.args.z_loss = z_loss;
   if (call.args.row_scale) {
     CrossEntropyRowsBackward& b = call.args.backward;
@@ -37,5 +38,5 @@ RowResults chunk(Tensor logits, const MaybeTensor& indices, const MaybeTensor& p
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  m.impl("linear_cross_entropy_chunk_", FUSED_OPS_BOX(&fused_ops::cuda::chunk));
+  fused_ops::implement<&fused_ops::cuda::chunk>(m, "linear_cross_entropy_chunk_");
 }

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "border.h"
 #include "cross_entropy_passes.h"
 
 namespace fused_ops {
@@ -36,9 +37,6 @@ Tensor product(const Tensor& left, const Tensor& right) {
 
 void check_head(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
                 int64_t reduction) {
-  check_cpu(kHere, "input", input);
-  check_cpu(kHere, "linear_weight", weight);
-  check_cpu(kHere, "target", target);
   float_dtype(kHere, "input", input);
   check_same_dtype(kHere, "linear_weight", weight, "input", input);
   if (input.dim() != 2 || weight.dim() != 2 || input.size(1) != weight.size(1))
@@ -48,7 +46,6 @@ void check_head(const Tensor& input, const Tensor& weight, const std::optional<T
     raise(kHere, ": expected a target of each of ", input.size(0), " rows, got shape ", shape_of(target));
   if (reduction != 1 && reduction != 2) raise(kHere, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
   if (!bias) return;
-  check_cpu(kHere, "linear_bias", *bias);
   check_same_dtype(kHere, "linear_bias", *bias, "input", input);
   if (bias->dim() != 1 || bias->size(0) != weight.size(0))
     raise(kHere, ": linear_bias must have the shape [", weight.size(0), "], got ", shape_of(*bias));
@@ -94,12 +91,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_small(const Tens
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  m.def(
+  fused_ops::define(
+      m,
       "linear_cross_entropy_small(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
       "int ignore_index, int reduction, int needs) -> (Tensor loss, Tensor grad_input, Tensor grad_weight, "
       "Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("linear_cross_entropy_small", FUSED_OPS_BOX(&fused_ops::linear_cross_entropy_small));
+  fused_ops::implement<&fused_ops::linear_cross_entropy_small>(m, "linear_cross_entropy_small");
 }

@@ -1,21 +1,15 @@
-// The tensors of the checking files, and the boxing of their ops.
+// The tensors of the checking files.
 //
 // Every question to a torch::stable::Tensor is a call into libtorch, its dtype alone up to a dozen; asked again and
 // again, and each from a place of its own in that large library, they cost a small call more than its arithmetic does
 // (mostly misses of the instruction cache). This Tensor asks once for the sizes, the strides and the dtype.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <tuple>
 #include <utility>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include "stable.h"
 
 namespace fused_ops {
 
@@ -38,6 +32,16 @@ class Tensor : public torch::stable::Tensor {
     int64_t n = 1;
     for (const int64_t size : sizes()) n *= size;
     return n;
+  }
+  // From the first element to behind the last one, in elements.
+  int64_t extent() const {
+    const Geometry& g = geometry();
+    int64_t last = 0;
+    for (int64_t d = 0; d < g.dim; ++d) {
+      if (g.sizes[d] == 0) return 0;
+      last += (g.sizes[d] - 1) * g.strides[d];
+    }
+    return last + 1;
   }
   bool is_contiguous() const {
     const Geometry& g = geometry();
@@ -82,41 +86,4 @@ class Tensor : public torch::stable::Tensor {
   mutable std::optional<ScalarType> dtype_;
 };
 
-// What a type of ours is called at the border to libtorch: Stable<const Tensor&> is const torch::stable::Tensor&.
-template <class T>
-struct StableType {
-  using type = T;
-};
-template <>
-struct StableType<Tensor> {
-  using type = torch::stable::Tensor;
-};
-template <class T>
-struct StableType<std::optional<T>> {
-  using type = std::optional<typename StableType<T>::type>;
-};
-template <class... T>
-struct StableType<std::tuple<T...>> {
-  using type = std::tuple<typename StableType<T>::type...>;
-};
-template <class T>
-struct StableType<const T&> {
-  using type = const typename StableType<T>::type&;
-};
-template <class T>
-using Stable = typename StableType<T>::type;
-
-// An op written with Tensor, as one of torch::stable::Tensor.
-template <class Function>
-struct AtBorder;
-template <class Result, class... Args>
-struct AtBorder<Result(Args...)> {
-  template <Result (*op)(Args...)>
-  static Stable<Result> call(Stable<Args>... args) {
-    return op(args...);
-  }
-};
-
 }  // namespace fused_ops
-
-#define FUSED_OPS_BOX(op) TORCH_BOX((&::fused_ops::AtBorder<std::remove_pointer_t<decltype(op)>>::template call<(op)>))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._function import FusedFunction, _transforms_active, save
+from fused_ops._function import FusedFunction, _transforms_active, checked_saved, save
 from fused_ops._library import register
 from fused_ops.reference import _activation, empty_output
 from fused_ops.reference import batch_norm as reference
@@ -196,15 +196,15 @@ class BatchNormBackwardFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_output, *saved = ctx.saved_tensors
-        found = reference.double_backward(grads, grad_output, Saved(*saved), ctx.options)
-        present = [grad_output, *saved[:4]]
+        grad_output, *tensors = checked_saved(ctx.saved_tensors, *grads)
+        found = reference.double_backward(grads, grad_output, Saved(*tensors), ctx.options)
+        present = [grad_output, *tensors[:4]]
         return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        grad_output, *saved = ctx.saved_tensors
-        return reference.backward_jvp(grad_output, Saved(*saved), tangents[:5], ctx.options)
+        grad_output, *tensors = checked_saved(ctx.saved_tensors, *tangents[:5])
+        return reference.backward_jvp(grad_output, Saved(*tensors), tangents[:5], ctx.options)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -270,8 +270,8 @@ class BatchNormFunction(FusedFunction):
         input, weight, mean, invstd = ctx.saved_tensors
         need_input, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() or _transforms_active():
-            saved = Saved(input, None, weight, None, mean, invstd, None, None)
-            found = _grads(ctx, grad_output, saved, (need_input, False, need_weight, need_bias))
+            tensors = Saved(input, None, weight, None, mean, invstd, None, None)
+            found = _grads(ctx, grad_output, tensors, (need_input, False, need_weight, need_bias))
             return found[0], None, None, found[2], found[3], None, None, None, None
         args = (ctx.options.training, ctx.options.correction, need_input, need_weight or need_bias)
         grad_input, grad_weight, grad_bias = _backward_op(grad_output, input, weight, mean, invstd, *args)
@@ -289,9 +289,9 @@ class BatchNormFunction(FusedFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        input, weight, mean, invstd = ctx.saved_tensors
-        saved = Saved(input, None, weight, None, mean, invstd, None, None)
-        output_t = reference.jvp(saved, (tangents[0], None, *tangents[3:5]), ctx.options)
+        input, weight, mean, invstd = checked_saved(ctx.saved_tensors, *tangents[:5])
+        tensors = Saved(input, None, weight, None, mean, invstd, None, None)
+        output_t = reference.jvp(tensors, (tangents[0], None, *tangents[3:5]), ctx.options)
         return output_t, None, None, None, None
 
     @classmethod
@@ -350,7 +350,7 @@ class BatchNormActFunction(FusedFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         wanted = (tangents[0], tangents[1], tangents[4], tangents[5])
-        return reference.jvp(Saved(*ctx.saved_tensors), wanted, ctx.options), *(None,) * 5
+        return reference.jvp(Saved(*checked_saved(ctx.saved_tensors, *wanted)), wanted, ctx.options), *(None,) * 5
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

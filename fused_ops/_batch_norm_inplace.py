@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._argument_checks import check_data
 from fused_ops._batch_norm_functions import _act_forward_op, _grads
-from fused_ops._function import FusedFunction, _transforms_active
+from fused_ops._function import FusedFunction, _transforms_active, checked_saved
 from fused_ops._library import register
 from fused_ops.reference import _activation, empty_output
 from fused_ops.reference import _batch_norm_inplace as reference
@@ -146,13 +147,14 @@ class BatchNormInplaceFunction(FusedFunction):
         need = ctx.needs_input_grad
         output, weight, bias, mean, invstd, kept, begins, valid = ctx.saved_tensors
         if torch.is_grad_enabled() or _transforms_active():
+            checked_saved((output, weight, bias, mean, invstd, kept), grad_output)
             y, w, b = output.detach(), *(None if t is None else t.detach() for t in (weight, bias))
             x = reference.rebuild(y, w, b, mean, invstd, kept, o.activation, o.slope, o.groups)
             x = _Rebuilt.apply(ctx.stand_in, empty_output(y).copy_(x))
             signs = o.activation == _activation.LEAKY_RELU and valid is None
             mask = batch_norm_reference.pack(y > 0, y) if signs else None  # the rebuilt x may be off across the kink
-            saved = Saved(x, None, weight, bias, mean, invstd, mask, valid)
-            found = _grads(ctx, grad_output, saved, (need[0], False, need[4], need[5]))
+            tensors = Saved(x, None, weight, bias, mean, invstd, mask, valid)
+            found = _grads(ctx, grad_output, tensors, (need[0], False, need[4], need[5]))
             return found[0], None, None, None, found[2], found[3], *(None,) * 8
         numbers = (o.training, o.correction, o.activation, o.slope, o.groups, need[0], need[4] or need[5])
         saved_tensors = (output, weight, bias, mean, invstd, kept, begins, valid)
@@ -198,5 +200,6 @@ def apply(
     options: Options,
 ) -> Any:
     """(output, mean, invstd, new_running_mean, new_running_var)."""
+    check_data("batch_norm", [("input", input)])
     stand_in = _StandIn.apply(input)
     return BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)[:5]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from fused_ops._argument_checks import check_data, check_devices
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import autocast_enabled
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
@@ -111,6 +112,14 @@ def _refuse_shape(name: str, target: Tensor, input: Tensor, want: torch.Size) ->
     raise RuntimeError(f"cross_entropy: expected {name} of shape {list(want)}, got {list(target.shape)}")
 
 
+def target_tensors(target: object) -> list[tuple[str, Any]]:
+    """What a target consists of, with the names of its parts."""
+    if not isinstance(target, (tuple, list)):
+        return [("target", target)]
+    names = ("target_a", "target_b", "lam") if len(target) == 3 else ("indices", "probabilities")
+    return [*zip(names, target, strict=False)]
+
+
 def check_ignore_index(value: object) -> None:
     """Raises for what is no integer."""
     if not isinstance(value, int) and not hasattr(value, "__index__"):  # a symbol of a graph is an int, and no more
@@ -122,6 +131,7 @@ def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (
         class_indices(f"target_{n}", _tensor(f"target_{n}", t), input) for n, t in zip("ab", target, strict=False)
     )
+    check_data("cross_entropy", target_tensors(target))
     dim, lam = class_dim(input), target[2]
     if not isinstance(lam, Tensor):
         lam = torch.ones((), dtype=acc_dtype(input.dtype), device=input.device) * _number("lam", lam, 0.0)
@@ -228,6 +238,10 @@ def prepare(
 ) -> Call:
     """Checks every argument but the reduction's, and settles kind and dtypes."""
     check_logits(_tensor("input", input))
+    beside = [("input", input), *target_tensors(target), ("weight", weight), ("class_mask", class_mask)]
+    check_devices("cross_entropy", [*beside, ("token_weight", token_weight)])
+    # The op of the rows checks the data of the others.
+    check_data("cross_entropy", [("token_weight", token_weight)] if token_weight is not None else [])
     check_ignore_index(given.ignore_index)
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
@@ -245,7 +259,8 @@ def prepare(
     dtype = input.dtype
     for other in (probabilities if kind in ("dense", "sparse") else None, weight):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    if dtype == torch.float64:
+    if dtype == torch.float64 and input.dtype != dtype:
+        check_data("cross_entropy", [("input", input)])
         input = input.to(dtype)
     if autocast and dtype.itemsize == 2:
         dtype = torch.float32
@@ -332,6 +347,9 @@ def _normalizer(value: object, call: Call) -> Tensor | float:
         return _number("normalizer", value, -math.inf)
     if value.numel() != 1:
         raise RuntimeError(f"cross_entropy: expected normalizer to have one element, got shape {list(value.shape)}")
+    if value.device.type != "cpu":  # a number of the CPU goes with any device, as in PyTorch
+        check_devices("cross_entropy", [("input", call.args.input), ("normalizer", value)])
+    check_data("cross_entropy", [("normalizer", value)])
     return value.reshape(()).double()
 
 
@@ -351,11 +369,9 @@ def reduced_loss(
     """Runs the rows and reduces them."""
     check_reduction(reduction, normalizer, empty)
     options = call.options._replace(statistics=return_outputs)
+    denominator = None if normalizer is None else _normalizer(normalizer, call)
     nll, lse, _, target_weight, entropy, prediction, log_probability = run(call.args, options)
-    denominator: Tensor | float | None = None
-    if normalizer is not None:
-        denominator = _normalizer(normalizer, call)
-    elif reduction == "mean":
+    if normalizer is None and reduction == "mean":
         denominator = _denominator(call, target_weight)
 
     def reduced(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fused_ops._function import (
     _has_torch_function,
     _transforms_active,
     call_backward_directly,
+    checked_saved,
     is_one,
     save,
 )
@@ -96,14 +97,14 @@ class CrossEntropyBackwardFunction(FusedFunction):
     def backward(ctx: Any, grad_grad_input: Tensor | None) -> Any:
         if grad_grad_input is None:
             return (None,) * 7
-        grad_loss, input, target, total = ctx.saved_tensors
+        grad_loss, input, target, total = checked_saved(ctx.saved_tensors, grad_grad_input)
         options = (ctx.ignore_index, ctx.reduction)
         grads = reference.double_backward(grad_grad_input, grad_loss, input, target, total, *options)
         return *grads, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad_loss_t: Tensor | None, input_t: Tensor | None, *_: Any) -> Any:
-        grad_loss, input, target, total = ctx.saved_tensors
+        grad_loss, input, target, total = checked_saved(ctx.saved_tensors, grad_loss_t, input_t)
         grad_loss_t = torch.zeros_like(grad_loss) if grad_loss_t is None else grad_loss_t
         input_t = torch.zeros_like(input) if input_t is None else input_t
         return reference.backward_jvp(
@@ -149,7 +150,7 @@ class CrossEntropyFunction(FusedFunction):
 
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, *_: Any) -> Any:
-        input, target, _lse, total = ctx.saved_tensors
+        input, target, _lse, total = checked_saved(ctx.saved_tensors, input_t)
         if input_t is None:
             return None, None, None
         return reference.jvp(input, input_t, target, total, ctx.ignore_index, ctx.reduction), None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_ops._function import FusedFunction, _transforms_active, save
+from fused_ops._function import FusedFunction, _transforms_active, checked_saved, save
 from fused_ops._library import register
 from fused_ops.reference import _cross_entropy_rows as reference
 from fused_ops.reference import empty_output
@@ -105,6 +105,8 @@ class CrossEntropyRowsFunction(FusedFunction):
         found: list[Tensor | None] = [None] * 11
         if all(grad is None for grad in g):
             return tuple(found)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or torch.is_grad_enabled():
+            checked_saved(tensors, *g)
         if g.nll is not None and ctx.needs_input_grad[2]:
             found[2] = reference.grad_probabilities(g, a, o)
         if g.nll is not None and ctx.needs_input_grad[3]:
@@ -125,7 +127,7 @@ class CrossEntropyRowsFunction(FusedFunction):
 
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, _: None, probabilities_t: Any, weight_t: Any, *__: Any) -> Any:
-        *tensors, _lse, _mass, _entropy = ctx.saved_tensors
+        *tensors, _lse, _mass, _entropy = checked_saved(ctx.saved_tensors, input_t, probabilities_t, weight_t)
         nll_t, lse_t, entropy_t, log_probability_t = reference.jvp(
             RowArgs(*tensors), ctx.options, input_t, probabilities_t, weight_t
         )

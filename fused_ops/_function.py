@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function, forward_ad
+
+from fused_ops._argument_checks import check_data
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -41,6 +43,12 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
+
+
+def checked_saved(saved: Sequence[Any], *grads: Tensor | None) -> Sequence[Any]:
+    """Saved tensors, once they and the gradients that come in have their data: for formulas in plain PyTorch."""
+    check_data("backward", [*(("a saved tensor", t) for t in saved), *(("a gradient", g) for g in grads)])
+    return saved
 
 
 def call_backward_directly(function: type[Function]) -> None:

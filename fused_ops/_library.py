@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fused_ops._argument_checks import checked
+
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,15 +60,17 @@ def register(
     name = schema.split("(", 1)[0]
     if missing_reason is not None or not native:
         _fragment.define(schema)
+    packet = getattr(torch.ops.fused_ops, name)
+    names = [argument.name for argument in packet.default._schema.arguments]
+    reference = checked(name, names, reference, reads=True)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_ops::{name}", fake, lib=_fragment)
+    torch.library.register_fake(f"fused_ops::{name}", checked(name, names, fake, reads=False), lib=_fragment)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{name}", "CUDA"):
         # What a CUDA kernel does not serve, it hands to the reference by this name.
         _fragment.define(schema.replace(name, f"{name}_reference", 1))
         _fragment.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     if native:
         _registered.append(name)
-    packet = getattr(torch.ops.fused_ops, name)
     return packet.default  # type: ignore[no-any-return]
 
 

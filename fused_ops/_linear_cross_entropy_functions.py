@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fused_ops import _linear_cross_entropy_chunks as chunks
 from fused_ops._cross_entropy_options import fixed_order_sum
-from fused_ops._function import FusedFunction, _transforms_active, has_values, save
+from fused_ops._function import FusedFunction, _transforms_active, checked_saved, has_values, save
 from fused_ops._linear_cross_entropy_chunks import Plan
 from fused_ops.reference import _cross_entropy_rows as rows
 from fused_ops.reference import linear_cross_entropy as reference
@@ -123,14 +123,14 @@ class LinearCrossEntropyGradFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        _, a = _split(saved[4:13])
+        tensors = checked_saved(ctx.saved_tensors, *outer)
+        _, a = _split(tensors[4:13])
         outer = tuple(v if ctx.plan.needs & (1 << i) else None for i, v in enumerate(outer))
         places = (*range(9), 10, 11)  # of the leaves among the arguments
         wanted = [ctx.needs_input_grad[i] for i in places]
         if all(v is None for v in outer) or not any(wanted):
             return (None,) * 26
-        leaves = _Leaves(tuple(saved[i] for i in places))
+        leaves = _Leaves(tuple(tensors[i] for i in places))
         if torch.is_grad_enabled() or _is_batched(*outer):  # a third derivative, or several: with all the logits
             new = _second(outer, leaves, wanted, a, ctx.o, ctx.plan.classes, create_graph=torch.is_grad_enabled())
         else:
@@ -162,7 +162,7 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *tensors, lse, mass, entropy = ctx.saved_tensors
+        *tensors, lse, mass, entropy = checked_saved(ctx.saved_tensors, *grads)
         (head, a), o = _split(tensors), ctx.o
         g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if o.statistics else (None, None)))
         found: list[Tensor | None] = [None] * 19
@@ -175,13 +175,13 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
         needs = sum(1 << i for i in range(5) if ctx.needs_input_grad[i])
         if not needs:
             return tuple(found)
-        plan, saved = ctx.plan._replace(needs=needs), (lse, mass, entropy)
+        plan, rest = ctx.plan._replace(needs=needs), (lse, mass, entropy)
         if _transforms_active() or forward_ad._current_level >= 0 or _is_batched(*g):
             values = reference.gradients(g, head, a, o, plan.classes)
         elif torch.compiler.is_compiling():
-            values = chunks.backward_op(*g, *tensors, *saved, *o, *plan)  # type: ignore[assignment]
+            values = chunks.backward_op(*g, *tensors, *rest, *o, *plan)  # type: ignore[assignment]
         elif torch.is_grad_enabled():
-            values = LinearCrossEntropyGradFunction.apply(*g, *tensors, *saved, *o, *plan)
+            values = LinearCrossEntropyGradFunction.apply(*g, *tensors, *rest, *o, *plan)
         else:
             values = chunks.backward(g, head, a, lse, mass, entropy, o, plan)  # type: ignore[assignment]
         for i in range(5):
@@ -190,7 +190,7 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        *tensors, _lse, _mass, _entropy = ctx.saved_tensors
+        *tensors, _lse, _mass, _entropy = checked_saved(ctx.saved_tensors, *tangents)
         head, a = _split(tensors)
         nll_t, lse_t, entropy_t, log_probability_t = reference.jvp(
             head, Head(*tangents[:5]), a, ctx.o, ctx.plan.classes, tangents[6], tangents[7]
@@ -237,16 +237,17 @@ class LinearCrossEntropySumFunction(FusedFunction):
         found: list[Tensor | None] = [None] * 21
         if grad_loss is None:
             return tuple(found)
-        saved = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            gradients = saved[10:]
+            gradients = tensors[10:]
         elif torch.is_grad_enabled():
-            return *_differentiable(ctx, grad_loss, saved[:9], saved[9]), *found[5:]
+            checked_saved(tensors, grad_loss)
+            return *_differentiable(ctx, grad_loss, tensors[:9], tensors[9]), *found[5:]
         else:
             gradients = ctx.gradients
             if gradients is None:  # a second backward through a graph that was retained
-                head, a = _split(saved[:9])
-                gradients = chunks.forward(head, a, ctx.o, saved[9], ctx.z_loss, ctx.plan)[7:]
+                head, a = _split(checked_saved(tensors)[:9])
+                gradients = chunks.forward(head, a, ctx.o, tensors[9], ctx.z_loss, ctx.plan)[7:]
             if has_values(grad_loss) and float(grad_loss) == 1.0:
                 ctx.gradients = None
                 return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *found[

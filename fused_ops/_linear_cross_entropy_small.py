@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from fused_ops._argument_checks import check_tensors
 from fused_ops._cross_entropy_dispatch import index_loss
 from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops._cross_entropy_plain import REDUCTIONS
@@ -104,6 +105,8 @@ def _in_two(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     """The product, then the loss."""
+    tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
+    check_tensors("linear_cross_entropy", tensors)  # F.linear takes a meta matrix for one of the CPU
     logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
     return index_loss(logits, target, ignore_index, reduction)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_ops._batch_norm_packed as packed
+from fused_ops._argument_checks import check_tensors
 from fused_ops._batch_norm_functions import (
     BatchNormActFunction,
     BatchNormFunction,
@@ -15,7 +16,7 @@ from fused_ops._batch_norm_functions import (
     _CompiledFunction,
 )
 from fused_ops.reference import _activation
-from fused_ops.reference.batch_norm import Options
+from fused_ops.reference.batch_norm import Options, check_written
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -62,6 +63,7 @@ def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         if input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        check_written(running_mean, running_var)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is None:
             if not training:
@@ -89,6 +91,7 @@ def _positions(valid: Tensor, input: Tensor) -> Tensor:
     if valid.shape != (batch,) or len(spatial) != 1:
         expected = f"lengths of shape {[batch]} with a 3-d input"
         raise RuntimeError(f"batch_norm: expected valid to be {expected}, got {list(valid.shape)} with {input.dim()}-d")
+    check_tensors("batch_norm", [("input", input), ("valid", valid)])
     return torch.arange(spatial[0], device=input.device) < valid.unsqueeze(1)
 
 
@@ -212,6 +215,9 @@ def batch_norm(
                 alpha,
             )
         except Exception:  # an argument that the checks below know, or else as it is
+            if isinstance(input, Tensor) and input.is_mkldnn and activation is None and correction == 0:
+                statistics = (running_mean, running_var)
+                return torch.nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
             _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
             if not (input.shape == (0,) and (running_mean is None or running_mean.numel() == 0)):
                 _check(input, running_mean, running_var, training, eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._argument_checks import check_tensors
 from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_options import (
     Call,
@@ -18,6 +19,7 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
     row_scale,
+    target_tensors,
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active
@@ -178,6 +180,12 @@ def linear_cross_entropy(
     ):
         ignored = -100 if ignore_index is None else ignore_index
         return small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
+    tensors: list[tuple[str, Any]] = [
+        *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
+        *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
+        *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
+    ]
+    check_tensors("linear_cross_entropy", tensors)
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
     check_reduction(reduction, normalizer, empty)

@@ -42,7 +42,9 @@ def _fingerprint(values):
     found = []
     for t in values:
         plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided
-        if plain and 0 < t.numel() <= 1 << 16 and not t.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(t):
+        plain = plain and 0 < t.numel() <= 1 << 16 and not t.is_neg()
+        plain = plain and not torch._C._functorch.is_legacy_batchedtensor(t)
+        if plain and t.untyped_storage().nbytes():
             with torch.no_grad():
                 found.append(
                     hash(

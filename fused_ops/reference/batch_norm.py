@@ -14,6 +14,7 @@ gradients are 0.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ def group_count(batch: int, groups: int) -> int:
 
 
 def _mask_rows(input: Tensor) -> tuple[int, int]:
-    spatial = input[0, 0].numel() if input.size(0) and input.size(1) else 0
+    spatial = math.prod(input.shape[2:]) if input.size(0) and input.size(1) else 0
     batch, channels = input.size(0), input.size(1)
     if is_channels_last(input):
         return batch * spatial, channels
@@ -472,6 +473,15 @@ def backward(
     return found[0], found[2], found[3]
 
 
+def check_written(*statistics: Tensor | None) -> None:
+    """Raises for running statistics of which several are one in memory, which training would write."""
+    if any(t is not None and t.dim() == 1 and t.size(0) > 1 and t.stride(0) == 0 for t in statistics):
+        raise RuntimeError(
+            "batch_norm: running statistics: unsupported operation: more than one element of the written-to tensor "
+            "refers to a single memory location. Please clone() the tensor before performing the operation."
+        )
+
+
 def packed_forward(
     input: Tensor,
     running_mean: Tensor | None,
@@ -490,6 +500,8 @@ def packed_forward(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+    if training:
+        check_written(running_mean, running_var)
     options = (training, momentum, eps, correction, activation, slope, 1)
     output, mean, invstd, *new, _ = act_forward(input, None, running_mean, running_var, weight, bias, None, *options)
     if training and running_mean is not None and running_var is not None:

@@ -1,0 +1,82 @@
+"""What holds of the tensors of every call: one device, the strided layout, and data behind each shape.
+
+The kernels check it in ``csrc/border.h``. This is the same for what Python runs: fake kernels, which must not answer
+for tensors of several devices; references; and public functions that combine tensors before a raw op has seen them.
+PyTorch's elementwise operations do not check that a tensor's data is there: they crash.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def check_devices(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raises for a tensor of another device than the first; what is no tensor is passed over."""
+    first = None
+    for name, t in tensors:
+        if not isinstance(t, Tensor):
+            continue
+        if first is None:
+            first = t.device
+        elif t.device != first:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {first} and "
+                f"{t.device}! (when checking argument for argument {name} in method {op})"
+            )
+
+
+def check_data(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raises for a tensor that is not strided, or whose storage was freed or made smaller than its shape needs.
+
+    Tensors of a transform, a trace or a subclass have no memory that could be asked for.
+    """
+    if torch.compiler.is_compiling() or _transforms_active():
+        return
+    for name, t in tensors:
+        if type(t) not in _PLAIN or _is_batched(t):
+            continue
+        if t.is_nested or t.is_quantized or t.layout is not torch.strided:
+            kind = "a nested tensor" if t.is_nested else "a quantized tensor" if t.is_quantized else t.layout
+            raise NotImplementedError(f"{op}: expected {name} to be a tensor of layout torch.strided, got {kind}")
+        extent = t.numel()
+        if extent and not t.is_contiguous():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        bytes = t.untyped_storage().nbytes()
+        if extent and (t.storage_offset() + extent) * t.itemsize > bytes:
+            raise RuntimeError(
+                f"{op}: {name}: The tensor has a non-zero number of elements, but its data is not allocated yet; "
+                f"shape {list(t.shape)} in a storage of {bytes} bytes"
+            )
+
+
+def check_tensors(op: str, tensors: Sequence[tuple[str, Any]]) -> None:
+    """Both of them."""
+    check_devices(op, tensors)
+    check_data(op, tensors)
+
+
+def checked(op: str, names: Sequence[str], function: Callable[..., Any], *, reads: bool) -> Callable[..., Any]:
+    """A fake kernel or, as it ``reads`` values, a reference of the op whose arguments have these names.
+
+    ``numbers`` are those of an op for graphs: a tensor of the CPU, wherever the others are.
+    """
+    where = f"fused_ops::{op}"
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [pair for pair in (*zip(names, args, strict=False), *kwargs.items()) if pair[0] != "numbers"]
+        check_devices(where, given)
+        if reads:
+            check_data(op, given)
+        return function(*args, **kwargs)
+
+    return call
