@@ -1,5 +1,6 @@
 """Fused cross-entropy and batch normalisation for PyTorch, with hand-derived, gradchecked backward passes."""
 
+from fused_ops import _functionalize as _functionalize
 from fused_ops._batch_norm_fold import fold
 from fused_ops._batch_norm_modules import (
     BatchNorm1d,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import autocast_enabled
+from fused_ops._integers import as_int64
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
 
@@ -108,10 +109,9 @@ def _refuse_shape(name: str, target: Tensor, input: Tensor, want: torch.Size) ->
     raise RuntimeError(f"cross_entropy: expected {name} of shape {list(want)}, got {list(target.shape)}")
 
 
-def check_ignore_index(value: object) -> None:
-    """Raises for what is no integer."""
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(value).__name__}")
+def check_ignore_index(value: object) -> int:
+    """The value as an int; raises for what is no integer of 64 bits."""
+    return as_int64("cross_entropy", "ignore_index", value)
 
 
 def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +225,7 @@ def prepare(
 ) -> Call:
     """Checks every argument but the reduction's, and settles kind and dtypes."""
     check_logits(_tensor("input", input))
-    check_ignore_index(given.ignore_index)
+    given = given._replace(ignore_index=check_ignore_index(given.ignore_index))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch

@@ -156,7 +156,11 @@ def cross_entropy(
         and empty == "nan"
     ):
         if not (inplace_backward or torch.compiler.is_compiling()):
-            small = small_loss(input, target, ignore_index, reduction)
+            try:
+                small = small_loss(input, target, ignore_index, reduction)
+            except RuntimeError:
+                check_ignore_index(ignore_index)  # the dispatcher does not say that an integer is too large
+                raise
             if small is not None:
                 return small
         if _is_plain(input, target):
