@@ -556,12 +556,12 @@ def weighted(output, target, weight):
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_sample_of_a_loss_that_takes_more(kind, loss):
     model, (x, y), weight = network(), batch(), torch.rand(ROWS)
-    truth = float(weighted(network()(x).double(), y, weight.double()))
-    assert float(loss(model(x), y, weight)) == pytest.approx(truth, rel=1e-5)
+    truth = weighted(network()(x).double(), y, weight.double()).item()
+    assert loss(model(x), y, weight).item() == pytest.approx(truth, rel=1e-5)
     target = (y, weight) if kind is tuple else {"weight": weight, "target": y}
     report = fused_ops.convert(model, loss=loss, sample=x, target=target)
     assert report.ok and {"loss", "gradient of 1.weight"} <= {c.name for c in report.checks}
-    assert float(loss(model(x), y, weight)) == pytest.approx(truth, rel=1e-5)
+    assert loss(model(x), y, weight).item() == pytest.approx(truth, rel=1e-5)
     fused_ops.revert(loss) if isinstance(loss, nn.Module) else None
 
 
