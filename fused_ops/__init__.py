@@ -1,5 +1,12 @@
 """Fused cross-entropy and batch normalisation for PyTorch, with hand-derived, gradchecked backward passes."""
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from fused_ops import _functionalize as _functionalize
 from fused_ops._batch_norm_fold import fold
 from fused_ops._batch_norm_modules import (
     BatchNorm1d,
@@ -18,7 +25,11 @@ from fused_ops.convert import convert, revert
 from fused_ops.cross_entropy import cross_entropy
 from fused_ops.linear_cross_entropy import linear_cross_entropy
 
+if TYPE_CHECKING:
+    from fused_ops import testing as testing
+
 __version__ = "0.1.0"
+_SUBMODULES = ("examples", "testing")  # imported when they are asked for
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
@@ -37,3 +48,13 @@ __all__ = [
     "patch",
     "revert",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fused_ops.{name}")
+    raise AttributeError(f"module 'fused_ops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

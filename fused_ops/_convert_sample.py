@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,10 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     loss: Callable[..., Any] | None = None
-    target: Tensor | None = None
+    target: Any = None
 
     @classmethod
-    def of(cls, sample: Any, loss: Callable[..., Any] | None = None, target: Tensor | None = None) -> Sample:
+    def of(cls, sample: Any, loss: Callable[..., Any] | None = None, target: Any = None) -> Sample:
         if target is None and not isinstance(loss, nn.Module):
             loss = None  # a model's own, or a function of which nobody knows what it takes
         if isinstance(sample, tuple):
@@ -40,8 +41,8 @@ class Sample:
             return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
         loss = copy.deepcopy(self.loss).double() if isinstance(self.loss, nn.Module) else self.loss
-        args, kwargs = tree_map(widen, (self.args, self.kwargs))
-        return Sample(args, kwargs, loss, widen(self.target))
+        args, kwargs, target = tree_map(widen, (self.args, self.kwargs, self.target))
+        return Sample(args, kwargs, loss, target)
 
     def loss_of(self, output: Any) -> Tensor | None:
         """The loss of the model's output; None where it is not to be looked at."""
@@ -49,11 +50,46 @@ class Sample:
             return None
         target = self.target
         if target is None:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"convert: give target: no classes can be drawn for an output of {type(output).__name__}"
+                )
             shape = (*output.shape[:1], *output.shape[2:]) if output.dim() > 1 else ()
             drawn = torch.Generator().manual_seed(2)  # the same ones in every dtype
             target = torch.randint(output.size(min(1, output.dim() - 1)), shape, generator=drawn).to(output.device)
-        found: Tensor = self.loss(output, target)
+        args, kwargs = loss_arguments(self.loss, target)
+        found = self.loss(output, *args, **kwargs)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"convert: expected loss to return a tensor on the sample, got {type(found).__name__}")
         return found
+
+
+def loss_arguments(loss: Callable[..., Any], target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the loss gets besides the output; a tuple is several arguments where the loss takes that many, else one.
+
+    Raises:
+        TypeError: the loss does not take them.
+    """
+    one: tuple[Any, Any] = (target,), {}
+    ways = [one]
+    if isinstance(target, Mapping):
+        ways = [((), dict(target))]
+    elif isinstance(target, tuple):
+        ways = [(target, {}), one]
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # some callables do not say what they take
+        return ways[0]
+    for args, kwargs in ways:
+        try:
+            signature.bind(None, *args, **kwargs)
+        except TypeError:
+            continue
+        return args, kwargs
+    raise TypeError(
+        "convert: expected target to be what loss takes besides the output (a tensor, a tuple of arguments or a "
+        f"mapping of keyword arguments): loss takes {signature}, target is of {type(target).__name__}"
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_ops._argument_checks import check_data, check_devices
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import autocast_enabled
+from fused_ops._integers import as_int64
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
 
@@ -120,10 +121,9 @@ def target_tensors(target: object) -> list[tuple[str, Any]]:
     return [*zip(names, target, strict=False)]
 
 
-def check_ignore_index(value: object) -> None:
-    """Raises for what is no integer."""
-    if not isinstance(value, int) and not hasattr(value, "__index__"):  # a symbol of a graph is an int, and no more
-        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(value).__name__}")
+def check_ignore_index(value: object) -> int:
+    """The value as an int; raises for what is no integer of 64 bits."""
+    return as_int64("cross_entropy", "ignore_index", value)
 
 
 def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def prepare(
     check_devices("cross_entropy", [*beside, ("token_weight", token_weight)])
     # The op of the rows checks the data of the others.
     check_data("cross_entropy", [("token_weight", token_weight)] if token_weight is not None else [])
-    check_ignore_index(given.ignore_index)
+    given = given._replace(ignore_index=check_ignore_index(given.ignore_index))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = given.label_smoothing * 1.0 if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch

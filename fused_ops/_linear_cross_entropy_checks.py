@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops._cross_entropy_options import _INDEX_DTYPES
 from fused_ops._function import autocast_enabled
+from fused_ops._integers import as_int64, as_integer
 from fused_ops.reference.linear_cross_entropy import Head
 
 
@@ -128,19 +130,33 @@ def flat_target(target: Any, shape: Shape, ignore_index: int | None) -> Any:
     return flat("target", target, shape, shape.classes)
 
 
+def checked_ignore_index(value: object) -> int:
+    """Its default is -100."""
+    return -100 if value is None else as_int64("linear_cross_entropy", "ignore_index", value)
+
+
 def shifted(input: Tensor, target: Any, ignore_index: int | None) -> tuple[Tensor, int]:
     """Each position's target is the next one's; the last has none."""
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() < 1 or input.dim() < 2:
+    if not isinstance(target, Tensor) or target.dtype not in _INDEX_DTYPES or target.dim() < 1 or input.dim() < 2:
         raise RuntimeError(
             "linear_cross_entropy: shift=True takes input (..., positions, in_features) and class indices of shape "
             "(..., positions)"
         )
-    ignored = -100 if ignore_index is None else ignore_index
-    wide = target if target.dtype != torch.uint8 or 0 <= ignored < 256 else target.short()
+    ignored = checked_ignore_index(ignore_index)
+    wide = target if target.dtype == torch.int64 or _holds(target.dtype, ignored) else target.long()
     return torch.cat((wide[..., 1:], torch.full_like(wide[..., :1], ignored)), -1), ignored
 
 
-def check_memory(chunk_rows: object, max_memory_bytes: object) -> None:
-    for name, value in (("chunk_rows", chunk_rows), ("max_memory_bytes", max_memory_bytes)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"linear_cross_entropy: {name} must be an integer above 0, got {value!r}")
+def _holds(dtype: torch.dtype, value: int) -> bool:
+    limits = torch.iinfo(dtype)
+    return limits.min <= value <= limits.max
+
+
+def at_least_one(name: str, value: object) -> int | None:
+    """An integer that may be left out, checked."""
+    if value is None:
+        return None
+    number = as_integer("linear_cross_entropy", name, value)
+    if number < 1:
+        raise ValueError(f"linear_cross_entropy: {name} must be an integer above 0, got {value!r}")
+    return number

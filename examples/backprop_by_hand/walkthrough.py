@@ -14,33 +14,15 @@ from fused_ops.testing import GradientComparison, compare_gradients
 
 from . import data as names_data
 from . import figures, side_by_side
+from .arguments import add_arguments
 from .by_hand import tanh_two_roundings
 from .data import Data, DataError
 from .gradients import fused_pairs, staged_pairs
-from .network import BATCH, HIDDEN, SEED, Parameters, staged_forward
+from .network import BATCH, SEED, Parameters, staged_forward
 from .training import ByHand, Trained, Training, calibrate, train, with_functions
 
 SAMPLES = 20
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m fused_ops demo``."""
-    parser.add_argument("--names", metavar="FILE", help="text file with one name per line (default: US first names)")
-    parser.add_argument("--steps", type=_positive, default=20000, help="training steps (default 20000)")
-    parser.add_argument("--hidden", type=_positive, default=HIDDEN, help=f"hidden units (default {HIDDEN})")
-    parser.add_argument("--start", default="", metavar="TEXT", help="what every sampled name begins with")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="where the figures go (default ./demo)")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def main(arguments: argparse.Namespace, console: Console | None = None) -> int:

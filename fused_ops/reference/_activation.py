@@ -73,7 +73,7 @@ def first_derivative(code: int, z: Tensor, slope: float) -> Tensor:
         s = z.sigmoid()
         return s * (1 - s)
     if code == HARDSWISH:
-        return torch.where(z < -3, zero, torch.where(z <= 3, z / 3 + 0.5, one))
+        return torch.where(z <= -3, zero, torch.where(z < 3, z / 3 + 0.5, one))
     return one
 
 
@@ -81,7 +81,7 @@ def second_derivative(code: int, z: Tensor, slope: float) -> Tensor:
     """The derivative of ``first_derivative``; 0 at the kinks."""
     zero = torch.zeros_like(z)
     if code == ELU:
-        return torch.where(z > 0, zero, slope * torch.where(z > 0, zero, z).exp())
+        return torch.where(z < 0, slope * torch.where(z < 0, z, zero).exp(), zero)
     if code == SILU:
         s = z.sigmoid()
         return s * (1 - s) * (2 + z * (1 - 2 * s))
