@@ -9,6 +9,8 @@ CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 .PHONY: demo test models check bench sanitize lint types cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
+# Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
+$(STAMP): export FUSED_OPS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),1)
 $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel

@@ -1,26 +1,38 @@
 """Builds the optional native library. Everything else about the package is in pyproject.toml.
 
 Environment:
-    FUSED_OPS_BUILD=0   install without the native library (pure PyTorch).
+    FUSED_OPS_BUILD=0|1  install without the native library (pure PyTorch) | fail where it cannot be built; by default
+        it is built if it can be, and a warning says what is missing if not.
     FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built if they can be.
     TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; by default those that torch was built for.
     FUSED_OPS_SANITIZE=address|undefined|thread  build for a sanitizer (see .ci/sanitize).
+    CXX, CPPFLAGS, CXXFLAGS  the compiler and flags to add; MAX_JOBS: compilations at a time (default: processors).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
+LIBRARY = "fused_ops._C"
 ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -28,8 +40,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ]
-KERNEL_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-COMMON_FLAGS = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+COMMON_FLAGS = [
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-fopenmp-simd"),
+    *("-DNDEBUG", "-Wall", "-Wextra"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
@@ -46,10 +62,96 @@ if os.environ.get("FUSED_OPS_SANITIZE"):
     COMMON_FLAGS, KERNEL_FLAGS = COMMON_FLAGS + sanitize, KERNEL_FLAGS + sanitize
 
 
-def warn(message: str) -> None:
-    print(f"fused_ops: WARNING: {message}; installing without the native library (pure PyTorch)", file=sys.stderr)
+def leave_out(reason: str) -> None:
+    """Says once that the library is left out, and why; or fails, where it was asked for."""
+    if os.environ.get("FUSED_OPS_BUILD") == "1":
+        raise SystemExit(f"fused_ops: FUSED_OPS_BUILD=1, but {reason}")
+    print(f"fused_ops: WARNING: {reason}; installing without the native library (pure PyTorch)", file=sys.stderr)
 
 
+# ---- compiling what changed, and only that
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A translation unit: `command` makes `output` of `source`, and besides a list of what it included.
+
+    `versions` are those of what the command's text does not tell: the compiler, and the libraries whose headers it
+    reads as the system's own.
+    """
+
+    source: str
+    output: Path
+    command: list[str]
+    versions: list[str]
+
+    @property
+    def stamp(self) -> Path:
+        """Written when the output is complete: what it was made of."""
+        return self.output.with_suffix(".json")
+
+    def is_current(self) -> bool:
+        """Whether the output is what this command, with these versions, makes of the files as they are now."""
+        try:
+            made = json.loads(self.stamp.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if [made["command"], made["versions"]] != [self.command, self.versions] or not self.output.exists():
+            return False
+        return all(digest(path) == was for path, was in made["files"].items())
+
+    def compile(self) -> None:
+        """Raises CalledProcessError, with what the compiler said, where it fails."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.stamp.unlink(missing_ok=True)  # an interrupted compilation leaves an object that nothing vouches for
+        started = time.time()
+        included = self.output.with_suffix(".d")
+        command = [*self.command, "-MMD", "-MF", str(included), "-c", self.source, "-o", str(self.output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stdout + done.stderr)
+        sys.stderr.write(done.stderr)  # warnings
+        listed = included.read_text(encoding="utf-8").replace("\\\n", " ").partition(": ")[2]
+        files = [path.replace("$$", "$") for path in shlex.split(listed)]
+        if max(os.stat(path).st_mtime for path in files) > started:
+            return  # edited meanwhile: the object may be of either text
+        made = {"command": self.command, "versions": self.versions, "files": {p: digest(p) for p in files}}
+        self.stamp.write_text(json.dumps(made), encoding="utf-8")
+
+
+def digest(path: str) -> str | None:
+    """Of a file's text: other than a time, it survives a copy and a checkout. None where there is no such file."""
+    try:
+        return digest_of(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return None
+
+
+@functools.cache
+def digest_of(path: str, mtime: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@functools.cache
+def compiler_version(compiler: str) -> str:
+    """Path and version of a compiler, which a command names only."""
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return f"{shutil.which(compiler)} {said}"
+
+
+def compile_units(units: list[Unit]) -> None:
+    """Compiles those that are not current, MAX_JOBS at a time, the largest first; stops at the first that fails."""
+    stale = sorted((u for u in units if not u.is_current()), key=lambda u: -os.path.getsize(u.source))
+    print(f"fused_ops: compiling {len(stale)} of {len(units)} translation units", flush=True)
+    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    try:
+        for _ in pool.map(Unit.compile, stale):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- CUDA
 def cuda_architectures(torch) -> list[str]:
     """nvcc's flags for the GPUs to build for: TORCH_CUDA_ARCH_LIST, else those that torch was built for."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -83,93 +185,103 @@ def why_no_cuda(torch, cuda_home: str | None) -> str | None:
     return None
 
 
+# ---- what setuptools is told
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+def object_of(folder: Path, source: str) -> Path:
+    return folder / f"{Path(source).stem}.o"
+
+
+def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
+    """Each csrc/cpu/*.cpp once per ISA, into a namespace of its own."""
+    versions = [compiler_version(cxx[0])]
+    units = []
+    for isa, flags in ISA_FLAGS.items():
+        command = [*cxx, *COMMON_FLAGS, *KERNEL_FLAGS, f"-DFUSED_OPS_ISA={isa}", *flags]
+        units += [Unit(s, object_of(objects / isa, s), command, versions) for s in sources("cpu/*.cpp")]
+    return units
+
+
+class BuildLibrary(build_ext):
+    """Compiles the units of the extension and links them into one library, which is no module of Python's."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def run(self) -> None:
+        inplace = self.inplace
+        try:
+            super().run()
+        except (subprocess.CalledProcessError, CCompilerError) as error:
+            sys.stderr.write(getattr(error, "stderr", ""))
+            leave_out(f"the library could not be built: {error}")
+            for self.inplace in (False, inplace):  # an older one would be taken for it
+                Path(self.get_ext_fullpath(LIBRARY)).unlink(missing_ok=True)
+            self.extensions = self.distribution.ext_modules = []
+
+    def build_extensions(self) -> None:
+        (extension,) = self.extensions
+        # an editable installation is given a temporary folder, and would start from nothing each time
+        usual = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        objects = Path(usual if self.editable_mode else self.build_temp)
+        units = extension.units(objects)
+        compile_units(units)
+        extension.extra_objects = [str(unit.output) for unit in units]
+        self.force = True  # linking takes a second, and whether it is needed is not told by times alone
+        super().build_extensions()
+
+
 def native_extension() -> dict[str, object]:
     """The setup() arguments that build the library, or none of them where it cannot be built."""
-    if os.environ.get("FUSED_OPS_BUILD", "1") == "0":
-        warn("FUSED_OPS_BUILD=0")
+    if os.environ.get("FUSED_OPS_BUILD") == "0":
+        leave_out("FUSED_OPS_BUILD=0")
         return {}
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-        warn("no C++ compiler found")
+    cxx = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(cxx[0]) is None:
+        leave_out("no C++ compiler found")
         return {}
     cuda = os.environ.get("FUSED_OPS_CUDA")
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    cuda_sources = sources("cuda/*.cu")
     if cuda == "1" and not cuda_sources:
         raise SystemExit("fused_ops: FUSED_OPS_CUDA=1, but this release has no CUDA kernels")
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
     except ImportError:
-        warn("torch is not installed in the build environment (use --no-build-isolation)")
+        leave_out("torch is not installed in the build environment (use --no-build-isolation)")
         return {}
     no_cuda = "FUSED_OPS_CUDA=0" if cuda == "0" else why_no_cuda(torch, CUDA_HOME)
     if no_cuda and cuda == "1":
         raise SystemExit(f"fused_ops: FUSED_OPS_CUDA=1, but {no_cuda}")
     with_cuda = bool(cuda_sources) and no_cuda is None
-
-    class BuildPerIsa(BuildExtension):
-        """Compiles csrc/cpu/*.cpp once per ISA, each into its own namespace, and all of it into one library."""
-
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **{**kwargs, "use_ninja": False, "no_python_abi_suffix": True})
-
-        def build_extensions(self) -> None:
-            extension = self.extensions[0]
-            compiler, build = self.compiler, Path(self.build_temp)
-            jobs = []
-            for isa, flags in ISA_FLAGS.items():
-                for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-                    jobs.append(
-                        (source, build / isa / f"{source.stem}.o", [*KERNEL_FLAGS, f"-DFUSED_OPS_ISA={isa}", *flags])
-                    )
-            if with_cuda:
-                nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
-                jobs += [(Path(source), build / "cuda" / f"{Path(source).stem}.o", nvcc) for source in cuda_sources]
-            binding = [*(["-DUSE_CUDA"] if with_cuda else []), *(f"-I{folder}" for folder in extension.include_dirs)]
-            jobs += [(Path(source), build / f"{Path(source).stem}.o", binding) for source in extension.sources]
-            compile_parallel(compiler, jobs)
-            extension.sources, extension.extra_objects = [], [str(output) for _, output, _ in jobs]
-            super().build_extensions()
-
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python knows no wheels for all versions
     extension = (CUDAExtension if with_cuda else CppExtension)(
-        "fused_ops._C",
-        [source for source in sources if with_cuda or not source.endswith("_cuda.cpp")],
-        extra_link_args=LINK_FLAGS,
-        depends=[
-            str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")
-        ],
-        py_limited_api=limited,
+        LIBRARY, [], extra_link_args=LINK_FLAGS, py_limited_api=limited
     )
+
+    def units(objects: Path) -> list[Unit]:
+        found = kernel_units(objects, cxx)
+        if with_cuda:
+            nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
+            versions = [compiler_version(nvcc[0])]
+            found += [Unit(s, object_of(objects / "cuda", s), nvcc, versions) for s in cuda_sources]
+        include = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
+        binding = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if with_cuda else []), *include]
+        versions = [compiler_version(cxx[0]), torch.__version__]
+        files = [s for s in sources("*.cpp") if with_cuda or not s.endswith("_cuda.cpp")]
+        return found + [Unit(s, object_of(objects, s), binding, versions) for s in files]
+
+    extension.units = units
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildPerIsa},
+        "cmdclass": {"build_ext": BuildLibrary},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
     }
 
 
-def compile_parallel(compiler, jobs) -> None:
-    """Compiles (source, object, flags) with all cores; an object newer than every source is left alone.
-
-    The flags of a .cu are its whole command but for the files.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    newest = max(p.stat().st_mtime for p in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.[ch]*")])  # .cu and .cuh too
-
-    def compile_one(job) -> None:
-        source, output, flags = job
-        if output.exists() and output.stat().st_mtime > newest:
-            return
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == ".cu":
-            compiler.spawn([*flags, "-c", str(source), "-o", str(output)])
-            return
-        base = [flag for flag in compiler.compiler_so if flag != "-Wstrict-prototypes"]
-        compiler.spawn([*base, *COMMON_FLAGS, *flags, "-c", str(source), "-o", str(output)])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
-
-
-setup(**native_extension())
+if __name__ == "__main__":
+    setup(**native_extension())
