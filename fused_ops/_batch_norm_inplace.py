@@ -186,6 +186,7 @@ def available(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not _transforms_active()
         and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
     )
 
 
@@ -196,7 +197,8 @@ def apply(
     valid: Tensor | None,
     momentum: float,
     options: Options,
-) -> Any:
-    """(output, mean, invstd, new_running_mean, new_running_var)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, new_running_mean, new_running_var)."""
     stand_in = _StandIn.apply(input)
-    return BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)[:5]
+    found = BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)
+    return found[0], found[3], found[4]
