@@ -5,6 +5,7 @@ Also the op that writes the running statistics under torch.func.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _numbers(numbers: Tensor | None, activation: int) -> tuple[float, float, flo
 def _mask_bytes(input: Tensor) -> Any:
     """Room for the mask of any size: of its two orders for small planes, the longer one, so that no size is a guard."""
     batch, channels = input.size(0), input.size(1)
-    spatial = input.shape[2:].numel()
+    spatial = math.prod(input.shape[2:])
     if input.dim() == 2:
         return batch * ((channels + 7) // 8)
     if is_channels_last(input):

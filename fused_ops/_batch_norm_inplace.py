@@ -83,9 +83,12 @@ class _StandIn(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # else a first backward would add zeros of the input's size to its gradient
+        ctx.like = output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        if grad is None and torch.compiler.is_compiling():  # compiled autograd adds what it gets
+            return ctx.like.detach()
         return grad
 
 
