@@ -363,15 +363,3 @@ class BatchNormActFunction(FusedFunction):
         values = [fold.values(t, d) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
         outputs = cls.apply(*images, *values, valid, *args[7:])
         return tuple(fold.unfold(t) for t in outputs), (0,) * 6
-
-
-class _CompiledFunction(BatchNormFunction):
-    """For torch.compile, which traces no Function with a ``jvp`` of its own."""
-
-    jvp = torch.autograd.Function.jvp
-
-
-class _CompiledActFunction(BatchNormActFunction):
-    """For torch.compile, likewise."""
-
-    jvp = torch.autograd.Function.jvp

@@ -84,9 +84,12 @@ class _StandIn(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # else a first backward would add zeros of the input's size to its gradient
+        ctx.like = output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        if grad is None and torch.compiler.is_compiling():  # compiled autograd adds what it gets
+            return ctx.like.detach()
         return grad
 
 
@@ -188,6 +191,7 @@ def available(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not _transforms_active()
         and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
     )
 
 
@@ -198,8 +202,9 @@ def apply(
     valid: Tensor | None,
     momentum: float,
     options: Options,
-) -> Any:
-    """(output, mean, invstd, new_running_mean, new_running_var)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, new_running_mean, new_running_var)."""
     check_data("batch_norm", [("input", input)])
     stand_in = _StandIn.apply(input)
-    return BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)[:5]
+    found = BatchNormInplaceFunction.apply(input, stand_in, *running, *params, valid, momentum, *options)
+    return found[0], found[3], found[4]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops import _batch_norm_inplace as inplace
+from fused_ops._graph import fx_leaf, refuse_script
 from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing
 
 # The options that the modules have beyond PyTorch's.
@@ -57,6 +58,9 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**DEFAULTS, **state})  # what a module of PyTorch pickled lacks
 
+    def __prepare_scriptable__(self) -> None:
+        refuse_script(self)
+
     def forward(
         self,
         input: Tensor,
@@ -73,6 +77,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             valid: The positions that count.
             activation: In this call, instead of the module's: its name, and its negative_slope or alpha (else 0).
         """
+        if type(input) is not Tensor or residual is not None or valid is not None:
+            proxy = fx_leaf(self, input, residual=residual, valid=valid, activation=activation)
+            if proxy is not None:
+                return proxy  # type: ignore[no-any-return]
         self._check_input_dim(input)
         training = self.training and not self.frozen
         # As self.weight and so on, without the search of nn.Module.__getattr__ where they are what modules have.
@@ -120,14 +128,13 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, var = self.running_mean, self.running_var
         assert mean is not None and var is not None
         args = (input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
-        output, _, _, batch_mean, batch_var = _with_statistics(*args, *options)
+        output, batch_mean, batch_var = _with_statistics(*args, *options)
         if input.numel() and not recomputing():
             with torch.no_grad():
                 share = 1.0 / self.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
                 mean.lerp_(batch_mean, share)
                 var.lerp_(batch_var, share)
-        result: Tensor = output
-        return result
+        return output
 
     def extra_repr(self) -> str:
         """PyTorch's, then what differs from its defaults."""

@@ -72,6 +72,7 @@ _backward_op: Any = register(
 _forward, _backward = eager(_forward_op), eager(_backward_op)
 _is_grad_enabled = torch._C.is_grad_enabled
 _current_graph_task_id = torch._C._current_graph_task_id
+_is_tracing = torch._C._is_tracing
 _increment_version = torch._C._increment_version
 _DEFAULTS = (0.1, 1e-5, 0, _activation.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
 
@@ -159,6 +160,7 @@ def serves(
         and not _transforms_active()
         and forward_ad._current_level < 0
         and not _has_torch_function(input, running_mean, running_var, weight, bias)
+        and not _is_tracing()
     )
 
 

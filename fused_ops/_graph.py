@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fused_ops._function import _transforms_active
 from fused_ops._library import _fragment, register
 
-_FORWARD_LEVEL = torch._C._functorch.TransformType.Jvp
+_FORWARD = torch._C._functorch.TransformType.Jvp
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def needs_formulas() -> bool:
@@ -27,12 +28,17 @@ def needs_formulas() -> bool:
         return bool(_transforms_active())  # Dynamo inlines a Function there, without its backward
     if torch._C._is_tracing():
         return True
-    return bool(_transforms_active()) and _forward_levels() > 1
+    # Autograd drops the tangent of a Function's ``jvp`` at all but the innermost forward level.
+    return bool(_transforms_active()) and (_levels(_FORWARD) > 1 or functionalizing())
 
 
-def _forward_levels() -> int:
-    """Levels of forward-mode AD: autograd drops the tangent of a Function's ``jvp`` at all but the innermost."""
-    return sum(level.key() == _FORWARD_LEVEL for level in torch._C._functorch.get_interpreter_stack() or ())
+def functionalizing() -> bool:
+    """Whether torch.func.functionalize is active, which refuses Functions."""
+    return bool(_transforms_active()) and not torch.compiler.is_compiling() and _levels(_FUNCTIONALIZE) > 0
+
+
+def _levels(kind: Any) -> int:
+    return sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def as_tensor(*numbers: float) -> Tensor:
@@ -66,3 +72,24 @@ def register_graph_op(
         name = schema.split("(", 1)[0]
         torch.library.register_autograd(f"fused_ops::{name}", backward, setup_context=setup_context, lib=_fragment)
     return op
+
+
+def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The call of the module as one node, where torch.fx traces one of the arguments; else None.
+
+    An option that is None is left out, as a default.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, fx.Proxy):
+            tracer: Any = value.tracer
+            given = {name: option for name, option in kwargs.items() if option is not None}
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
+    return None
+
+
+def refuse_script(module: nn.Module) -> None:
+    """For ``__prepare_scriptable__`` of a module."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {type(module).__name__} of fused_ops: use torch.jit.trace or torch.export, "
+        "or fused_ops.revert(model) first"
+    )

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
+import fused_ops._batch_norm_graph as graph
 import fused_ops._batch_norm_packed as packed
 from fused_ops._argument_checks import check_tensors
-from fused_ops._batch_norm_functions import (
-    BatchNormActFunction,
-    BatchNormFunction,
-    _CompiledActFunction,
-    _CompiledFunction,
-)
+from fused_ops._batch_norm_functions import BatchNormActFunction, BatchNormFunction
+from fused_ops._dtensor import any_dtensor, refuse
+from fused_ops._function import _has_torch_function, _transforms_active
+from fused_ops._graph import needs_formulas
 from fused_ops._integers import as_int64
 from fused_ops.reference import _activation
+from fused_ops.reference._batch_norm_formulas import formulas
 from fused_ops.reference.batch_norm import Options, check_written
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -47,7 +48,7 @@ def _check_kinds(
     if isinstance(training, str) or training is None:
         raise TypeError(f"batch_norm(): argument 'training' (position 6) must be bool, not {type(training).__name__}")
     for name, number in (("momentum", momentum), ("eps", eps)):
-        if not hasattr(number, "__float__"):
+        if not isinstance(number, (float, int)) and not hasattr(number, "__float__"):
             raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(number).__name__}")
     as_int64("batch_norm", "correction", correction)
     if eps < 0 and not training:
@@ -104,24 +105,13 @@ def _checked(input: Tensor, valid: Tensor | None, options: Options) -> Tensor | 
     return None if valid is None else _positions(valid, input)
 
 
-def _act_apply(
-    input: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    params: tuple[Tensor | None, Tensor | None],
-    momentum: float,
-    options: Options,
-    residual: Tensor | None,
-    valid: Tensor | None,
-) -> Any:
+def _check_residual(input: Tensor, residual: Tensor | None) -> None:
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
         expected = f"{list(input.shape)} and {input.dtype}"
         raise RuntimeError(
             f"batch_norm: expected residual of input's shape and dtype, {expected}, got {list(residual.shape)} and "
             f"{residual.dtype}"
         )
-    valid = _checked(input, valid, options)
-    function = _CompiledActFunction if torch.compiler.is_compiling() else BatchNormActFunction
-    return function.apply(input, residual, *running, *params, valid, momentum, *options)[:5]
 
 
 def recomputing() -> bool:
@@ -228,18 +218,38 @@ def batch_norm(
                 _check(input, running_mean, running_var, training, eps)
                 _code(activation)
                 raise
+    tensors = (input, running_mean, running_var, weight, bias, residual, valid)
+    overridden = not torch.compiler.is_compiling() and _has_torch_function(*tensors)
+    if overridden or any_dtensor(*tensors):
+        args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        own: dict[str, Any] = {
+            "correction": correction,
+            "activation": activation,
+            "residual": residual,
+            "negative_slope": negative_slope,
+            "alpha": alpha,
+            "valid": valid,
+            "groups": groups,
+            "inplace_activated": inplace_activated,
+        }
+        if overridden:
+            return handle_torch_function(batch_norm, tensors, *args, **own)
+        refuse(batch_norm, own)
+        return torch.nn.functional.batch_norm(*args)
     _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
     if input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
         return input.clone()  # one dimension of no values: PyTorch lets it through
-    output, _, _, new_mean, new_var = _with_statistics(
+    output, new_mean, new_var = _with_statistics(
         *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
         *(activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
     )
     if training and running_mean is not None and running_var is not None and not recomputing():
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
-    result: Tensor = output
-    return result
+        if _transforms_active():
+            graph.write_statistics(new_mean, new_var, running_mean, running_var)
+        else:
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
+    return output
 
 
 def _with_statistics(
@@ -259,12 +269,9 @@ def _with_statistics(
     valid: Tensor | None,
     groups: int,
     inplace_activated: bool,
-) -> Any:
-    """``batch_norm`` that changes nothing: (output, mean, invstd, new_running_mean, new_running_var)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``batch_norm`` that changes nothing: (output, new_running_mean, new_running_var)."""
     _check(input, running_mean, running_var, training, eps)
-    if activation is None and residual is None and valid is None and groups == 1 and not inplace_activated:
-        function = _CompiledFunction if torch.compiler.is_compiling() else BatchNormFunction
-        return function.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
     code = _code(activation)
     slope = _activation.slope_of(code, negative_slope, alpha)
     options = Options(training, eps, correction, code, slope, groups)
@@ -275,4 +282,26 @@ def _with_statistics(
         inplace.check(activation, code, slope, residual)
         if inplace.available(input, weight, bias):
             return inplace.apply(input, running, params, _checked(input, valid, options), momentum, options)
-    return _act_apply(input, running, params, momentum, options, residual, valid)
+    _check_residual(input, residual)
+    args = input, residual, running, params, _checked(input, valid, options), momentum, options
+    if needs_formulas():
+        return formulas(*args)
+    return graph.batch_norm(*args) if torch.compiler.is_compiling() else _apply(*args)
+
+
+def _apply(
+    input: Tensor,
+    residual: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    params: tuple[Tensor | None, Tensor | None],
+    valid: Tensor | None,
+    momentum: float,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By a Function: eager mode."""
+    if residual is None and valid is None and options.activation == _activation.NONE and options.groups == 1:
+        statistics = (options.training, momentum, options.eps, options.correction)
+        found = BatchNormFunction.apply(input, *running, *params, *statistics)
+    else:
+        found = BatchNormActFunction.apply(input, residual, *running, *params, valid, momentum, *options)
+    return found[0], found[3], found[4]

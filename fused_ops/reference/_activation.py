@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, TANH, SIGMOID, HARDSWISH = range(9)
@@ -29,22 +28,27 @@ def slope_of(code: int, negative_slope: float, alpha: float) -> float:
 
 
 def apply(code: int, z: Tensor, slope: float) -> Tensor:
-    """The activation of z; ``slope`` is leaky_relu's negative slope or elu's alpha."""
+    """The activation of z; ``slope`` is leaky_relu's negative slope or elu's alpha.
+
+    Of ops that can be differentiated any number of times, and by a slope that may be a symbol.
+    """
     if code == RELU:
-        return z.relu()
+        return torch.where(z <= 0, 0.0, z)
     if code == LEAKY_RELU:
-        return F.leaky_relu(z, slope)
+        return torch.where(z > 0, z, slope * z)
     if code == ELU:
-        return F.elu(z, slope)
+        return torch.where(z > 0, z, slope * torch.where(z > 0, 0.0, z).expm1())
     if code == SILU:
-        return F.silu(z)
+        return z * z.sigmoid()
     if code == GELU:
-        return F.gelu(z)
+        return 0.5 * z * (1 + (z * math.sqrt(0.5)).erf())
     if code == TANH:
         return z.tanh()
     if code == SIGMOID:
         return z.sigmoid()
-    return F.hardswish(z) if code == HARDSWISH else z
+    if code == HARDSWISH:
+        return torch.where(z <= -3, 0.0, torch.where(z < 3, z * (z + 3) / 6, z))
+    return z
 
 
 def sign_derivative(code: int, positive: Tensor, slope: float, dtype: torch.dtype) -> Tensor:

@@ -65,12 +65,12 @@ def group_size(batch: int, groups: int) -> int:
     """Batch entries in each ghost batch but the last, which has what is left."""
     if groups < 1:
         raise ValueError(f"batch_norm: expected groups to be at least 1, got {groups}")
-    return max(1, -(-batch // groups))
+    return torch.sym_max(1, -(-batch // groups))  # type: ignore[no-any-return]
 
 
 def group_count(batch: int, groups: int) -> int:
     """Ghost batches that a batch is cut into: ``groups``, or fewer if the batch is small."""
-    return max(1, -(-batch // group_size(batch, groups)))
+    return torch.sym_max(1, -(-batch // group_size(batch, groups)))  # type: ignore[no-any-return]
 
 
 def _mask_rows(input: Tensor) -> tuple[int, int]:

@@ -1,0 +1,219 @@
+"""Batch norm in the graphs of torch.compile and torch.export: one op with every option, and its gradients.
+
+Also the op that writes the running statistics under torch.func.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ops import _batch_norm_functions as functions
+from fused_ops._graph import as_tensor, functionalizing, register_graph_op
+from fused_ops._library import _fragment
+from fused_ops.reference import _activation, is_channels_last
+from fused_ops.reference import batch_norm as reference
+from fused_ops.reference.batch_norm import Options, Saved
+
+# The numbers are momentum, eps and slope; None: _default.
+_OPTIONS = "bool training, Tensor? numbers, SymInt correction, int activation, SymInt groups"
+_INPUT, _RESIDUAL, _PARAMS = 1, 2, 4  # the gradients that are needed, one bit each
+
+
+def _default(activation: int) -> tuple[float, float, float]:
+    """momentum, eps and slope where ``numbers`` is None."""
+    return 0.1, 1e-5, _activation.slope_of(activation, 0.01, 1.0)
+
+
+def _numbers(numbers: Tensor | None, activation: int) -> tuple[float, float, float]:
+    momentum, eps, slope = _default(activation) if numbers is None else numbers.tolist()
+    return momentum, eps, slope
+
+
+def _mask_bytes(input: Tensor) -> Any:
+    """Room for the mask of any size: of its two orders for small planes, the longer one, so that no size is a guard."""
+    batch, channels = input.size(0), input.size(1)
+    spatial = math.prod(input.shape[2:])
+    if input.dim() == 2:
+        return batch * ((channels + 7) // 8)
+    if is_channels_last(input):
+        return batch * spatial * ((channels + 7) // 8)
+    return batch * channels * ((spatial + 7) // 8)
+
+
+def _forward(*args: Any) -> Any:
+    *tensors, training, numbers, correction, activation, groups = args
+    momentum, eps, slope = _numbers(numbers, activation)
+    *found, mask = functions._act_forward_op(*tensors, training, momentum, eps, correction, activation, slope, groups)
+    if mask.numel():
+        mask = torch.nn.functional.pad(mask, (0, _mask_bytes(args[0]) - mask.numel()))
+    return *found, mask
+
+
+def _fake_forward(*args: Any) -> Any:
+    *tensors, training, _, correction, activation, groups = args
+    input, residual, valid = tensors[0], tensors[1], tensors[6]
+    options: Any = (training, 0.1, 1e-5, correction, activation, 0.0, groups)
+    *found, _ = functions._fake_act_forward(input, None, *tensors[2:], *options)
+    size = _mask_bytes(input) if reference.has_mask(residual, valid, activation) else 0
+    return *found, input.new_empty((size,), dtype=torch.uint8)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    input, residual, _, _, weight, bias, valid, training, numbers, correction, activation, groups = inputs
+    _, mean, invstd, _, _, mask = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = training, correction, activation, groups
+    if reference.has_mask(residual, valid, activation):
+        residual = bias = None
+    else:
+        mask = None
+    if activation == _activation.NONE:
+        residual = bias = None
+    ctx.save_for_backward(input, residual, weight, bias, mean, invstd, mask, valid, numbers)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+    need = ctx.needs_input_grad
+    needs = need[0] * _INPUT + need[1] * _RESIDUAL + (need[4] or need[5]) * _PARAMS
+    if grad_output is None or not needs:
+        return (None,) * 12
+    *saved, numbers = ctx.saved_tensors
+    training, correction, activation, groups = ctx.options
+    given = need[1] and activation == _activation.NONE and saved[7] is None
+    needs = needs & ~_RESIDUAL if given else needs
+    found = [*_grad_op(grad_output, *saved, training, numbers, correction, activation, groups, needs)]
+    if given:
+        found[1] = grad_output
+    grad_input, grad_residual, grad_weight, grad_bias = (
+        g if n else None for g, n in zip(found, (need[0], need[1], need[4], need[5]), strict=True)
+    )
+    return grad_input, grad_residual, None, None, grad_weight, grad_bias, *(None,) * 6
+
+
+def _grad(*args: Any) -> Any:
+    grad_output, *tensors, training, numbers, correction, activation, groups, needs = args
+    slope = _numbers(numbers, activation)[2]
+    saved = _exact_mask(Saved(*tensors))
+    wanted = bool(needs & _INPUT), bool(needs & _PARAMS), bool(needs & _RESIDUAL)
+    return functions._act_backward_op(grad_output, *saved, training, correction, activation, slope, groups, *wanted)
+
+
+def _exact_mask(saved: Saved) -> Saved:
+    if saved.mask is None:
+        return saved
+    return saved._replace(mask=saved.mask[: reference.mask_bytes(saved.input)])
+
+
+def _fake_grad(*args: Any) -> Any:
+    grad_output, *tensors, training, _, correction, activation, groups, needs = args
+    wanted = bool(needs & _INPUT), bool(needs & _PARAMS), bool(needs & _RESIDUAL)
+    options: Any = (training, correction, activation, 0.0, groups, *wanted)
+    return functions._fake_act_backward(grad_output, *tensors, *options)
+
+
+def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, training, numbers, correction, activation, groups, _ = inputs
+    ctx.options = training, correction, activation, groups
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, numbers)
+
+
+def _grad_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    grad_output, *tensors, numbers = ctx.saved_tensors
+    training, correction, activation, groups = ctx.options
+    _, eps, slope = _default(activation) if numbers is None else numbers.unbind()
+    saved = _exact_mask(Saved(*tensors))
+    options = Options(training, eps, correction, activation, slope, groups)
+    found = reference.double_backward(grads, grad_output, saved, options)
+    present = (grad_output, *saved[:4])
+    return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
+
+
+_op: Any = register_graph_op(
+    "batch_norm(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
+    f"Tensor? bias, Tensor? valid, {_OPTIONS}) -> (Tensor output, Tensor mean, Tensor invstd, "
+    "Tensor new_running_mean, Tensor new_running_var, Tensor mask)",
+    _forward,
+    _fake_forward,
+    _context,
+    _backward,
+)
+_grad_op: Any = register_graph_op(
+    "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+    f"Tensor invstd, Tensor? mask, Tensor? valid, {_OPTIONS}, int needs) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    _grad,
+    _fake_grad,
+    _grad_context,
+    _grad_backward,
+)
+
+
+def batch_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    params: tuple[Tensor | None, Tensor | None],
+    valid: Tensor | None,
+    momentum: float,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and the new running statistics."""
+    numbers = momentum, options.eps, options.slope
+    packed = None if numbers == _default(options.activation) else as_tensor(*numbers)
+    o = options
+    found = _op(input, residual, *running, *params, valid, o.training, packed, o.correction, o.activation, o.groups)
+    return found[0], found[3], found[4]
+
+
+# ---- running statistics under torch.func
+
+
+def _write(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    running_mean.copy_(new_mean)
+    running_var.copy_(new_var)
+    torch.autograd.graph.increment_version((running_mean, running_var))
+
+
+# The running statistics come last: an op that returns its first argument, written to, is what torch.func refuses for
+# tensors from outside of the transform. PyTorch's batch norm is none either.
+_write_op: Any = register_graph_op(
+    "batch_norm_write_statistics(Tensor new_mean, Tensor new_var, Tensor(a!) running_mean, Tensor(b!) running_var) "
+    "-> ()",
+    _write,
+    lambda *_: None,
+)
+# torch.func.functionalize refuses an op that says what it writes; PyTorch's batch norm does not say it.
+_write_silently_op: Any = register_graph_op(
+    "batch_norm_write_statistics_silently(Tensor new_mean, Tensor new_var, Tensor running_mean, Tensor running_var) "
+    "-> ()",
+    _write,
+    lambda *_: None,
+)
+
+
+def write_statistics(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    """Writes running statistics that may be from outside of the active transforms."""
+    (_write_silently_op if functionalizing() else _write_op)(new_mean, new_var, running_mean, running_var)
+
+
+def _write_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[None, None]:
+    for new, running in ((0, 2), (1, 3)):
+        if in_dims[running] is None and in_dims[new] is not None:
+            raise RuntimeError(
+                "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated "
+                "in place, were not batched. If you are using a module and do not need eval mode, please set "
+                "`track_running_stats` to be False."
+            )
+    moved = [t if d is None else t.movedim(d, 0) for t, d in zip(args, in_dims, strict=True)]
+    write_statistics(*moved)
+    return None, None
+
+
+for _name in ("batch_norm_write_statistics", "batch_norm_write_statistics_silently"):
+    torch.library.register_vmap(f"fused_ops::{_name}", _write_vmap, lib=_fragment)
