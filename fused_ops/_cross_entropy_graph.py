@@ -12,9 +12,9 @@ from fused_ops import _cross_entropy_rows as rows
 from fused_ops._graph import as_tensor, register_graph_op
 from fused_ops.reference import _cross_entropy_rows as reference
 from fused_ops.reference import empty_output
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype
 from fused_ops.reference.cross_entropy import double_backward as plain_double_backward
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
 
 # ---- class indices alone, reduced in the op
 

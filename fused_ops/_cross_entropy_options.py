@@ -265,7 +265,8 @@ def _counted(call: Call) -> Tensor | None:
 
 def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
-    if rows.is_cuda or torch.compiler.is_compiling():  # one order by the size; sizes that may be symbols
+    # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
+    if rows.is_cuda or torch.compiler.is_compiling() or type(rows.numel()) is not int:
         return rows.sum()
     blocks = rows.reshape(-1)
     while blocks.numel() > _BLOCK:

@@ -41,7 +41,7 @@ def as_tensor(*numbers: float) -> Tensor:
     A float handed to an op would be a constant of the graph: another value, another compilation. Only arithmetic on
     a tensor is known to keep a symbol one.
     """
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * number for number in numbers])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_options import (
     Numbers,
     check_ignore_index,
@@ -16,7 +17,6 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
 from fused_ops._deferred_logits import DeferredLogits
 from fused_ops._function import _transforms_active, autocast_enabled
