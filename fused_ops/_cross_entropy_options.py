@@ -209,7 +209,8 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise RuntimeError(f"cross_entropy: expected class_mask of dtype torch.bool, got {mask.dtype}")
     classes = input.size(class_dim(input))
-    if mask.shape not in ((classes,), input.shape):
+    # one of them alone: a symbolic number of rows that is compared with the classes becomes a guard
+    if mask.shape != ((classes,) if mask.dim() == 1 else input.shape):
         raise RuntimeError(
             f"cross_entropy: expected class_mask of shape [{classes}] or {list(input.shape)}, got {list(mask.shape)}"
         )

@@ -208,13 +208,7 @@ def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
     if not needs or all(grad is None for grad in g):
         return none
     settings = Settings(ctx.ignore_index, numbers, *ctx.cut)
-    found: Sequence[Tensor | None]
-    if torch.is_grad_enabled():  # to be differentiated again, outside of what was compiled
-        (head, a), (o, _) = split(tensors), settings.unpack(ctx.statistics)
-        of_head = reference.gradients(g, head, a, o, settings.cut.classes(head))
-        found = *of_head, *target_gradients(g, head, a, o, settings.cut.classes(head), needs)
-    else:
-        found = rows_grad_op(*g, *tensors, lse, mass, entropy, *settings, ctx.statistics, needs)
+    found = rows_grad_op(*g, *tensors, lse, mass, entropy, *settings, ctx.statistics, needs)
     return place(found, needs, 15)
 
 
@@ -224,10 +218,16 @@ def place(found: Sequence[Tensor | None], needs: int, arguments: int) -> tuple[T
     return *chosen[:5], None, *chosen[5:], *(None,) * (arguments - 8)
 
 
-def target_gradients(
+def formulas(g: RowGrads, head: Head, a: RowArgs, o: RowOptions, classes: int, needs: int) -> tuple[Tensor | None, ...]:
+    """The seven gradients from all the logits at once; differentiable."""
+    of_head = reference.gradients(g, head, a, o, classes) if needs & OF_HEAD else (None,) * 5
+    return *of_head, *_target_gradients(g, head, a, o, classes, needs)
+
+
+def _target_gradients(
     g: RowGrads, head: Head, a: RowArgs, o: RowOptions, classes: int, needs: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of class probabilities and of class weights; differentiable."""
+    """The gradients of class probabilities and of class weights."""
     if g.nll is None or not needs & ~OF_HEAD:
         return None, None
     a = a._replace(input=reference.logits(head, classes))
@@ -245,7 +245,7 @@ def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
     if needs & OF_HEAD:
         in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=needs & OF_HEAD)
         found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows)
-    others = target_gradients(g, head, a, o, settings.cut.classes(head), needs)
+    others = _target_gradients(g, head, a, o, settings.cut.classes(head), needs)
     empty = _fake_others(a, needs)
     return *found, *(e.zero_() if t is None else t for t, e in zip(others, empty, strict=True))
 
@@ -258,6 +258,109 @@ def _fake_others(a: RowArgs, needs: int) -> tuple[Tensor, ...]:
 def _fake_rows_grad(*args: Any) -> tuple[Tensor, ...]:
     head, a = split(args[4:13])
     return *_fake_gradients(head, args[22]), *_fake_others(a, args[22])
+
+
+class _Leaves(NamedTuple):
+    """What the seven gradients depend on: (row gradients, head, class probabilities, class weight)."""
+
+    tensors: tuple[Tensor | None, ...]
+
+    def gradients(self, a: RowArgs, o: RowOptions, classes: int, needs: int) -> tuple[Tensor | None, ...]:
+        t = self.tensors
+        a = a._replace(probabilities=t[9], weight=t[10])
+        return formulas(RowGrads(*t[:4]), Head(*t[4:9]), a, o, classes, needs)  # type: ignore[arg-type]
+
+
+_PLACES = (*range(9), 10, 11)  # of the leaves among the arguments of the op
+_SHARED = (5, 6, 8, 10)  # of _Leaves, those that all rows have in common: weight, bias, low_weight, class weight
+
+
+def is_batched(*grads: Tensor | None) -> bool:
+    """Whether any comes from ``torch.autograd.grad(is_grads_batched=True)``, which few in-place operations stand."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
+def _second(
+    outer: tuple[Tensor | None, ...],
+    leaves: _Leaves,
+    wanted: list[bool],
+    a: RowArgs,
+    o: RowOptions,
+    classes: int,
+    needs: int,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The gradients of <the seven gradients, outer> with respect to the leaves that are wanted."""
+    with torch.enable_grad():
+        leaves = _Leaves(cut_off(leaves.tensors))
+        values = leaves.gradients(a, o, classes, needs)
+    used = [(v, s.to(v.dtype)) for v, s in zip(values, outer, strict=True) if v is not None and s is not None]
+    inputs = [t for t, want in zip(leaves.tensors, wanted, strict=True) if want and t is not None]
+    new = iter(
+        torch.autograd.grad(
+            [v for v, _ in used], inputs, [s for _, s in used], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(new) if want else None for want in wanted]
+
+
+def _chunked_second(
+    outer: tuple[Tensor | None, ...],
+    leaves: _Leaves,
+    wanted: list[bool],
+    a: RowArgs,
+    o: RowOptions,
+    in_rows: chunks.Plan,
+) -> list[Tensor | None]:
+    """``_second``, one chunk of logits at a time."""
+    found: list[Tensor | None] = [None] * len(wanted)
+    for begin in range(0, a.input.size(0), in_rows.chunk_rows):
+        part = slice(begin, begin + in_rows.chunk_rows)
+        cut = [t if i in _SHARED or t is None else t[part] for i, t in enumerate(leaves.tensors)]
+        detached = _Leaves(tuple(None if t is None else t.detach().requires_grad_() for t in cut))
+        sides = tuple(t if i + 4 in _SHARED or t is None else t[part] for i, t in enumerate(outer))
+        args = chunks.cut_args(a, a.input[part], part)
+        new = _second(sides, detached, wanted, args, o, in_rows.classes, in_rows.needs, create_graph=False)
+        for i, value in enumerate(new):
+            whole = leaves.tensors[i]
+            if value is None or whole is None:
+                continue
+            before = found[i]
+            if i in _SHARED:
+                found[i] = value if before is None else before + value
+                continue
+            if before is None:
+                found[i] = before = torch.zeros_like(whole)
+            before[part] = value
+    return found
+
+
+def _rows_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.ignore_index, numbers, *ctx.cut, ctx.statistics, ctx.needs = inputs[16:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:13], numbers)
+
+
+def _rows_grad_backward(ctx: Any, *outer: Tensor | None) -> Any:
+    *saved, numbers = ctx.saved_tensors
+    (head, a), settings = split(saved[4:13]), Settings(ctx.ignore_index, numbers, *ctx.cut)
+    outer = tuple(v if ctx.needs & (1 << i) else None for i, v in enumerate(outer))
+    wanted = [ctx.needs_input_grad[i] for i in _PLACES]
+    found: list[Tensor | None] = [None] * 23
+    if all(v is None for v in outer) or not any(wanted):
+        return tuple(found)
+    leaves, (o, _) = _Leaves(tuple(saved[i] for i in _PLACES)), settings.unpack(ctx.statistics)
+    again = torch.is_grad_enabled()
+    if again or is_batched(*outer):  # a third derivative, or several: with all the logits
+        new = _second(outer, leaves, wanted, a, o, settings.cut.classes(head), ctx.needs, create_graph=again)
+    else:
+        in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=ctx.needs)
+        new = _chunked_second(outer, leaves, wanted, a, o, in_rows)
+    for i, value in zip(_PLACES, new, strict=True):
+        found[i] = value
+    return tuple(found)
 
 
 rows_op: Any = register_graph_op(
@@ -274,6 +377,8 @@ rows_grad_op: Any = register_graph_op(
     f"{_CUT}, bool statistics, int needs) -> ({_GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
     _rows_grad,
     _fake_rows_grad,
+    _rows_grad_context,
+    _rows_grad_backward,
 )
 
 
