@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_ops._function import _transforms_active
 from fused_ops._library import _fragment, register
 
+implementations: dict[Any, Callable[..., Any]] = {}  # of the ops of register_graph_op
 _FORWARD_LEVEL = torch._C._functorch.TransformType.Jvp
 
 
@@ -62,7 +63,15 @@ def register_graph_op(
         backward: Likewise.
     """
     op = register(schema, implementation, fake, native=False)
+    implementations[op] = implementation
     if backward is not None:
         name = schema.split("(", 1)[0]
         torch.library.register_autograd(f"fused_ops::{name}", backward, setup_context=setup_context, lib=_fragment)
     return op
+
+
+def refuse_script(module: torch.nn.Module) -> None:
+    """Raises for ``torch.jit.script``, which cannot read what these modules do."""
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script is not supported; use torch.jit.trace, or torch.export instead"
+    )

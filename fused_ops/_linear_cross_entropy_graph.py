@@ -19,6 +19,7 @@ from fused_ops import _linear_cross_entropy_chunks as chunks
 from fused_ops._cross_entropy_options import fixed_order_sum
 from fused_ops._function import has_values
 from fused_ops._graph import as_tensor, register_graph_op
+from fused_ops._linear_cross_entropy_checks import check_memory
 from fused_ops._linear_cross_entropy_plan import Cut, plan
 from fused_ops.reference import _cross_entropy_rows as rows
 from fused_ops.reference import linear_cross_entropy as reference
@@ -88,12 +89,21 @@ def _flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products
     return 2 * counted * products * (head.weight.numel() + low)
 
 
+def _check(head: Head, settings: Settings) -> None:
+    """Raises for what only a direct call of the op can bring."""
+    matrices = [t for t in (head.input, head.weight, head.low_input, head.low_weight) if t is not None]
+    if any(t.dim() != 2 for t in matrices) or len(matrices) == 3:
+        raise RuntimeError("linear_cross_entropy: expected input and linear_weight to be matrices, and the low ones")
+    check_memory(*settings[3:])
+
+
 # ---- a weighted sum of rows, whose gradients the forward finds while it has the logits
 
 
 def _sum(*args: Any) -> tuple[Tensor, ...]:
     (head, a), row_scale, settings = split(args), args[9], Settings(*args[10:15])
     needs, nan_if_empty = args[15:]
+    _check(head, settings)
     o, z_loss = settings.unpack()
     nll, lse, *others = chunks.forward(head, a, o, row_scale, z_loss, plan(head, a, o, settings.cut, needs))
     terms = nll if z_loss == 0 else nll + z_loss * lse.square()
@@ -165,6 +175,7 @@ sum_op: Any = register_graph_op(
 
 def _rows(*args: Any) -> tuple[Tensor, ...]:
     (head, a), settings, statistics = split(args), Settings(*args[9:14]), args[14]
+    _check(head, settings)
     o, _ = settings.unpack(statistics)
     return chunks.forward(head, a, o, None, 0.0, plan(head, a, o, settings.cut, 0))[:7]
 
@@ -232,14 +243,15 @@ def _target_gradients(
         return None, None
     a = a._replace(input=reference.logits(head, classes))
     return (
-        rows.grad_probabilities(g, a, o) if needs & PROBABILITIES else None,
-        rows.grad_weight(g, a, o) if needs & CLASS_WEIGHT else None,
+        rows.grad_probabilities(g, a, o) if needs & PROBABILITIES and a.probabilities is not None else None,
+        rows.grad_weight(g, a, o) if needs & CLASS_WEIGHT and a.weight is not None else None,
     )
 
 
 def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
     g, (head, a), (lse, mass, entropy) = RowGrads(*args[:4]), split(args[4:13]), args[13:16]
     settings, statistics, needs = Settings(*args[16:21]), *args[21:]
+    _check(head, settings)
     o, _ = settings.unpack(statistics)
     found: tuple[Tensor, ...] = tuple(head.input.new_empty(0) for _ in range(5))
     if needs & OF_HEAD:
