@@ -89,7 +89,8 @@ class _StandIn(FusedFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         if grad is None and torch.compiler.is_compiling():  # compiled autograd adds what it gets
-            return ctx.like.detach()
+            zeros: Tensor = ctx.like.detach()
+            return zeros
         return grad
 
 

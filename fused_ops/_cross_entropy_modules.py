@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_ops._graph import refuse_script
 from fused_ops.cross_entropy import cross_entropy
 
 _ADDED: dict[str, Any] = {
@@ -78,6 +79,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         super().__setstate__({**_ADDED, **state})  # what a module of PyTorch pickled lacks
         if "class_mask" not in self._buffers:
             self.register_buffer("class_mask", None, persistent=False)
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         """The options that are not the defaults."""

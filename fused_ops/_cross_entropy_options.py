@@ -221,7 +221,8 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise RuntimeError(f"cross_entropy: expected class_mask of dtype torch.bool, got {mask.dtype}")
     classes = input.size(class_dim(input))
-    if mask.shape not in ((classes,), input.shape):
+    # one of them alone: a symbolic number of rows that is compared with the classes becomes a guard
+    if mask.shape != ((classes,) if mask.dim() == 1 else input.shape):
         raise RuntimeError(
             f"cross_entropy: expected class_mask of shape [{classes}] or {list(input.shape)}, got {list(mask.shape)}"
         )
@@ -282,7 +283,8 @@ def _counted(call: Call) -> Tensor | None:
 
 def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
-    if rows.is_cuda or torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes may be symbols, or become any
+    # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
+    if rows.is_cuda or torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows.numel()) is not int:
         return rows.sum()
     blocks = rows.reshape(-1)
     while blocks.numel() > _BLOCK:

@@ -20,6 +20,7 @@ from fused_ops._library import _fragment, register
 
 _FORWARD = torch._C._functorch.TransformType.Jvp
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+implementations: dict[Any, Callable[..., Any]] = {}  # of the ops of register_graph_op
 
 
 def needs_formulas() -> bool:
@@ -47,7 +48,7 @@ def as_tensor(*numbers: float) -> Tensor:
     A float handed to an op would be a constant of the graph: another value, another compilation. Only arithmetic on
     a tensor is known to keep a symbol one.
     """
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * number for number in numbers])
 
 
@@ -68,6 +69,7 @@ def register_graph_op(
         backward: Likewise.
     """
     op = register(schema, implementation, fake, native=False)
+    implementations[op] = implementation
     if backward is not None:
         name = schema.split("(", 1)[0]
         torch.library.register_autograd(f"fused_ops::{name}", backward, setup_context=setup_context, lib=_fragment)

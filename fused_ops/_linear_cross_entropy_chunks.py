@@ -154,7 +154,7 @@ def _cut(value: Tensor | None, part: Tensor | slice) -> Tensor | None:
     return None if value is None else value[part]
 
 
-def _cut_args(a: RowArgs, logits: Tensor, part: Tensor | slice) -> RowArgs:
+def cut_args(a: RowArgs, logits: Tensor, part: Tensor | slice) -> RowArgs:
     mask = a.class_mask if a.class_mask is None or a.class_mask.dim() == 1 else a.class_mask[part]
     return RowArgs(logits, _cut(a.indices, part), _cut(a.probabilities, part), a.weight, mask)
 
@@ -177,7 +177,7 @@ def forward(
     parts = _parts(head, a, o, plan)
     results, gradients = _row_results(head, o, plan), _Gradients(head, plan, len(parts))
     for part, logits, flat in _chunks(head, plan, parts):
-        cut = _cut_args(a, logits, part)
+        cut = cut_args(a, logits, part)
         found = _chunk_op(logits, *cut[1:], _cut(row_scale, part), z_loss, *o)
         for whole, chunk in zip(results, found, strict=True):  # type: ignore[call-overload]
             if whole.numel():
@@ -208,60 +208,9 @@ def backward(
     parts = _parts(head, a, o, plan)
     gradients = _Gradients(head, plan, len(parts))
     for part, logits, flat in _chunks(head, plan, parts):
-        cut = _cut_args(a, logits, part)
+        cut = cut_args(a, logits, part)
         grads = (_cut(grad, part) for grad in g)
         saved = (lse[part], mass[part], entropy[part] if o.statistics else entropy)
         rows_ops._backward_inplace_op(*grads, *cut, *saved, *o)
         gradients.add(part, flat)
     return gradients.all()
-
-
-# ---- the same as opaque ops, for torch.compile and torch.export
-
-_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
-_PLAN = "int classes, SymInt chunk_rows, int needs, SymInt kept_rows, SymInt tile_classes"
-_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
-
-
-def _forward_flat(*args: object) -> tuple[Tensor, ...]:
-    head, a = Head(*args[:5]), RowArgs(args[0], *args[5:9])  # type: ignore[arg-type]
-    return forward(head, a, RowOptions(*args[11:16]), args[9], args[10], Plan(*args[16:]))  # type: ignore[arg-type]
-
-
-def _backward_flat(*args: object) -> tuple[Tensor, ...]:
-    head, a = Head(*args[4:9]), RowArgs(args[4], *args[9:13])  # type: ignore[arg-type]
-    o, plan = RowOptions(*args[16:21]), Plan(*args[21:])  # type: ignore[arg-type]
-    lse, mass, entropy = args[13:16]
-    return backward(RowGrads(*args[:4]), head, a, lse, mass, entropy, o, plan)  # type: ignore[arg-type]
-
-
-def _fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
-    return tuple(
-        head.input.new_empty(t.shape if t is not None and needs & (1 << i) else (0,)) for i, t in enumerate(head)
-    )
-
-
-def _fake_forward(*args: object) -> tuple[Tensor, ...]:
-    head, o, plan = Head(*args[:5]), RowOptions(*args[11:16]), Plan(*args[16:])  # type: ignore[arg-type]
-    return *_row_results(head, o, plan), *_fake_gradients(head, plan.needs)
-
-
-def _fake_backward(*args: object) -> tuple[Tensor, ...]:
-    return _fake_gradients(Head(*args[4:9]), Plan(*args[21:]).needs)  # type: ignore[arg-type]
-
-
-forward_op = register(
-    f"linear_cross_entropy_forward({_HEAD}, {_TENSORS}, Tensor? row_scale, float z_loss, {_NUMBERS}, {_PLAN}) "
-    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
-    f"Tensor target_log_probability, {_GRADIENTS})",
-    _forward_flat,
-    _fake_forward,
-    native=False,
-)
-backward_op = register(
-    f"linear_cross_entropy_backward({rows_ops._GRADS}, {_HEAD}, {_TENSORS}, {rows_ops._SAVED}, {_NUMBERS}, {_PLAN}) "
-    f"-> ({_GRADIENTS})",
-    _backward_flat,
-    _fake_backward,
-    native=False,
-)

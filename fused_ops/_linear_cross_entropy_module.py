@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ops._graph import refuse_script
 from fused_ops.linear_cross_entropy import linear_cross_entropy
 
 _MODULE_OPTIONS = {
@@ -89,6 +90,9 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         }
         linear_weight = self.linear.weight.reshape(*shape, self.linear.in_features)
         return linear_cross_entropy(input, linear_weight, target, **{**settled, **self.more, **options})
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         """The options."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
+from fused_ops._linear_cross_entropy_gpu import gpu_rows
+from fused_ops._linear_cross_entropy_tiles import suits
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
+from fused_ops.reference.linear_cross_entropy import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default
@@ -14,6 +18,22 @@ _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
 _MANY_ROWS = 8192  # with so many, the share is enough for fast products
+
+
+class Cut(NamedTuple):
+    """What settles, beside the sizes, how a call is cut."""
+
+    positions: int  # with a loss of their own, of each row
+    chunk_rows: int | None  # what the caller wants
+    max_memory_bytes: int | None  # what the caller allows
+
+    def classes(self, head: Head) -> int:
+        return head.weight.size(0) // self.positions if self.positions else 0
+
+    def is_small(self, head: Head) -> bool:
+        """Whether all the logits may exist at once."""
+        x = head.input
+        return self[1:] == (None, None) and x.size(0) * head.weight.size(0) * x.element_size() <= SMALL_BYTES
 
 
 class Sizes(NamedTuple):
@@ -88,3 +108,13 @@ def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max
         all_kept = _in_tiles(sizes, needs, _KEPT_BYTES)
         tiles = all_kept if all_kept.cost == 1 else tiles
     return rows.plan if rows is not None and rows.cost < tiles.cost else tiles.plan
+
+
+def plan(head: Head, a: RowArgs, o: RowOptions, cut: Cut, needs: int) -> Plan:
+    """The plan of a call whose sizes are known."""
+    x, classes = head.input, cut.classes(head)
+    sizes = Sizes(x.size(0), x.size(1), classes, cut.positions, x.element_size())
+    if cut[1:] == (None, None) and x.is_cuda:
+        return Plan(classes, gpu_rows(x, sizes.row_bytes, bool(needs & WEIGHT)), needs)
+    in_tiles = cut.positions == 1 and suits(head, a, o)
+    return choose(sizes, needs, in_tiles, cut.chunk_rows, cut.max_memory_bytes)

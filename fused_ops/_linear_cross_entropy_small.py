@@ -13,9 +13,12 @@ from fused_ops._cross_entropy_dispatch import index_loss
 from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active, is_one
+from fused_ops._graph import needs_formulas
 from fused_ops._library import register
 from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
 from fused_ops.reference import linear_cross_entropy as reference
+
+_is_tracing = torch._C._is_tracing
 
 INPUT, WEIGHT, BIAS = 1, 2, 4
 # float16's gradients have no range to spare: they are found with the upstream gradient that there is
@@ -50,7 +53,7 @@ _small_op = register(
 class SmallLinearCrossEntropyFunction(Function):
     """The loss of a head whose gradients for an upstream gradient of 1 the forward finds.
 
-    Only for plain reverse-mode autograd: transforms, forward-mode AD and torch.compile have ``_in_two``. Its one output
+    Only for plain reverse-mode autograd: transforms and forward-mode AD have ``_in_two``. Its one output
     and the ``forward`` with a context are what make it cheap.
     """
 
@@ -135,15 +138,17 @@ def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> b
 
 def small_loss(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
-    """The loss of a call that ``is_small``."""
+) -> Tensor | None:
+    """The loss of a call that ``is_small``; None where it takes plain formulas."""
     if (
         reduction == "none"
         or input.dtype not in _DTYPES
-        or torch.compiler.is_compiling()
+        or _is_tracing()
         or _transforms_active()
         or forward_ad._current_level >= 0
     ):
+        if needs_formulas():
+            return None
         return _in_two(input, linear_weight, linear_bias, target, ignore_index, reduction)
     needs = 0
     if torch.is_grad_enabled():

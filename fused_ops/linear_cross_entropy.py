@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fused_ops._cross_entropy_options import (
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active
+from fused_ops._graph import needs_formulas
 from fused_ops._linear_cross_entropy_checks import (
     at_least_one,
     checked_ignore_index,
@@ -32,38 +34,15 @@ from fused_ops._linear_cross_entropy_checks import (
     shapes,
     shifted,
 )
-from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
 from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
-from fused_ops._linear_cross_entropy_gpu import gpu_rows
-from fused_ops._linear_cross_entropy_plan import SMALL_BYTES, Sizes, choose
+from fused_ops._linear_cross_entropy_plan import Cut
 from fused_ops._linear_cross_entropy_small import is_small, small_loss
-from fused_ops._linear_cross_entropy_tiles import suits
 from fused_ops.reference import linear_cross_entropy as reference
 from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
 from fused_ops.reference.linear_cross_entropy import Head
 
 _NUMBERS = (float, int)
 _LARGE = 2**62  # an ignore_index beyond takes the long way, which asks whether it fits in 64 bits
-
-
-class _Memory(NamedTuple):
-    """What the caller allows."""
-
-    chunk_rows: int | None
-    max_memory_bytes: int | None
-
-    def plan(self, call: Call, head: Head, classes: int, needs: int) -> Plan:
-        x, outputs = head.input, head.weight.size(0)
-        sizes = Sizes(x.size(0), x.size(1), classes, outputs // max(classes, 1), x.element_size())
-        if self == (None, None) and x.is_cuda:
-            return Plan(classes, gpu_rows(x, sizes.row_bytes, bool(needs & WEIGHT)), needs)
-        in_tiles = outputs == classes and suits(head, call.args, call.options)
-        return choose(sizes, needs, in_tiles, *self)
-
-    def is_small(self, head: Head) -> bool:
-        """Whether all the logits may exist at once."""
-        x = head.input
-        return self == (None, None) and x.size(0) * head.weight.size(0) * x.element_size() <= SMALL_BYTES
 
 
 def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
@@ -75,7 +54,7 @@ def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_o
     """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart."""
     if reduction == "none" or return_outputs or not torch.is_grad_enabled() or _transforms_active():
         return 0
-    if call.args.input.numel() == 0:
+    if not torch.compiler.is_compiling() and call.args.input.numel() == 0:
         return 0
     others = (call.args.probabilities, call.args.weight, call.token_weight, normalizer)
     if forward_ad._current_level >= 0 or any(isinstance(t, Tensor) and t.requires_grad for t in others):
@@ -185,10 +164,13 @@ def linear_cross_entropy(
         and empty == "nan"
         and reduction in REDUCTIONS
         and (ignore_index is None or (type(ignore_index) is int and -_LARGE < ignore_index < _LARGE))
+        and not torch.compiler.is_compiling()
         and is_small(input, linear_weight, linear_bias, target)
     ):
         ignored = -100 if ignore_index is None else ignore_index
-        return small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
+        small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
+        if small is not None:
+            return small
     tensors: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
         *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
@@ -201,7 +183,11 @@ def linear_cross_entropy(
     shape = shapes(input, linear_weight, linear_bias)
     head = head_of(input, linear_weight, linear_bias, lora, shape)
     found = flat_target(target, shape, ignore_index)
-    memory = _Memory(at_least_one("chunk_rows", chunk_rows), at_least_one("max_memory_bytes", max_memory_bytes))
+    cut = Cut(
+        math.prod(shape.outputs),
+        at_least_one("chunk_rows", chunk_rows),
+        at_least_one("max_memory_bytes", max_memory_bytes),
+    )
     stand_in = head.input.new_empty(()).expand(shape.with_classes(shape.classes, True))  # the logits' shape and dtype
     if class_mask is not None and isinstance(class_mask, Tensor) and class_mask.dim() > 1:
         class_mask = flat("class_mask", class_mask, shape, shape.classes)
@@ -212,7 +198,7 @@ def linear_cross_entropy(
     call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights
         head = Head(*(None if t is None else t.to(call.args.input.dtype) for t in head))  # type: ignore[arg-type]
-    result = _run(call, head, shape.classes, memory, reduction, normalizer, empty, return_outputs)
+    result = _run(call, head, shape.classes, cut, reduction, normalizer, empty, return_outputs)
     if reduction != "none" and not return_outputs:
         return result
     row_shape = shape.rows(False)
@@ -225,15 +211,16 @@ def _run(
     call: Call,
     head: Head,
     classes: int,
-    memory: _Memory,
+    cut: Cut,
     reduction: str,
     normalizer: object,
     empty: str,
     return_outputs: bool,
 ) -> Any:
     """The loss of a prepared call, in the way that suits it."""
-    if memory.is_small(head):
-        if _is_plain(call, normalizer, empty, return_outputs):
+    compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
+    if in_formulas or (not compiling and cut.is_small(head)):
+        if not in_formulas and _is_plain(call, normalizer, empty, return_outputs):
             indices = call.args.indices
             assert indices is not None
             return index_loss(reference.logits(head, classes), indices, call.options.ignore_index, reduction)
@@ -242,10 +229,10 @@ def _run(
     needs = _is_sum(call, head, reduction, normalizer, return_outputs)
     if needs:
         scale = row_scale(call, reduction, normalizer, empty)
-        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, memory.plan(call, head, classes, needs))
+        nan_if_empty = reduction == "mean" and normalizer is None and empty == "nan"
+        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty)
         return loss.to(call.loss_dtype)
-    plan = memory.plan(call, head, classes, 0)
-    return reduced_loss(call, reduction, normalizer, empty, return_outputs, lambda a, o: linear_rows(head, a, o, plan))
+    return reduced_loss(call, reduction, normalizer, empty, return_outputs, partial(linear_rows, head, cut))
 
 
 def _is_plain(call: Call, normalizer: object, empty: str, return_outputs: bool) -> bool:

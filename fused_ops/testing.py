@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
 import fused_ops.reference
+from fused_ops._graph import implementations
 from fused_ops.reference import Sample
 
 
@@ -167,7 +168,7 @@ class CheckResult:
 
 
 class _RecordRawOps(TorchDispatchMode):
-    """Keeps the arguments of every call of a raw op of this package."""
+    """Keeps the arguments of every call of a raw op of this package, those inside of its other ops included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +177,15 @@ class _RecordRawOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fused_ops":
             self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the op; of one that calls raw ops, what it does, in sight of this mode."""
+        inside = implementations.get(func)
+        if inside is None:
+            return func(*args, **kwargs)
+        with self, torch.no_grad():
+            return inside(*args, **kwargs)
 
 
 def check_op(function: Callable[..., Any], samples: Iterable[Sample], op: str | None = None) -> list[CheckResult]:

@@ -37,7 +37,7 @@ class _RecordCopies(_RecordRawOps):
         if func.namespace == "fused_ops":
             args_before = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
             self.calls.append((func, args_before, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})
 
 
 def in_tiles():

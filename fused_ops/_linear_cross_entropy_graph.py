@@ -1,0 +1,418 @@
+"""Linear cross-entropy in chunks as opaque ops: one call to every dispatch mode, and one node of a graph.
+
+The chunk code writes over its own matrix products, which nothing that watches PyTorch's ops may see. How the rows are
+cut is settled in the op, from sizes that are numbers by then. The autograd Functions call the ops in eager mode, where
+grad mode is off; in the graphs of torch.compile and torch.export the ops have gradient formulas of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fused_ops import _cross_entropy_rows as rows_ops
+from fused_ops import _linear_cross_entropy_chunks as chunks
+from fused_ops._cross_entropy_options import fixed_order_sum
+from fused_ops._function import has_values
+from fused_ops._graph import as_tensor, register_graph_op
+from fused_ops._linear_cross_entropy_checks import at_least_one
+from fused_ops._linear_cross_entropy_plan import Cut, plan
+from fused_ops.reference import _cross_entropy_rows as rows
+from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
+from fused_ops.reference.cross_entropy import counts
+from fused_ops.reference.linear_cross_entropy import Head
+
+# Arguments of all ops: the 5 tensors of Head, then indices, probabilities, weight, class_mask.
+TENSORS = 9
+# Beside the bits of the head's gradients (``chunks.INPUT`` and so on), in the arguments' order:
+PROBABILITIES, CLASS_WEIGHT = 32, 64
+OF_HEAD = 31
+
+_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
+_NUMBERS = "SymInt ignore_index, Tensor? numbers"  # of numbers, see Settings
+_CUT = "SymInt positions, SymInt? chunk_rows, SymInt? max_memory_bytes"
+_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
+
+
+class Settings(NamedTuple):
+    """What the ops take behind the tensors, apart from what each has alone."""
+
+    ignore_index: int
+    numbers: Tensor | None  # label_smoothing, logit_scale, softcap, z_loss; None: the defaults
+    positions: int  # with a loss of their own, of each row
+    chunk_rows: int | None
+    max_memory_bytes: int | None
+
+    @staticmethod
+    def of(o: RowOptions, z_loss: float, cut: Cut) -> Settings:
+        """The numbers of a call packed."""
+        numbers = (o.label_smoothing, o.logit_scale, o.softcap, z_loss)
+        packed = None
+        if numbers != (0.0, 1.0, 0.0, 0.0):
+            in_graph = torch.compiler.is_compiling()
+            packed = as_tensor(*numbers) if in_graph else torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return Settings(o.ignore_index, packed, *cut)
+
+    def unpack(self, statistics: bool = False) -> tuple[RowOptions, float]:
+        """The options of the rows, and z_loss."""
+        numbers = (0.0, 1.0, 0.0, 0.0) if self.numbers is None else self.numbers.tolist()
+        smoothing, scale, softcap, z_loss = numbers
+        return RowOptions(self.ignore_index, smoothing, scale, softcap, statistics), z_loss
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(*self[2:])
+
+
+def split(tensors: Sequence[Any]) -> tuple[Head, RowArgs]:
+    """The tensors of an op; the rows' input, the logits, is yet to come."""
+    return Head(*tensors[:5]), RowArgs(tensors[0], *tensors[5:TENSORS])
+
+
+def cut_off(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Aliases to differentiate with respect to: what one tensor owes to another does not count as theirs twice."""
+    return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+
+def _flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products: int) -> int:
+    """Multiplications and additions of ``products`` matrix products with each weight."""
+    head, a = split(tensors)
+    counted = head.input.size(0)
+    if a.indices is not None and a.indices.dim() == 1 and not statistics and has_values(a.indices):
+        counted = int(counts(a.indices, ignore_index).sum())
+    low = 0 if head.low_weight is None else head.low_weight.numel()
+    return 2 * counted * products * (head.weight.numel() + low)
+
+
+def _check(head: Head, settings: Settings) -> None:
+    """Raises for what only a direct call of the op can bring."""
+    matrices = [t for t in (head.input, head.weight, head.low_input, head.low_weight) if t is not None]
+    if any(t.dim() != 2 for t in matrices) or len(matrices) == 3:
+        raise RuntimeError("linear_cross_entropy: expected input and linear_weight to be matrices, and the low ones")
+    at_least_one("chunk_rows", settings.chunk_rows)
+    at_least_one("max_memory_bytes", settings.max_memory_bytes)
+
+
+# ---- a weighted sum of rows, whose gradients the forward finds while it has the logits
+
+
+def _sum(*args: Any) -> tuple[Tensor, ...]:
+    (head, a), row_scale, settings = split(args), args[9], Settings(*args[10:15])
+    needs, nan_if_empty = args[15:]
+    _check(head, settings)
+    o, z_loss = settings.unpack()
+    nll, lse, *others = chunks.forward(head, a, o, row_scale, z_loss, plan(head, a, o, settings.cut, needs))
+    terms = nll if z_loss == 0 else nll + z_loss * lse.square()
+    loss = fixed_order_sum(terms * row_scale)
+    return loss.fill_(torch.nan) if nan_if_empty and not row_scale.numel() else loss, *others[5:]
+
+
+def _fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
+    return tuple(
+        head.input.new_empty(t.shape if t is not None and needs & (1 << i) else (0,)) for i, t in enumerate(head)
+    )
+
+
+def _fake_sum(*args: Any) -> tuple[Tensor, ...]:
+    return args[0].new_empty((), dtype=torch.float64), *_fake_gradients(Head(*args[:5]), args[15])
+
+
+def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.ignore_index, numbers, *ctx.cut, ctx.needs, ctx.nan_if_empty = inputs[10:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:10], numbers, *output[1:])
+
+
+def _sum_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+    none, need = (None,) * 17, ctx.needs_input_grad[:5]
+    if grad_loss is None:
+        return none
+    *tensors, row_scale, numbers = ctx.saved_tensors[:11]
+    settings, gradients = Settings(ctx.ignore_index, numbers, *ctx.cut), ctx.saved_tensors[11:]
+    needs = sum(1 << i for i in range(5) if need[i])
+    if torch.is_grad_enabled():  # to be differentiated again, outside of what was compiled
+        run = lambda *t: rows_op(*t, *settings, False)  # noqa: E731
+        return *differentiable(run, tensors, row_scale, settings.unpack()[1], grad_loss, need), *none[5:]
+    if needs & ~ctx.needs:  # a program that was exported with inputs of which no gradient was wanted
+        gradients = sum_op(*tensors, row_scale, *settings, needs, ctx.nan_if_empty)[1:]
+    return *((g * grad_loss).to(g.dtype) if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
+
+
+def differentiable(
+    run: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    row_scale: Tensor,
+    z_loss: float,
+    grad_loss: Tensor,
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """The head's gradients of the sum with a graph of their own, through the rows that ``run`` finds."""
+    tensors = cut_off(tensors)
+    nll, lse = run(*tensors)[:2]
+    terms = nll if z_loss == 0 else nll + z_loss * torch.where(row_scale == 0, 0.0, lse).square()
+    wanted = [t for t, n in zip(tensors, need, strict=False) if n]
+    new = iter(torch.autograd.grad((terms * row_scale).sum(), wanted, grad_loss, create_graph=True))  # type: ignore[arg-type]
+    return [next(new) if n else None for n in need]
+
+
+sum_op: Any = register_graph_op(
+    f"linear_cross_entropy({_HEAD}, {chunks._TENSORS}, Tensor row_scale, {_NUMBERS}, {_CUT}, int needs, "
+    f"bool nan_if_empty) -> (Tensor loss, {_GRADIENTS})",
+    _sum,
+    _fake_sum,
+    _sum_context,
+    _sum_backward,
+)
+
+
+# ---- rows that are kept apart; the backward computes each chunk's logits again
+
+
+def _rows(*args: Any) -> tuple[Tensor, ...]:
+    (head, a), settings, statistics = split(args), Settings(*args[9:14]), args[14]
+    _check(head, settings)
+    o, _ = settings.unpack(statistics)
+    return chunks.forward(head, a, o, None, 0.0, plan(head, a, o, settings.cut, 0))[:7]
+
+
+def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
+    input, positions, statistics = args[0], args[11], args[14]
+    shape = (input.size(0),) if positions == 1 else (input.size(0), positions)
+    wanted = shape if statistics else (0,)
+    found = [input.new_empty(s, dtype=torch.float64) for s in (shape, shape, shape, shape, wanted, wanted)]
+    return *found[:5], input.new_empty(wanted, dtype=torch.int64), found[5]
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.ignore_index, numbers, *ctx.cut, ctx.statistics = inputs[9:]
+    mark_fixed(ctx, ctx.statistics, output)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:TENSORS], output[1], output[2], output[4], numbers)
+
+
+def mark_fixed(ctx: Any, statistics: bool, output: Any) -> None:
+    """Says which results of rows have no gradient."""
+    _, _, mass, target_weight, entropy, prediction, log_probability = output
+    fixed = (mass, target_weight, prediction)
+    ctx.mark_non_differentiable(*(fixed if statistics else (*fixed, entropy, log_probability)))
+
+
+def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
+    """The upstream gradients of the results that are differentiable."""
+    return RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if statistics else (None, None)))
+
+
+def row_needs(need: Sequence[bool]) -> int:
+    """The gradients that are needed of the tensors, as bits."""
+    return sum(1 << i for i in range(5) if need[i]) + PROBABILITIES * need[6] + CLASS_WEIGHT * need[7]
+
+
+def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    *tensors, lse, mass, entropy, numbers = ctx.saved_tensors
+    g, needs = row_grads(ctx.statistics, grads), row_needs(ctx.needs_input_grad)
+    none = (None,) * 15
+    if not needs or all(grad is None for grad in g):
+        return none
+    settings = Settings(ctx.ignore_index, numbers, *ctx.cut)
+    found = rows_grad_op(*g, *tensors, lse, mass, entropy, *settings, ctx.statistics, needs)
+    return place(found, needs, 15)
+
+
+def place(found: Sequence[Tensor | None], needs: int, arguments: int) -> tuple[Tensor | None, ...]:
+    """The seven gradients where the arguments of their tensors are."""
+    chosen = [value if needs & (1 << i) else None for i, value in enumerate(found)]
+    return *chosen[:5], None, *chosen[5:], *(None,) * (arguments - 8)
+
+
+def formulas(g: RowGrads, head: Head, a: RowArgs, o: RowOptions, classes: int, needs: int) -> tuple[Tensor | None, ...]:
+    """The seven gradients from all the logits at once; differentiable."""
+    of_head = reference.gradients(g, head, a, o, classes) if needs & OF_HEAD else (None,) * 5
+    return *of_head, *_target_gradients(g, head, a, o, classes, needs)
+
+
+def _target_gradients(
+    g: RowGrads, head: Head, a: RowArgs, o: RowOptions, classes: int, needs: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of class probabilities and of class weights."""
+    if g.nll is None or not needs & ~OF_HEAD:
+        return None, None
+    a = a._replace(input=reference.logits(head, classes))
+    return (
+        rows.grad_probabilities(g, a, o) if needs & PROBABILITIES and a.probabilities is not None else None,
+        rows.grad_weight(g, a, o) if needs & CLASS_WEIGHT and a.weight is not None else None,
+    )
+
+
+def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
+    g, (head, a), (lse, mass, entropy) = RowGrads(*args[:4]), split(args[4:13]), args[13:16]
+    settings, statistics, needs = Settings(*args[16:21]), *args[21:]
+    _check(head, settings)
+    o, _ = settings.unpack(statistics)
+    found: tuple[Tensor, ...] = tuple(head.input.new_empty(0) for _ in range(5))
+    if needs & OF_HEAD:
+        in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=needs & OF_HEAD)
+        found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows)
+    others = _target_gradients(g, head, a, o, settings.cut.classes(head), needs)
+    empty = _fake_others(a, needs)
+    return *found, *(e.zero_() if t is None else t for t, e in zip(others, empty, strict=True))
+
+
+def _fake_others(a: RowArgs, needs: int) -> tuple[Tensor, ...]:
+    of = (a.probabilities, PROBABILITIES), (a.weight, CLASS_WEIGHT)
+    return tuple(a.input.new_empty(0) if t is None or not needs & bit else t.new_empty(t.shape) for t, bit in of)
+
+
+def _fake_rows_grad(*args: Any) -> tuple[Tensor, ...]:
+    head, a = split(args[4:13])
+    return *_fake_gradients(head, args[22]), *_fake_others(a, args[22])
+
+
+class _Leaves(NamedTuple):
+    """What the seven gradients depend on: (row gradients, head, class probabilities, class weight)."""
+
+    tensors: tuple[Tensor | None, ...]
+
+    def gradients(self, a: RowArgs, o: RowOptions, classes: int, needs: int) -> tuple[Tensor | None, ...]:
+        t = self.tensors
+        a = a._replace(probabilities=t[9], weight=t[10])
+        return formulas(RowGrads(*t[:4]), Head(*t[4:9]), a, o, classes, needs)  # type: ignore[arg-type]
+
+
+_PLACES = (*range(9), 10, 11)  # of the leaves among the arguments of the op
+_SHARED = (5, 6, 8, 10)  # of _Leaves, those that all rows have in common: weight, bias, low_weight, class weight
+
+
+def is_batched(*grads: Tensor | None) -> bool:
+    """Whether any comes from ``torch.autograd.grad(is_grads_batched=True)``, which few in-place operations stand."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
+def _second(
+    outer: tuple[Tensor | None, ...],
+    leaves: _Leaves,
+    wanted: list[bool],
+    a: RowArgs,
+    o: RowOptions,
+    classes: int,
+    needs: int,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The gradients of <the seven gradients, outer> with respect to the leaves that are wanted."""
+    with torch.enable_grad():
+        leaves = _Leaves(cut_off(leaves.tensors))
+        values = leaves.gradients(a, o, classes, needs)
+    used = [(v, s.to(v.dtype)) for v, s in zip(values, outer, strict=True) if v is not None and s is not None]
+    inputs = [t for t, want in zip(leaves.tensors, wanted, strict=True) if want and t is not None]
+    new = iter(
+        torch.autograd.grad(
+            [v for v, _ in used], inputs, [s for _, s in used], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(new) if want else None for want in wanted]
+
+
+def _chunked_second(
+    outer: tuple[Tensor | None, ...],
+    leaves: _Leaves,
+    wanted: list[bool],
+    a: RowArgs,
+    o: RowOptions,
+    in_rows: chunks.Plan,
+) -> list[Tensor | None]:
+    """``_second``, one chunk of logits at a time."""
+    found: list[Tensor | None] = [None] * len(wanted)
+    for begin in range(0, a.input.size(0), in_rows.chunk_rows):
+        part = slice(begin, begin + in_rows.chunk_rows)
+        cut = [t if i in _SHARED or t is None else t[part] for i, t in enumerate(leaves.tensors)]
+        detached = _Leaves(tuple(None if t is None else t.detach().requires_grad_() for t in cut))
+        sides = tuple(t if i + 4 in _SHARED or t is None else t[part] for i, t in enumerate(outer))
+        args = chunks.cut_args(a, a.input[part], part)
+        new = _second(sides, detached, wanted, args, o, in_rows.classes, in_rows.needs, create_graph=False)
+        for i, value in enumerate(new):
+            whole = leaves.tensors[i]
+            if value is None or whole is None:
+                continue
+            before = found[i]
+            if i in _SHARED:
+                found[i] = value if before is None else before + value
+                continue
+            if before is None:
+                found[i] = before = torch.zeros_like(whole)
+            before[part] = value
+    return found
+
+
+def _rows_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.ignore_index, numbers, *ctx.cut, ctx.statistics, ctx.needs = inputs[16:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:13], numbers)
+
+
+def _rows_grad_backward(ctx: Any, *outer: Tensor | None) -> Any:
+    *saved, numbers = ctx.saved_tensors
+    (head, a), settings = split(saved[4:13]), Settings(ctx.ignore_index, numbers, *ctx.cut)
+    outer = tuple(v if ctx.needs & (1 << i) else None for i, v in enumerate(outer))
+    wanted = [ctx.needs_input_grad[i] for i in _PLACES]
+    found: list[Tensor | None] = [None] * 23
+    if all(v is None for v in outer) or not any(wanted):
+        return tuple(found)
+    leaves, (o, _) = _Leaves(tuple(saved[i] for i in _PLACES)), settings.unpack(ctx.statistics)
+    again = torch.is_grad_enabled()
+    if again or is_batched(*outer):  # a third derivative, or several: with all the logits
+        new = _second(outer, leaves, wanted, a, o, settings.cut.classes(head), ctx.needs, create_graph=again)
+    else:
+        in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=ctx.needs)
+        new = _chunked_second(outer, leaves, wanted, a, o, in_rows)
+    for i, value in zip(_PLACES, new, strict=True):
+        found[i] = value
+    return tuple(found)
+
+
+rows_op: Any = register_graph_op(
+    f"linear_cross_entropy_rows({_HEAD}, {chunks._TENSORS}, {_NUMBERS}, {_CUT}, bool statistics) "
+    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
+    "Tensor target_log_probability)",
+    _rows,
+    _fake_rows,
+    _rows_context,
+    _rows_backward,
+)
+rows_grad_op: Any = register_graph_op(
+    f"linear_cross_entropy_rows_grad({rows_ops._GRADS}, {_HEAD}, {chunks._TENSORS}, {rows_ops._SAVED}, {_NUMBERS}, "
+    f"{_CUT}, bool statistics, int needs) -> ({_GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
+    _rows_grad,
+    _fake_rows_grad,
+    _rows_grad_context,
+    _rows_grad_backward,
+)
+
+
+# ---- what FlopCounterMode counts
+
+
+def _count(needs: int) -> int:
+    """Products of the head's gradients that are wanted: inputs and weights."""
+    return bool(needs & chunks.INPUT) + bool(needs & chunks.WEIGHT)
+
+
+@register_flop_formula(torch.ops.fused_ops.linear_cross_entropy, get_raw=True)
+def _sum_flops(*args: Any, **_: Any) -> int:
+    return _flops(args, args[10], False, 1 + _count(args[15]))
+
+
+@register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_rows, get_raw=True)
+def _rows_flops(*args: Any, **_: Any) -> int:
+    return _flops(args, args[9], args[14], 1)
+
+
+@register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_rows_grad, get_raw=True)
+def _rows_grad_flops(*args: Any, **_: Any) -> int:
+    return _flops(args[4:13], args[16], args[21], 1 + _count(args[22]))
