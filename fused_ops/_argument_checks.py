@@ -73,8 +73,11 @@ def checked(op: str, names: Sequence[str], function: Callable[..., Any], *, read
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = [pair for pair in (*zip(names, args, strict=False), *kwargs.items()) if pair[0] != "numbers"]
-        check_devices(where, given)
+        given = [*zip(names, args, strict=False), *kwargs.items()]
+        check_devices(where, [pair for pair in given if pair[0] != "numbers"])
+        for name, value in given:
+            if name == "numbers" and value is not None and value.device.type != "cpu":
+                raise RuntimeError(f"{where}: expected numbers to be on the CPU, got {value.device}")
         if reads:
             check_data(op, given)
         return function(*args, **kwargs)

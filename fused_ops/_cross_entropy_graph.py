@@ -136,7 +136,7 @@ def _grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     o = _options(*args[12:15])
     grad_input: Any = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
     found: tuple[Tensor | None, ...] = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
-    made = [_or_zeros(t, like, need) for t, like, need in zip(found, *_wanted(a, needs), strict=True)]
+    made = [_or_zeros(a, t, like, need) for t, like, need in zip(found, *_wanted(a, needs), strict=True)]
     return made[0], made[1], made[2]
 
 
@@ -144,18 +144,18 @@ def _wanted(a: RowArgs, needs: int) -> tuple[tuple[Tensor | None, ...], tuple[in
     return (a.input, a.probabilities, a.weight), (needs & _INPUT, needs & _PROBABILITIES, needs & _WEIGHT)
 
 
-def _or_zeros(found: Tensor | None, like: Tensor | None, needed: int) -> Tensor:
+def _or_zeros(a: RowArgs, found: Tensor | None, like: Tensor | None, needed: int) -> Tensor:
     """A gradient that is there; else zeros where it is needed, and an empty tensor where it is not."""
     if found is not None:
         return found
-    return torch.zeros_like(like) if needed and like is not None else torch.empty(0)
+    return torch.zeros_like(like) if needed and like is not None else a.input.new_empty(0)
 
 
 def _fake_grad(*args: Any) -> tuple[Tensor, ...]:
     a, needs = RowArgs(*args[4:9]), args[15]
     (_, *others), (_, *needed) = _wanted(a, needs)
-    grad_input = empty_output(a.input) if needs & _INPUT else torch.empty(0)
-    return grad_input, *(_or_zeros(None, like, need) for like, need in zip(others, needed, strict=True))
+    grad_input = empty_output(a.input) if needs & _INPUT else a.input.new_empty(0)
+    return grad_input, *(_or_zeros(a, None, like, need) for like, need in zip(others, needed, strict=True))
 
 
 _rows_op: Any = register_graph_op(
