@@ -117,7 +117,9 @@ def _compare(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: floa
     )
 
 
-def assert_no_worse_than(ours: Tensor, eager: Tensor, truth: Tensor, name: str = "result") -> None:
+def assert_no_worse_than(
+    ours: Tensor, eager: Tensor, truth: Tensor, name: str = "result", eager_error: float = 0.0
+) -> None:
     """Asserts the package's error rule: no further from the truth than PyTorch's eager op, plus one rounding.
 
     Args:
@@ -125,6 +127,8 @@ def assert_no_worse_than(ours: Tensor, eager: Tensor, truth: Tensor, name: str =
         eager: What PyTorch's own op of the same dtype gives.
         truth: The float64 result on the same inputs (for float64 results one of higher precision, rounded to float64).
         name: What to call the result in a message.
+        eager_error: The largest error of PyTorch's op where it was measured on more than ``eager``, such as other
+            layouts of the same values: that of one small tensor is a matter of luck.
 
     Raises:
         AssertionError: wrong shape or dtype, a NaN or infinity where the truth has none (or the other way round), or
@@ -140,7 +144,10 @@ def assert_no_worse_than(ours: Tensor, eager: Tensor, truth: Tensor, name: str =
         raise AssertionError(f"{name}: expected the truth's NaNs and infinities, got others")
     error = (ours.double() - truth).abs()[finite]
     allowed = (eager.double() - truth).abs()[finite].nan_to_num(0.0, 0.0)
-    budget = (allowed.max() if allowed.numel() else 0.0) + torch.finfo(ours.dtype).eps * truth.abs()[finite]
+    budget = (
+        max(eager_error, float(allowed.max()) if allowed.numel() else 0.0)
+        + torch.finfo(ours.dtype).eps * truth.abs()[finite]
+    )
     if not bool((error <= budget).all()):
         worst = float((error - budget).max())
         raise AssertionError(f"{name}: further from the truth than eager plus one rounding, by {worst:.3e}")

@@ -76,6 +76,21 @@ def leaves_its_arguments_alone(op, written=()):
     return call
 
 
+_ISA_FLAGS = {
+    "DEFAULT": set(),
+    "AVX2": {"avx2", "fma", "f16c"},
+    "AVX512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512vl", "avx512bw"},
+}
+
+
+def skip_without(isa):
+    """Skips the test on a processor that lacks the instruction set: asked for all the same, its kernels would die."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if not _ISA_FLAGS[isa.upper()] <= flags:
+        pytest.skip(f"this processor has no {isa}, as far as /proc/cpuinfo says")
+
+
 def raw_ops():
     """(module, name, raw op) of every raw op that a module of the package calls."""
 

@@ -190,9 +190,10 @@ FOLDED = {
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fold_rounds_once(layer, ratio, dtype):
-    """Weight and bias are the exact ones rounded; the output is no further from the truth than eager's two layers.
+    """Weight and bias are the exact ones rounded, which costs half a rounding of every product that is added.
 
-    Plus what rounding the folded weight and bias costs: half a rounding of every product that is added.
+    The layer then adds its products in an order of its own, with half a rounding of the sum so far for each of them: in
+    PyTorch's convolutions up to a dozen in all, on processors where they start from the bias, which is large here.
     """
     torch.manual_seed(2)
     make, kind, shape = FOLDED[layer]
@@ -212,9 +213,11 @@ def test_fold_rounds_once(layer, ratio, dtype):
         sizes = copy.deepcopy(exact)
         for t in sizes.parameters():
             t.abs_()
-        extra = torch.finfo(dtype).eps / 2 * sizes(x.double().abs())
-        error, eager = (f(x).double().sub(truth).abs() for f in (folded, model))
-        assert bool((error <= eager.max() + extra + torch.finfo(dtype).eps * truth.abs()).all())
+        half = torch.finfo(dtype).eps / 2 * sizes(x.double().abs())
+        added_exactly = copy.deepcopy(folded).double()(x.double())
+        assert bool(((added_exactly - truth).abs() <= half).all())
+        terms = model[0].weight[0].numel() + 1  # or fewer
+        assert bool(((folded(x).double() - truth).abs() <= (terms + 1) * half).all())
 
 
 def test_fold_leaves_what_it_cannot_fold():

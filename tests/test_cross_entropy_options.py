@@ -4,11 +4,11 @@ import copy
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
@@ -95,9 +95,15 @@ def run(function, x, upstream=None, others=()):
 @pytest.mark.parametrize("classes", [1, 2, 7, 16, 33, 300, 1025])
 @pytest.mark.parametrize("case", ["weight", "smoothing", "both", "dense", "dense, both"])
 def test_error_rule_against_eager(case, classes, dtype):
+    """PyTorch's error is the largest one over the layouts of the same logits.
+
+    It rounds lse to the dtype of the logits, so that its gradients are off by up to half a unit in the last place of
+    lse, or by nothing, as the few rows happen to fall; which they do differently for each instruction set.
+    """
     torch.manual_seed(classes)
-    x = (torch.randn(15, classes) * 4).to(dtype)
+    x = (torch.randn(60, classes) * 4).to(dtype)
     weight = (torch.rand(classes) + 0.3).to(dtype)
+    found = []
     for (layout, logits), reduction in itertools.product(layouts(x).items(), ("mean", "sum", "none")):
         target = draw("dense" if "dense" in case else "index", logits.shape, dtype)
         options = {"reduction": reduction, "label_smoothing": 0.1 if case not in ("weight", "dense") else 0.0}
@@ -122,7 +128,13 @@ def test_error_rule_against_eager(case, classes, dtype):
             if dtype == torch.float64:
                 torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
             else:
-                assert_no_worse_than(mine, theirs, exact, f"{name}, {layout}, {reduction}")
+                found.append(((name, reduction), layout, mine, theirs, exact))
+    errors = {}
+    for key, _, _, theirs, exact in found:
+        error = (theirs.double() - exact).abs().nan_to_num(0.0, 0.0)
+        errors[key] = max(errors.get(key, 0.0), float(error.max()))
+    for key, layout, mine, theirs, exact in found:
+        assert_no_worse_than(mine, theirs, exact, f"{key}, {layout}", errors[key])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -643,9 +655,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 @pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize(("capability", "isa"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")])
 def test_every_isa(capability, isa, run_python):
-    flags = Path("/proc/cpuinfo").read_text()
-    if capability != "default" and capability.replace("avx512", "avx512bw") not in flags:
-        pytest.skip(f"this CPU has no {capability}")
+    skip_without(isa)
     run_python("-c", ISA_CODE.format(isa=isa), ATEN_CPU_CAPABILITY=capability)
 
 

@@ -283,5 +283,5 @@ def test_the_device_of_the_tensors_is_used_whichever_is_current():
         assert loss.device == logits.grad.device == logits.device and loss.isfinite()
     with torch.cuda.device(1):
         assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
-    with pytest.raises(RuntimeError, match="must be on the device of input"):
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         fused_ops.cross_entropy(logits, target.to("cuda:0"))

@@ -295,6 +295,7 @@ def test_lora(chunk_rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_chunk_size_does_not_matter_beyond_rounding(dtype):
+    """The weights' gradients are a sum over the chunks, which rounds once a chunk in float32."""
     tensors, target = draw(dtype, rows=200, features=32, classes=300)
     truth = run(eager, [t.double() for t in tensors], target)
     theirs = run(eager, tensors, target)
@@ -302,7 +303,8 @@ def test_the_chunk_size_does_not_matter_beyond_rounding(dtype):
         ours = run(fused_ops.linear_cross_entropy, tensors, target, chunk_rows=chunk_rows)
         for mine, other, exact in zip(ours, theirs, truth, strict=True):
             error, allowed = (mine - exact).abs().max(), (other - exact).abs().max()
-            assert error <= allowed + torch.finfo(dtype).eps * exact.abs().max()
+            sums = torch.finfo(torch.float32).eps / 2 * (len(target) // chunk_rows)
+            assert error <= allowed + (torch.finfo(dtype).eps + sums) * exact.abs().max()
 
 
 def test_no_input_is_changed():
