@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
+from fused_ops import _linear_cross_entropy_graph as linear_graph
 
 ROOT = Path(__file__).parent.parent
 if os.environ.get("FUSED_OPS_SANITIZE"):
@@ -113,6 +114,13 @@ def _no_input_is_changed(monkeypatch):
         arguments = op._schema.arguments
         written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
         monkeypatch.setattr(module, name, leaves_its_arguments_alone(op, written))
+
+
+@pytest.fixture
+def chunks_in_sight(monkeypatch):
+    """Linear cross-entropy's chunk code outside of its opaque ops, for dispatch modes to see."""
+    for name, inside in (("sum", "_sum"), ("rows", "_rows"), ("rows_grad", "_rows_grad")):
+        monkeypatch.setattr(linear_graph, f"{name}_op", getattr(linear_graph, inside))
 
 
 @pytest.fixture(autouse=True)

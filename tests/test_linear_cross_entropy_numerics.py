@@ -133,7 +133,7 @@ def test_error_budget(case, dtype, chunk_rows):
 
 
 @pytest.mark.parametrize("options", [{"chunk_rows": 64}, {"max_memory_bytes": 100_000}, {"reduction": "none"}])
-def test_ignored_rows_cost_no_products(options):
+def test_ignored_rows_cost_no_products(options, chunks_in_sight):
     """Half of the rows ignored: half of the multiplications."""
     rows, features, classes = 512, 32, 1500
     x, w = torch.randn(rows, features, requires_grad=True), torch.randn(classes, features, requires_grad=True)
@@ -154,7 +154,7 @@ def test_ignored_rows_cost_no_products(options):
     assert flops(half) <= flops(target) / 2
 
 
-def test_shift_copies_no_hidden_states():
+def test_shift_copies_no_hidden_states(chunks_in_sight):
     x, w = torch.randn(2, 300, 16), torch.randn(2000, 16, requires_grad=True)
     target = torch.randint(0, 2000, (2, 300))
     largest = []

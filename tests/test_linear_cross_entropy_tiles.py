@@ -98,7 +98,7 @@ def test_tiles_do_not_matter_beyond_rounding(tile, kept):
 
 
 @pytest.mark.parametrize("memory", [1, 20000, 35000])
-def test_memory_stays_within_what_is_allowed(memory, used):
+def test_memory_stays_within_what_is_allowed(memory, used, chunks_in_sight):
     rows, features, classes = 600, 200, 3000
     tensors, target = draw(torch.bfloat16, rows, features, classes, bias=False, ignored=0)
     memory *= rows * classes * 2 // 100000

@@ -9,6 +9,7 @@ the sanitizers.
 """
 
 import importlib
+import itertools
 import os
 import random
 
@@ -47,18 +48,23 @@ def in_tiles():
         yield Sample("tiles", (*matrices, torch.randint(0, 40, (7,))), {"max_memory_bytes": 200})
 
 
+# What the package asks before it chooses an op, and the answer: of plain eager calls, of all others, of graphs.
+WAYS = {
+    "eager": {"fused_ops._cross_entropy_plain._dispatch_modes": False},
+    "functional": {"fused_ops._batch_norm_packed.serves": False},
+    "graph": {"torch.compiler.is_compiling": True},
+}
+
+
 def valid_calls(names):
     calls = []
     for name in names:
         module = importlib.import_module(f"fused_ops.reference.{name}")
         extra = list(in_tiles()) * 4 if name == "linear_cross_entropy" else []
-        # The ops of plain eager calls, and those that serve everything else.
-        samples = [*module.samples(), *extra]
-        each_way = [(s, True) for s in samples] + [(s, False) for s in samples if name == "batch_norm"]
-        for sample, packed in each_way:
+        for sample, way in itertools.product((*module.samples(), *extra), WAYS):
             with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch:
-                if not packed:
-                    patch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
+                for place, answer in WAYS[way].items():
+                    patch.setattr(place, lambda *_, answer=answer: answer)
                 outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
