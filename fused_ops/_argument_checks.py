@@ -77,7 +77,10 @@ def checked(op: str, names: Sequence[str], function: Callable[..., Any], *, read
         check_devices(where, [pair for pair in given if pair[0] != "numbers"])
         for name, value in given:
             if name == "numbers" and value is not None and value.device.type != "cpu":
-                raise RuntimeError(f"{where}: expected numbers to be on the CPU, got {value.device}")
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two devices, cpu and "
+                    f"{value.device}! (when checking argument for argument numbers in method {where})"
+                )
         if reads:
             check_data(op, given)
         return function(*args, **kwargs)

@@ -65,6 +65,17 @@ def recorded():
     rows, classes = 4, 6
     head = [torch.randn(s) for s in ((rows, 3), (classes, 3), (classes,))]
     indices = torch.randint(0, classes, (rows,))
+    low, mask = (torch.randn(rows, 2), torch.randn(classes, 2)), torch.ones(classes).bool()
+    sides = ((indices, None), (None, torch.rand(rows, classes)))
+    doubles, cut = [torch.rand(rows, dtype=torch.float64) for _ in range(7)], (1, 2, None)
+    tensors = [(*head, *low, *side, torch.rand(classes), mask) for side in sides]
+    found["linear_cross_entropy"] += [(*t, doubles[0], -100, None, *cut, 31, False) for t in tensors]
+    found["linear_cross_entropy_rows"] += [(*t, -100, None, *cut, True) for t in tensors]
+    found["linear_cross_entropy_rows_grad"] += [
+        (*doubles[:4], *t, *doubles[4:], -100, None, *cut, True, 31) for t in tensors
+    ]
+    for name in ("batch_norm_write_statistics", "batch_norm_write_statistics_silently"):
+        found[name] = [tuple(torch.rand(3) for _ in range(4))]
     for name in raw_ops():  # what overwrites an argument takes what its twin takes
         if name.endswith("_") and name[:-1] in found:
             found.setdefault(name, []).extend(found[name[:-1]])
