@@ -1,4 +1,4 @@
-"""The calls of the matrix: every public function and module of the package with its options, at sizes a test can afford.
+"""The calls of the matrix: every public function and module with its options, at sizes a test can afford.
 
 A case makes its tensors (seeded, of any batch size), calls this package, and names its oracle.
 """

@@ -25,7 +25,7 @@ def scalar_of(function, case: Case, fixed: dict[str, Tensor], **numbers):
     """The case as a function of its differentiable tensors."""
 
     def run(*values: Tensor) -> Tensor:
-        return scalar(function(**dict(zip(case.diff, values)), **fixed, **{**case.options, **numbers}))
+        return scalar(function(**dict(zip(case.diff, values, strict=True)), **fixed, **{**case.options, **numbers}))
 
     return run
 
@@ -44,7 +44,7 @@ class Answer:
         self.scalar = scalar(outputs)
         grads = torch.autograd.grad(self.scalar, [t[n] for n in case.diff])
         self.scalar = self.scalar.detach()
-        self.grads = dict(zip(case.diff, grads))
+        self.grads = dict(zip(case.diff, grads, strict=True))
         self.statistics = {n: t[n].detach() for n in case.mutable}
 
 
@@ -111,7 +111,7 @@ def check(
     if outputs is not None:
         outputs = outputs_of(outputs)
         assert len(outputs) == len(expected.outputs), f"expected {len(expected.outputs)} outputs, got {len(outputs)}"
-        for i, (o, e) in enumerate(zip(outputs, expected.outputs)):
+        for i, (o, e) in enumerate(zip(outputs, expected.outputs, strict=True)):
             close(o, e, f"output {i}", tolerance)
     if grads is not None:
         grads = grads if isinstance(grads, dict) else dict(zip(case.diff, tree_leaves(grads), strict=True))

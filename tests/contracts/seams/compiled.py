@@ -1,19 +1,15 @@
-"""The systems of PyTorch that compile or export: each a function that runs one case and compares it with the oracle."""
-
-import contextlib
-import copy
-import tempfile
-from pathlib import Path
+"""torch.compile, alone and around or inside the transforms."""
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim
 from torch.func import grad, vmap
 
 from . import check as c
-from .cases import OTHER_BATCH, Case
+from .cases import OTHER_BATCH
 from .check import Call, answer, check, scalar
-from .systems import _mixed_answers, _stacked, holder, same_batch, system
+from .holder import same_batch
+from .registry import system
+from .transforms import _mixed_answers, _stacked
 
 BATCHES = (6, 9, 11)
 
@@ -22,7 +18,7 @@ def _function(case):
     """The case as a function of all its tensors and of the numbers: (one number for the backward, the outputs)."""
 
     def run(*values, **given):
-        outputs = case.ours(**dict(zip(case.names, values)), **{**case.options, **given})
+        outputs = case.ours(**dict(zip(case.names, values, strict=True)), **{**case.options, **given})
         return scalar(outputs), outputs
 
     return run
@@ -72,6 +68,7 @@ def compile_dynamic(case):
 @system("compile, mark_dynamic", same_batch, costly=True)
 def compile_mark_dynamic(case):
     compiled, counter = _compile(_function(case), fullgraph=True)
+    known = 0
     for batch in BATCHES:
         call = Call(case, batch)
         for name, t in call.tensors.items():
@@ -86,6 +83,7 @@ def compile_mark_dynamic(case):
 def _changing(case, backend, fullgraph):
     for name, values in case.numbers.items():
         compiled, counter = _compile(_function(case), backend, fullgraph=fullgraph)
+        known = 0
         for i, value in enumerate(values):
             _checked(case, compiled, **{name: value})
             known = counter.frame_count if i < 2 else known  # a number becomes a symbol when it first changes
@@ -156,7 +154,7 @@ def compile_grad(case):
         diff, rest = values[: len(case.diff)], values[len(case.diff) :]
 
         def f(diff):
-            return scalar(case.ours(**dict(zip(case.names, (*diff, *rest))), **case.options))
+            return scalar(case.ours(**dict(zip(case.names, (*diff, *rest), strict=True)), **case.options))
 
         return grad(f)(diff)
 
@@ -168,7 +166,7 @@ def compile_grad(case):
 @system("compile(vmap(grad))", costly=True)
 def compile_vmap_grad(case):
     def run(diff, *rest):
-        return scalar(case.ours(**dict(zip(case.names, (*diff, *rest))), **case.options))
+        return scalar(case.ours(**dict(zip(case.names, (*diff, *rest), strict=True)), **case.options))
 
     names = set(case.names)
     t = _stacked(case, names)
@@ -185,7 +183,7 @@ def compile_vmap(case):
     t = _stacked(case, names)
 
     def run(*values):
-        return case.ours(**dict(zip(case.names, values)), **case.options)
+        return case.ours(**dict(zip(case.names, values, strict=True)), **case.options)
 
     dims = tuple(0 if n in names else None for n in case.names)
     compiled, _ = _compile(lambda *values: vmap(run, in_dims=dims)(*values), fullgraph=True)
@@ -230,93 +228,3 @@ def compiled_autograd(case):
         call = Call(case)
         outputs = step(*call.tensors.values())
         check(case, outputs, tuple(t.grad for t in call.diff), call.tensors)
-
-
-# Export.
-
-
-def _shapes(case, model, batch_dim):
-    """Dimension 0 of each batched argument as ``batch_dim``."""
-    names = (case.diff[0], *model.args)
-    return {
-        a: None if n in case.unbatched or case.tensors()[n].dim() == 0 else {0: batch_dim}
-        for a, n in zip(["x", *(f"a{i}" for i in range(len(model.args)))], names)
-    }
-
-
-def _export(case, strict, batch_dim=None):
-    model = holder(case)
-    start = copy.deepcopy(model.state_dict())
-    args = model.inputs(c.BATCH, grad=False)
-    shapes = None if batch_dim is None else _shapes(case, model, batch_dim)
-    program = torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
-    return model, start, program
-
-
-def _run_program(model, start, run, batches):
-    for batch in batches:
-        with contextlib.suppress(Exception):
-            run.load_state_dict(start)
-        model.check(run, batch, seed=1, state=run)
-
-
-def _exported(case, strict, batch_dim=None):
-    """The program is run and trained: value, the input's gradient and every parameter's."""
-    model, start, program = _export(case, strict, batch_dim)
-    batches = (c.BATCH,) if batch_dim is None else (c.BATCH, OTHER_BATCH)
-    _run_program(model, start, program.module(), batches)
-
-
-def exportable(case: Case) -> bool:
-    """fold and convert give models of their own, which PyTorch's tests cover once they are plain modules."""
-    return same_batch(case) and "inplace" not in case.traits
-
-
-@system("export", exportable, costly=True)
-def export_static(case):
-    _exported(case, False)
-
-
-@system("export, strict", exportable, costly=True)
-def export_strict(case):
-    _exported(case, True)
-
-
-@system("export, Dim", exportable, costly=True)
-def export_dim(case):
-    _exported(case, False, Dim("batch", min=2, max=1 << 20))
-
-
-@system("export, strict, Dim", exportable, costly=True)
-def export_strict_dim(case):
-    _exported(case, True, Dim("batch", min=2, max=1 << 20))
-
-
-@system("export, Dim.AUTO", exportable, costly=True)
-def export_auto(case):
-    _exported(case, False, Dim.AUTO)
-
-
-@system("export, run_decompositions", exportable, costly=True)
-def export_decomposed(case):
-    """The program of an inference graph: values only."""
-    model = holder(case)
-    args = model.inputs(c.BATCH, grad=False)
-    with torch.no_grad():
-        program = torch.export.export(model, args, strict=False).run_decompositions()
-        outputs = program.module()(*args)
-    check(case, outputs)
-
-
-AOTI = ("ce-mean", "lce-small, bias", "bn-evaluation")
-
-
-@system("AOTInductor package", lambda case: repr(case) in AOTI, costly=True)
-def aoti(case):
-    model = holder(case)
-    args = model.inputs(c.BATCH, grad=False)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(model, args, strict=False)
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / "model.pt2"))
-        outputs = torch._inductor.aoti_load_package(path)(*args)
-    check(case, outputs)

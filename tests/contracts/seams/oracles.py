@@ -25,7 +25,9 @@ def _distribution(u, target, ignore_index):
         return one_hot(target), target != ignore_index, "weights"
     if len(target) == 2:
         indices, probabilities = (_classes_last(t) for t in target)
-        shares = sum(one_hot(i) * p.unsqueeze(-1) for i, p in zip(indices.unbind(-1), probabilities.unbind(-1)))
+        shares = sum(
+            one_hot(i) * p.unsqueeze(-1) for i, p in zip(indices.unbind(-1), probabilities.unbind(-1), strict=True)
+        )
         return shares, torch.ones(shares.shape[:-1], dtype=torch.bool), "rows"
     first, second, lam = target
     lam = torch.as_tensor(lam, dtype=torch.float64).expand(first.shape).unsqueeze(-1)
@@ -148,7 +150,7 @@ def batch_norm(
     counted = torch.ones(input.shape[:1] + input.shape[2:], dtype=torch.bool) if valid is None else valid
     parts = []
     size = -(-input.size(0) // groups)
-    for x, mask in zip(input.split(size), counted.split(size)):
+    for x, mask in zip(input.split(size), counted.split(size), strict=True):
         if training:
             values = x.movedim(1, -1)[mask]
             n = values.size(0)
