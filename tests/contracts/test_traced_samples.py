@@ -1,4 +1,4 @@
-"""PyTorch's own samples under AOT autograd with symbolic sizes, and the raw ops they call under opcheck's symbolic test.
+"""PyTorch's samples under AOT autograd with symbolic sizes, and the raw ops they call under opcheck's symbolic test.
 
 The first is what ``torch.testing._internal.optests`` runs on every OpInfo of PyTorch: eager against a graph traced with
 symbolic shapes, outputs and gradients.

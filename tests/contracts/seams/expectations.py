@@ -23,14 +23,14 @@ class Refusal:
 
 
 _TRANSFORMS = (
-    r"func\.grad|jvp|linearize|jvp of jvp|jacfwd\(jacfwd\)|hessian|jacrev\(jacfwd\)|jacrev\(jacrev\)"
+    r"func\.grad|jvp|jvp of jvp|jacfwd\(jacfwd\)|hessian|jacrev\(jacfwd\)|jacrev\(jacrev\)"
     r"|functionalize\(grad\)|func\.grad\(compile\)"
 )
 _COUNTING = r"bn-(BatchNorm1d|BatchNorm2d, relu|BatchNorm3d|momentum=None|LazyBatchNorm\dd)"
 
 REFUSALS = (
     Refusal(
-        rf"second derivative|vmap|per-sample gradients, vmap\(grad\)|functionalize|{_TRANSFORMS}",
+        rf"second derivative|linearize|vmap|per-sample gradients, vmap\(grad\)|functionalize|{_TRANSFORMS}",
         "ce-inplace_backward",
         RuntimeError,
         "inplace_backward=True",
@@ -44,18 +44,18 @@ REFUSALS = (
         "`inplace_backward=True` is for eager autograd; compiled code plans its own memory.",
     ),
     Refusal(
-        r"functionalize|functionalize\(grad\)",
-        ".*",
-        RuntimeError,
-        "(?i)functionalize",
-        "`torch.func.functionalize` has no rule for any `autograd.Function`; `torch.compile` functionalizes by itself.",
-    ),
-    Refusal(
         _TRANSFORMS,
         _COUNTING,
         RuntimeError,
         "captured Tensor",
         "As PyTorch's module: torch.func may not change the captured `num_batches_tracked`.",
+    ),
+    Refusal(
+        r"functionalize|functionalize\(grad\)",
+        r"(?!bn-fold).*",
+        RuntimeError,
+        "(?i)functionalize",
+        "`torch.func.functionalize` has no rule for any `autograd.Function`; `torch.compile` functionalizes by itself.",
     ),
     Refusal(
         r"jit\.script",
