@@ -1,0 +1,203 @@
+"""DDP, FSDP2, DTensor and loss_parallel, on two processes (gloo) that run every check.
+
+``python -m seams.distributed RESULT`` runs them and writes {check: problem, or ""} as JSON.
+"""
+
+import datetime
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import fused_ops
+
+from . import check as c
+from .cases import BATCH, BY_NAME
+from .check import Call, close, scalar
+from .holder import Holder, _mixed
+
+WORLD = 2
+CHECKS: dict[str, Callable[[int], None]] = {}
+PARALLEL = (
+    "ce-mean",
+    "ce-z_loss",
+    "ce-CrossEntropyLoss, options",
+    "lce-small, bias",
+    "lce-chunks",
+    "lce-LinearCrossEntropyLoss",
+    "lce-1 MiB of logits",
+    "bn-training, statistics",
+    "bn-residual, relu",
+    "bn-BatchNorm1d",
+)
+DTENSOR = (
+    "ce-mean",
+    "ce-sum",
+    "ce-none",
+    "ce-weight",
+    "ce-smoothing",
+    "ce-soft target",
+    "lce-small",
+    "lce-chunks",
+    "bn-evaluation",
+    "bn-training, statistics",
+)
+
+
+def _trained(case, model, rank):
+    """Value on this rank, and gradients averaged over the ranks, as DDP and FSDP leave them."""
+    answers = [_mixed(case, BATCH, seed + 1) for seed in range(WORLD)]
+    outputs = model(*model.module_.inputs(BATCH, rank + 1, grad=False))
+    c.check(case, outputs, expected=answers[rank])
+    scalar(outputs).backward()
+    for name, p in model.named_parameters():
+        short = name.rpartition("inner.")[2].removeprefix("module.")
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        assert grad is not None, f"parameter {short} gets no gradient"
+        if short != "gain":
+            close(grad, sum(a.grads[short] for a in answers) / WORLD, f"gradient of {short}", c.tolerance_of(case))
+
+
+def _ddp(case):
+    def run(rank):
+        holder = Holder(case)
+        model = torch.nn.parallel.DistributedDataParallel(holder)
+        object.__setattr__(model, "module_", holder)
+        _trained(case, model, rank)
+
+    return run
+
+
+def _fsdp(case):
+    def run(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        model = Holder(case)
+        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        object.__setattr__(model, "module_", model)
+        _trained(case, model, rank)
+
+    return run
+
+
+def _distributed_tensors(case, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    made = {}
+    for name, t in case.tensors().items():
+        placement = Replicate() if name in case.unbatched or not t.dim() else Shard(0)
+        made[name] = distribute_tensor(t, mesh, [placement])
+        if name in case.diff:
+            made[name].requires_grad_()
+    return made
+
+
+def _dtensor(case):
+    """As PyTorch's own op on the same DTensors: its value and gradients, or its error."""
+
+    def outcome(function, mesh):
+        t = _distributed_tensors(case, mesh)
+        try:
+            outputs = function(**t, **case.options)
+            diff = [t[n] for n in case.diff]
+            grads = torch.autograd.grad(scalar(outputs), diff)
+        except Exception as error:
+            return error
+        return [x.full_tensor() for x in (*c.outputs_of(outputs), *grads, *(t[n] for n in case.mutable))]
+
+    def run(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        theirs, ours = outcome(case.oracle, mesh), outcome(case.ours, mesh)
+        if isinstance(theirs, Exception):
+            assert isinstance(ours, type(theirs)), f"PyTorch raises {theirs!r}; got {ours!r}"
+            return
+        if isinstance(ours, Exception):
+            raise AssertionError(f"PyTorch's op works; got {ours!r}") from ours
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            close(a, b, f"result {i}")
+
+    return run
+
+
+def _loss_parallel(call):
+    """Logits sharded by class, the loss and its gradient found without gathering them."""
+
+    def run(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        made = Call(BY_NAME["ce-mean"], grad=False).tensors
+        x = distribute_tensor(made["input"], mesh, [Shard(1)]).requires_grad_()
+        with loss_parallel():
+            loss = call(x, made["target"])
+            loss.backward()
+        plain = made["input"].clone().requires_grad_()
+        expected = F.cross_entropy(plain, made["target"])
+        expected.backward()
+        close(loss.full_tensor() if hasattr(loss, "full_tensor") else loss, expected.detach(), "loss")
+        close(x.grad.full_tensor(), plain.grad, "gradient")
+
+    return run
+
+
+def _patched(x, target):
+    with fused_ops.patch():
+        return F.cross_entropy(x, target)
+
+
+for _name in PARALLEL:
+    CHECKS[f"DDP|{_name}"] = _ddp(BY_NAME[_name])
+    CHECKS[f"FSDP2|{_name}"] = _fsdp(BY_NAME[_name])
+for _name in DTENSOR:
+    CHECKS[f"DTensor|{_name}"] = _dtensor(BY_NAME[_name])
+CHECKS["loss_parallel|ce-mean"] = _loss_parallel(fused_ops.cross_entropy)
+CHECKS["loss_parallel|ce-patch"] = _loss_parallel(_patched)
+CHECKS["loss_parallel|ce-CrossEntropyLoss"] = _loss_parallel(fused_ops.CrossEntropyLoss())
+
+
+def _worker(rank: int, port: int, path: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
+    problems = {}
+    for name, run in CHECKS.items():
+        try:
+            run(rank)
+            problems[name] = ""
+        except BaseException:
+            problems[name] = traceback.format_exc()
+        dist.barrier()
+    with open(f"{path}.{rank}", "w") as file:
+        json.dump(problems, file)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+
+
+def main(path: str) -> None:
+    """Runs the checks on two processes; a check fails if it does on either."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, path), nprocs=WORLD)
+    found = []
+    for rank in range(WORLD):
+        with open(f"{path}.{rank}") as file:
+            found.append(json.load(file))
+    with open(path, "w") as file:
+        json.dump({name: next((f[name] for f in found if f[name]), "") for name in CHECKS}, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
