@@ -8,7 +8,9 @@ Valid calls are recorded from the samples of every op; each trial spoils up to t
 the sanitizers.
 """
 
+import contextlib
 import importlib
+import itertools
 import os
 import random
 
@@ -17,7 +19,7 @@ import torch
 
 import fused_ops
 from fused_ops.reference import Sample
-from fused_ops.testing import _RecordRawOps, op_names
+from fused_ops.testing import _as_if_compiling, _RecordRawOps, op_names
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
 COMPARED = 0.5  # of the calls that can be
@@ -52,13 +54,15 @@ def valid_calls(names):
     for name in names:
         module = importlib.import_module(f"fused_ops.reference.{name}")
         extra = list(in_tiles()) * 4 if name == "linear_cross_entropy" else []
-        # The ops of plain eager calls, and those that serve everything else.
+        # The ops of plain eager calls, those that serve everything else, and those of graphs.
         samples = [*module.samples(), *extra]
-        each_way = [(s, True) for s in samples] + [(s, False) for s in samples if name == "batch_norm"]
-        for sample, packed in each_way:
-            with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch:
-                if not packed:
+        ways = ("plain", "functional", "graph") if name == "batch_norm" else ("plain", "graph")
+        for sample, way in itertools.product(samples, ways):
+            with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+                if way == "functional":
                     patch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
+                if way == "graph":
+                    stack.enter_context(_as_if_compiling())
                 outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]

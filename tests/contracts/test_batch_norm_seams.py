@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import fused_ops
 from fused_ops.reference.batch_norm import samples
-from fused_ops.testing import _RecordRawOps
+from fused_ops.testing import _as_if_compiling, _RecordRawOps
 
 # One call of each class of options: its keywords, and those that say how the tensors are made.
 CALLS = {
@@ -420,14 +420,11 @@ def test_make_fx(call, mode):
 
 
 @pytest.mark.parametrize("sample", samples()[::3], ids=lambda s: s.name)
-def test_opcheck(sample, monkeypatch):
+def test_opcheck(sample):
     """Of every op that a graph of the sample's call holds, forward and backward."""
-    monkeypatch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    with _RecordRawOps() as recorder:
+    with _RecordRawOps() as recorder, _as_if_compiling():
         output = fused_ops.batch_norm(*(a.clone() if torch.is_tensor(a) else a for a in sample.args), **sample.kwargs)
         output.sin().sum().backward()
-    monkeypatch.undo()
     calls = [call for call in recorder.calls if call[0]._opname in ("batch_norm", "batch_norm_grad")]
     assert len(calls) == 2
     for op, args, kwargs in calls:
