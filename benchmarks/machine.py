@@ -26,9 +26,8 @@ def cpu_model() -> str:
 
 
 def machine_name(device: str = "cpu") -> str:
-    """Model and cores (and GPU), never a host name."""
-    name = f"{cpu_model()}, {os.cpu_count()} cores"
-    return f"{name}, {torch.cuda.get_device_name()}" if device == "cuda" else name
+    """Model, cores and instruction set in use, or the GPU instead of the latter; never a host name."""
+    return f"{cpu_model()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if device == 'cuda' else isa()}"
 
 
 def directory_name(machine: str) -> str:

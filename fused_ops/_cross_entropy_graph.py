@@ -12,9 +12,9 @@ from fused_ops import _cross_entropy_rows as rows
 from fused_ops._graph import as_tensor, register_graph_op
 from fused_ops.reference import _cross_entropy_rows as reference
 from fused_ops.reference import empty_output
+from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
 from fused_ops.reference.cross_entropy import acc_dtype
 from fused_ops.reference.cross_entropy import double_backward as plain_double_backward
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
 
 # ---- class indices alone, reduced in the op
 
@@ -41,11 +41,12 @@ def _index_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _index_grad_backward(ctx: Any, grad: Tensor | None) -> Any:
     if grad is None:
         return (None,) * 7
-    found = plain_double_backward(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
+    grad_loss, input, target, total = ctx.saved_tensors
+    found = plain_double_backward(grad, grad_loss, input, target, total, ctx.ignore_index, ctx.reduction)
     return *found, None, None, None, None, None
 
 
-_index_op = register_graph_op(
+_index_op: Any = register_graph_op(
     "cross_entropy(Tensor input, Tensor target, SymInt ignore_index, int reduction) "
     "-> (Tensor loss, Tensor lse, Tensor total)",
     plain._forward_op,
@@ -65,7 +66,7 @@ _index_grad_op = register_graph_op(
 
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """The loss of checked class indices."""
-    loss: Tensor = _index_op(input, target, ignore_index, plain.REDUCTIONS[reduction])[0]  # type: ignore[index]
+    loss: Tensor = _index_op(input, target, ignore_index, plain.REDUCTIONS[reduction])[0]
     return loss
 
 
@@ -77,7 +78,8 @@ _INPUT, _PROBABILITIES, _WEIGHT = 1, 2, 4  # the gradients that are needed, one 
 
 def _options(ignore_index: int, numbers: Tensor | None, statistics: bool) -> RowOptions:
     """The options of a raw op; ``numbers`` are label_smoothing, logit_scale and softcap, None the defaults."""
-    return RowOptions(ignore_index, *((0.0, 1.0, 0.0) if numbers is None else numbers.tolist()), statistics)
+    smoothing, scale, softcap = (0.0, 1.0, 0.0) if numbers is None else numbers.tolist()
+    return RowOptions(ignore_index, smoothing, scale, softcap, statistics)
 
 
 def _forward(input: Tensor, *args: Any) -> Any:
@@ -132,9 +134,10 @@ def _formulas(g: RowGrads, a: RowArgs, o: RowOptions, needs: int) -> tuple[Tenso
 def _grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     g, a, (lse, mass, entropy), needs = RowGrads(*args[:4]), RowArgs(*args[4:9]), args[9:12], args[15]
     o = _options(*args[12:15])
-    grad_input = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
-    found = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
-    return tuple(_or_zeros(t, like, n) for t, like, n in zip(found, *_wanted(a, needs), strict=True))  # type: ignore[return-value]
+    grad_input: Any = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
+    found: tuple[Tensor | None, ...] = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
+    made = [_or_zeros(t, like, need) for t, like, need in zip(found, *_wanted(a, needs), strict=True)]
+    return made[0], made[1], made[2]
 
 
 def _wanted(a: RowArgs, needs: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
@@ -155,7 +158,7 @@ def _fake_grad(*args: Any) -> tuple[Tensor, ...]:
     return grad_input, *(_or_zeros(None, like, need) for like, need in zip(others, needed, strict=True))
 
 
-_rows_op = register_graph_op(
+_rows_op: Any = register_graph_op(
     f"cross_entropy_rows(Tensor input, {rows._TENSORS}, {_NUMBERS}) "
     "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
     "Tensor target_log_probability)",
@@ -176,4 +179,4 @@ def cross_entropy_rows(a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
     """The seven results of each row."""
     numbers = o.label_smoothing, o.logit_scale, o.softcap
     packed = None if numbers == (0.0, 1.0, 0.0) else as_tensor(*numbers)
-    return _rows_op(*a, o.ignore_index, packed, o.statistics)  # type: ignore[return-value]
+    return _rows_op(*a, o.ignore_index, packed, o.statistics)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
 _BLOCK = 4096
+_REAL: Any = (numbers.Real, torch.SymFloat, torch.SymInt)
 _EMPTY = ("nan", "zero", "raise")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,15 +68,16 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _number(name: str, value: object, low: float, strict: bool = False) -> float:
-    if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+def _number(name: str, value: Any, low: float, strict: bool = False) -> float:
+    if isinstance(value, Tensor) or not isinstance(value, _REAL):
         raise TypeError(f"cross_entropy(): argument '{name}' must be a number, not {type(value).__name__}")
     # Comparisons alone: of a number that is a symbol of a graph they are guards, and nothing else can be asked of it.
     if not -math.inf < value < math.inf or value < low or (strict and value == low):
         raise ValueError(
             f"cross_entropy: {name} must be finite and {'above' if strict else 'at least'} {low}, got {value}"
         )
-    return value * 1.0
+    result: float = value * 1.0
+    return result
 
 
 def check_logits(input: Tensor) -> None:
@@ -265,7 +267,7 @@ def _counted(call: Call) -> Tensor | None:
 
 def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
-    if rows.is_cuda or torch.compiler.is_compiling():  # one order by the size; sizes that may be symbols
+    if rows.is_cuda or torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes may be symbols, or become any
         return rows.sum()
     blocks = rows.reshape(-1)
     while blocks.numel() > _BLOCK:
@@ -367,7 +369,7 @@ def reduced_loss(
         return _mean(total, denominator, empty) if isinstance(denominator, Tensor) else total / denominator
 
     z_rows = None
-    if call.z_loss:
+    if call.z_loss != 0:
         counted = _counted(call) if return_outputs else None  # without statistics lse is 0 in rows that do not count
         z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0)).square()
     loss = reduced(nll if z_rows is None else nll + z_rows).to(call.loss_dtype)

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fused_ops.cross_entropy import cross_entropy
+from fused_ops.linear_cross_entropy import linear_cross_entropy
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -91,8 +94,6 @@ class DeferredLogits(Tensor):
             weight: (classes,), the factor of each class.
             **options: Of ``F.cross_entropy`` or ``fused_ops.cross_entropy``.
         """
-        from fused_ops.linear_cross_entropy import linear_cross_entropy
-
         state, head = self._state, self._state.head
         options.pop("inplace_backward", None)
         legacy = options.pop("size_average", None), options.pop("reduce", None)
@@ -121,7 +122,8 @@ class DeferredLogits(Tensor):
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], DeferredLogits) and args[0]._state.real is None:
-            result = handler(func, *args, **kwargs) if torch.is_grad_enabled() else NotImplemented
+            wanted = torch.is_grad_enabled() or func is cross_entropy
+            result = handler(func, *args, **kwargs) if wanted else NotImplemented
             if result is not NotImplemented:
                 return result
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.settle, (args, kwargs))
@@ -267,6 +269,7 @@ def _cross_entropy(
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
+    cross_entropy: _cross_entropy,
     **dict.fromkeys((Tensor.view,), _view),
     **dict.fromkeys((Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
     **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.permute, torch.permute), _swap_dimensions),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops._cross_entropy_dispatch import index_loss
+from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active, is_one
 from fused_ops._library import register

@@ -6,8 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
+from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_options import (
     Numbers,
     check_ignore_index,
@@ -16,10 +19,9 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
-from fused_ops._deferred_logits import DeferredLogits
-from fused_ops._function import _transforms_active, autocast_enabled
+from fused_ops._dtensor import any_dtensor, refuse
+from fused_ops._function import _has_torch_function, _transforms_active, autocast_enabled
 from fused_ops._graph import needs_formulas
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
@@ -133,13 +135,7 @@ def cross_entropy(
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """
-    if isinstance(input, DeferredLogits):
-        given = dict(locals())
-        result = given.pop("input").cross_entropy(**given)
-        if result is not NotImplemented:
-            return result
-        input = input.settle()
-    if (
+    alone = (
         weight is None
         and label_smoothing == 0
         and token_weight is None
@@ -150,21 +146,46 @@ def cross_entropy(
         and size_average is None
         and reduce is None
         and type(z_loss) in _NUMBERS
-        and not z_loss
+        and z_loss == 0
         and not return_outputs
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
         and empty == "nan"
-    ):
-        if not (inplace_backward or torch.compiler.is_compiling()):
-            small = small_loss(input, target, ignore_index, reduction)
-            if small is not None:
-                return small
-        if _is_plain(input, target) and not needs_formulas():
-            indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
-            if inplace_backward:
-                _check_inplace(input)
-            return index_loss(input, indices, ignore_index, reduction, inplace_backward)
+    )
+    if alone and not (inplace_backward or torch.compiler.is_compiling()):
+        small = small_loss(input, target, ignore_index, reduction)
+        if small is not None:
+            return small
+    if _has_torch_function(input, target, weight) or any_dtensor(input, target, weight):
+        given: dict[str, Any] = {
+            "weight": weight,
+            "size_average": size_average,
+            "ignore_index": ignore_index,
+            "reduce": reduce,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        own: dict[str, Any] = {
+            "z_loss": z_loss,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "token_weight": token_weight,
+            "normalizer": normalizer,
+            "class_mask": class_mask,
+            "empty": empty,
+            "loss_dtype": loss_dtype,
+            "inplace_backward": inplace_backward,
+            "return_outputs": return_outputs,
+        }
+        if _has_torch_function(input, target, weight):
+            return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
+        refuse(cross_entropy, own)
+        return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
+    if alone and _is_plain(input, target) and not needs_formulas():
+        indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
+        if inplace_backward:
+            _check_inplace(input)
+        return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_options import (
     Call,
     CrossEntropyOutput,
@@ -18,7 +19,6 @@ from fused_ops._cross_entropy_options import (
     reduced_loss,
     row_scale,
 )
-from fused_ops._cross_entropy_dispatch import index_loss, rows
 from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._function import _transforms_active
 from fused_ops._linear_cross_entropy_checks import check_memory, flat, flat_target, head_of, shapes, shifted

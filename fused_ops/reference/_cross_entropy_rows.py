@@ -70,7 +70,7 @@ class _Row:
             x = torch.where(quiet.unsqueeze(self.dim), 0.0, x)  # rows whose gradient is zero whatever they hold
         scaled = x * o.logit_scale
         self.slope = torch.full_like(scaled, o.logit_scale)
-        if o.softcap:
+        if o.softcap != 0:
             t = torch.tanh(scaled / o.softcap)
             scaled, self.slope = o.softcap * t, o.logit_scale * (1 - t * t)
         self.allowed = None if a.class_mask is None else along_classes(a.class_mask, a.input).expand_as(x)
@@ -122,7 +122,7 @@ class _Row:
     def dot(self, q: Tensor, values: Tensor) -> Tensor:
         """sum_j q_j values_j; a class that is off the target for good (masked, or not the index) adds nothing."""
         off = q == 0
-        if self.a.indices is None or self.o.label_smoothing:
+        if self.a.indices is None or self.o.label_smoothing != 0:
             off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
         off = off | ~self.valid.unsqueeze(self.dim)
         # inside too: the derivative of q * inf with respect to q is no 0 that the outer choice would leave out
