@@ -134,6 +134,9 @@ def _formulas(g: RowGrads, a: RowArgs, o: RowOptions, needs: int) -> tuple[Tenso
 def _grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     g, a, (lse, mass, entropy), needs = RowGrads(*args[:4]), RowArgs(*args[4:9]), args[9:12], args[15]
     o = _options(*args[12:15])
+    for name, tensor, needed in zip(("input", "probabilities", "weight"), *_wanted(a, needs), strict=True):
+        if needed and tensor is None:
+            raise RuntimeError(f"cross_entropy_rows_grad: needs asks for the gradient of {name}, which is None")
     grad_input: Any = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
     found: tuple[Tensor | None, ...] = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
     made = [_or_zeros(a, t, like, need) for t, like, need in zip(found, *_wanted(a, needs), strict=True)]

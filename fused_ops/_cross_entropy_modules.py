@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops._graph import refuse_script
+from fused_ops._graph import fx_leaf, refuse_script
 from fused_ops.cross_entropy import cross_entropy
 
 _ADDED: dict[str, Any] = {
@@ -104,6 +104,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             token_weight: A factor of each row.
             normalizer: Replaces the mean's denominator.
         """
+        if type(input) is not Tensor:
+            leaf = fx_leaf(self, input, target, token_weight=token_weight, normalizer=normalizer)
+            if leaf is not None:
+                return leaf
         options = {name: getattr(self, name) for name in _ADDED}
         return cross_entropy(
             input,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._graph import refuse_script
+from fused_ops._graph import fx_leaf, refuse_script
 from fused_ops.linear_cross_entropy import linear_cross_entropy
 
 _MODULE_OPTIONS = {
@@ -79,6 +79,10 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             target: As for ``linear_cross_entropy``.
             **options: More of its keyword arguments for this call, such as ``token_weight`` and ``normalizer``.
         """
+        if type(input) is not Tensor:
+            leaf = fx_leaf(self, input, target, **options)
+            if leaf is not None:
+                return leaf
         bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
         settled = {
             "reduction": self.reduction,

@@ -19,6 +19,7 @@ from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
 from fused_ops.reference import linear_cross_entropy as reference
 
 _is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 INPUT, WEIGHT, BIAS = 1, 2, 4
 # float16's gradients have no range to spare: they are found with the upstream gradient that there is
@@ -144,6 +145,7 @@ def small_loss(
         reduction == "none"
         or input.dtype not in _DTYPES
         or _is_tracing()
+        or _dispatch_modes()  # make_fx, which would take what is read from the gradient for a constant
         or _transforms_active()
         or forward_ad._current_level >= 0
     ):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function
 
 from fused_ops._argument_checks import check_tensors
 from fused_ops._cross_entropy_dispatch import index_loss, rows
@@ -23,7 +24,9 @@ from fused_ops._cross_entropy_options import (
     target_tensors,
 )
 from fused_ops._cross_entropy_plain import REDUCTIONS
-from fused_ops._function import _transforms_active
+from fused_ops._dtensor import any_dtensor, refuse
+from fused_ops._dtensor import linear_cross_entropy as of_dtensors
+from fused_ops._function import _has_torch_function, _transforms_active
 from fused_ops._graph import needs_formulas
 from fused_ops._linear_cross_entropy_checks import (
     at_least_one,
@@ -158,7 +161,7 @@ def linear_cross_entropy(
         and chunk_rows is None
         and max_memory_bytes is None
         and type(z_loss) in _NUMBERS
-        and not z_loss
+        and z_loss == 0
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
         and empty == "nan"
@@ -171,12 +174,38 @@ def linear_cross_entropy(
         small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
         if small is not None:
             return small
-    tensors: list[tuple[str, Any]] = [
+    overridden = not torch.compiler.is_compiling() and _has_torch_function(input, linear_weight, linear_bias, target)
+    if overridden or any_dtensor(input, linear_weight, linear_bias, target):
+        ours: dict[str, Any] = {
+            "z_loss": z_loss,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "token_weight": token_weight,
+            "normalizer": normalizer,
+            "class_mask": class_mask,
+            "empty": empty,
+            "loss_dtype": loss_dtype,
+            "shift": shift,
+            "lora": lora,
+            "chunk_rows": chunk_rows,
+            "max_memory_bytes": max_memory_bytes,
+            "return_outputs": return_outputs,
+        }
+        theirs: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+        if overridden:
+            theirs |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
+            tensors = (input, linear_weight, linear_bias, target)
+            args = (input, linear_weight, target)
+            return handle_torch_function(linear_cross_entropy, tensors, *args, **theirs, **ours)
+        refuse(linear_cross_entropy, ours)
+        theirs["ignore_index"] = -100 if ignore_index is None else ignore_index
+        return of_dtensors(input, linear_weight, linear_bias, target, **theirs)
+    named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
         *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
         *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
     ]
-    check_tensors("linear_cross_entropy", tensors)
+    check_tensors("linear_cross_entropy", named)
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
     check_reduction(reduction, normalizer, empty)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -255,13 +257,25 @@ def _check_sample(op: str, function: Callable[..., Any], sample: Sample) -> Chec
     return CheckResult(op, sample.name, outcomes, tuple(details))
 
 
+@contextlib.contextmanager
+def _as_if_compiling() -> Iterator[None]:
+    """Calls take the ops that the graphs of torch.compile hold."""
+    with (
+        patch("torch.compiler.is_compiling", lambda: True),
+        patch("fused_ops._batch_norm_packed.is_compiling", lambda: True),  # its own name for it: a lookup less
+    ):
+        yield
+
+
 def _opcheck(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> bool | None:
     """opcheck of every raw op that the forward and the backward call; None if opcheck cannot run here."""
     if any(importlib.util.find_spec(name) is None for name in ("expecttest", "numpy")):
         return None
-    with _RecordRawOps() as recorder:
-        outputs = [output for output in call(*inputs) if output.requires_grad]
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+    recorder = _RecordRawOps()
+    for compiling in (contextlib.nullcontext, _as_if_compiling):
+        with recorder, compiling():
+            outputs = [output for output in call(*inputs) if output.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
     if not recorder.calls:
         raise AssertionError("expected the function to call a raw op of the package, it called none")
     for func, args, kwargs in recorder.calls:
