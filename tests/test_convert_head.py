@@ -104,7 +104,7 @@ def test_error_rule(options, dtype):
 
 
 @pytest.mark.parametrize("converted_loss", [False, True])
-def test_no_logits(converted_loss):
+def test_no_logits(converted_loss, chunks_in_sight):
     loss = nn.CrossEntropyLoss()
     model = converted(loss if converted_loss else F.cross_entropy)
     assert isinstance(loss, fused_ops.CrossEntropyLoss) == converted_loss

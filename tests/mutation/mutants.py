@@ -25,6 +25,7 @@ PLAIN, HEAD, NORM = (
     "fused_ops/batch_norm.py",
 )
 
+LINEAR_OPS = "fused_ops/_linear_cross_entropy_graph.py"
 PACKED = "fused_ops/_batch_norm_packed.py"
 
 PYTHON = [
@@ -221,21 +222,21 @@ PYTHON = [
     ),
     Mutant(
         HEAD,
-        "found[i] = (gradients[i] * grad_loss).to(gradients[i].dtype)",
-        "found[i] = gradients[i]",
+        "(g * grad_loss).to(g.dtype) if n",
+        "g if n",
         "lce",
         "upstream gradient ignored",
     ),
-    Mutant(HEAD, "                ctx.gradients = None\n", "", "lce", "gradients handed over twice"),
+    Mutant(HEAD, "            ctx.gradients = None\n", "", "lce", "gradients handed over twice"),
     Mutant(
-        HEAD,
-        "terms = nll if ctx.z_loss == 0 else nll + ctx.z_loss * torch.where(row_scale == 0, 0.0, lse).square()",
+        LINEAR_OPS,
+        "terms = nll if z_loss == 0 else nll + z_loss * torch.where(row_scale == 0, 0.0, lse).square()",
         "terms = nll",
         "lce",
         "z-loss has no second derivative",
     ),
     Mutant(
-        HEAD,
+        LINEAR_OPS,
         "found[i] = value if before is None else before + value",
         "found[i] = value",
         "lce",
