@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from fused_ops._argument_checks import check_data
@@ -185,9 +186,12 @@ def check(activation: str | None, code: int, slope: float, residual: Tensor | No
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether a backward from the output can serve; transforms and compiled graphs keep the input."""
+    """Whether a backward from the output can serve; transforms, compiled graphs and what has no values keep the input."""
+    first = tensors[0]
     return (
         torch.is_grad_enabled()
+        and first is not None
+        and not (first.is_meta or is_fake(first))
         and any(t is not None and t.requires_grad for t in tensors)
         and not torch.compiler.is_compiling()
         and not _transforms_active()

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from fused_ops._cross_entropy_rows import refuse_inplace_transforms
 from fused_ops._function import (
     FusedFunction,
+    _dispatch_modes,
     _has_torch_function,
     _transforms_active,
     call_backward_directly,
@@ -28,7 +29,6 @@ _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rou
 
 _grad_enabled = torch.is_grad_enabled
 _is_tracing = torch._C._is_tracing
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
@@ -203,7 +203,7 @@ def _brings_gradient(input: Tensor) -> bool:
         and not _transforms_active()
         and forward_ad._current_level < 0
         and not _is_tracing()
-        and not _dispatch_modes()  # make_fx, which would take the number of ignored rows for a constant
+        and not _dispatch_modes()  # what traces would take the number of ignored rows for a constant
     )
 
 

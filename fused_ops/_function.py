@@ -15,6 +15,7 @@ from fused_ops._argument_checks import check_data
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # of make_fx, say, which takes a value that is read for a constant
 _has_torch_function = torch._C._has_torch_function_variadic
 
 
@@ -25,13 +26,13 @@ def autocast_enabled(input: Tensor) -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether values of a tensor of the CPU can be read at once: it is no fake one, and no batch of gradients."""
-    return t.device.type == "cpu" and not is_fake(t) and not _is_batched(t)
+    """Whether values of a tensor of the CPU can be read at once: it is no fake one, no batch of gradients, not traced."""
+    return t.device.type == "cpu" and not (is_fake(t) or _is_batched(t) or _dispatch_modes())
 
 
 def is_one(grad: Tensor) -> bool:
-    """Whether it can be read, on the CPU and neither fake nor a batch of gradients, and is 1."""
-    return type(grad) is Tensor and grad.is_cpu and not _is_batched(grad) and grad.item() == 1
+    """Whether it can be read, on the CPU and neither fake nor a batch of gradients nor traced, and is 1."""
+    return type(grad) is Tensor and grad.is_cpu and not (_is_batched(grad) or _dispatch_modes()) and grad.item() == 1
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -19,8 +19,8 @@ from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
 from fused_ops.reference import linear_cross_entropy as reference
 
 _is_tracing = torch._C._is_tracing
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 INPUT, WEIGHT, BIAS = 1, 2, 4
 # float16's gradients have no range to spare: they are found with the upstream gradient that there is
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -117,7 +117,7 @@ def _in_two(
 
 def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> bool:
     """Whether this is a call on the CPU, right in every respect, of logits that are not worth cutting."""
-    if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)):
+    if type(input) not in _ORDINARY or type(linear_weight) not in _ORDINARY or type(target) is not Tensor:
         return False
     shape, weight_shape, dtype = input.shape, linear_weight.shape, input.dtype
     if len(shape) != 2 or len(weight_shape) != 2 or shape[1] != weight_shape[1] or target.shape != shape[:1]:
@@ -133,7 +133,7 @@ def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> b
     if torch.is_autocast_enabled("cpu"):
         return False
     return linear_bias is None or (
-        isinstance(linear_bias, Tensor) and linear_bias.shape == weight_shape[:1] and linear_bias.dtype == dtype
+        type(linear_bias) in _ORDINARY and linear_bias.shape == weight_shape[:1] and linear_bias.dtype == dtype
     )
 
 
@@ -145,7 +145,6 @@ def small_loss(
         reduction == "none"
         or input.dtype not in _DTYPES
         or _is_tracing()
-        or _dispatch_modes()  # make_fx, which would take what is read from the gradient for a constant
         or _transforms_active()
         or forward_ad._current_level >= 0
     ):

@@ -187,17 +187,15 @@ def linear_cross_entropy(
             "loss_dtype": loss_dtype,
             "shift": shift,
             "lora": lora,
-            "chunk_rows": chunk_rows,
-            "max_memory_bytes": max_memory_bytes,
             "return_outputs": return_outputs,
         }
         theirs: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
         if overridden:
-            theirs |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
+            ours |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
+            ours |= {"chunk_rows": chunk_rows, "max_memory_bytes": max_memory_bytes, **theirs}
             tensors = (input, linear_weight, linear_bias, target)
-            args = (input, linear_weight, target)
-            return handle_torch_function(linear_cross_entropy, tensors, *args, **theirs, **ours)
-        refuse(linear_cross_entropy, ours)
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **ours)
+        refuse(linear_cross_entropy, ours)  # how much memory the logits take is PyTorch's affair then
         theirs["ignore_index"] = -100 if ignore_index is None else ignore_index
         return of_dtensors(input, linear_weight, linear_bias, target, **theirs)
     named: list[tuple[str, Any]] = [

@@ -50,10 +50,7 @@ def in_tiles():
 
 # What the package asks before it chooses an op, and the answer: of plain eager calls, of all others, of graphs.
 WAYS = {
-    "eager": {
-        "fused_ops._cross_entropy_plain._dispatch_modes": False,
-        "fused_ops._linear_cross_entropy_small._dispatch_modes": False,
-    },
+    "eager": {"fused_ops._cross_entropy_plain._dispatch_modes": False},
     "functional": {"fused_ops._batch_norm_packed.serves": False},
     "graph": {"torch.compiler.is_compiling": True},
 }
