@@ -186,7 +186,7 @@ def check(activation: str | None, code: int, slope: float, residual: Tensor | No
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether a backward from the output can serve; transforms, compiled graphs and what has no values keep the input."""
+    """Whether a backward from the output can serve; transforms, graphs and what has no values keep the input."""
     first = tensors[0]
     return (
         torch.is_grad_enabled()

@@ -26,7 +26,7 @@ def autocast_enabled(input: Tensor) -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether values of a tensor of the CPU can be read at once: it is no fake one, no batch of gradients, not traced."""
+    """Whether values of a tensor of the CPU can be read at once: it is no fake one, no batch, and not traced."""
     return t.device.type == "cpu" and not (is_fake(t) or _is_batched(t) or _dispatch_modes())
 
 
