@@ -7,6 +7,7 @@ others are marked slow (``-m slow``). The table in docs/reliability.md is ``pyth
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,19 +67,20 @@ def test_every_public_name_has_a_case():
             assert functions.get(name, name) in text, name
 
 
+def _environment():
+    where = os.pathsep.join([str(FOLDER.parent.parent), str(FOLDER)])
+    return {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+
+
 # On two processes.
 
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
     """The outcome of every distributed check, run once."""
-    import subprocess
-
     path = tmp_path_factory.mktemp("seams") / "result.json"
-    where = os.pathsep.join([str(FOLDER.parent.parent), str(FOLDER)])
-    env = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "seams.distributed", str(path)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return json.loads(path.read_text())
 
@@ -133,6 +135,24 @@ def test_a_normalizer_that_changes_with_the_input():
     for s in (0.1, 0.2, 0.3, 0.4):
         expected = F.cross_entropy((h * s) @ w.t(), t, reduction="sum") / (s * 10)
         torch.testing.assert_close(compiled(s), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_with_other_releases_of_torch():
+    """The default cells under other interpreters with a torch of their own (any release >= 2.10), if some are given."""
+    others = [p for p in os.environ.get("FUSED_OPS_OTHER_PYTHONS", "").split(os.pathsep) if p]
+    if not others:
+        pytest.skip("FUSED_OPS_OTHER_PYTHONS names no interpreter with another torch >= 2.10")
+    problems = []
+    for python in others:
+        if subprocess.run([python, "-c", "import pytest"], capture_output=True).returncode:
+            problems.append(f"{python}: has no pytest")
+            continue
+        command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", "a_seam", __file__]
+        result = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        if result.returncode:
+            problems.append(f"{python}:\n{result.stdout[-4000:]}")
+    assert not problems, "\n".join(problems)
 
 
 def test_the_table_is_what_the_expectations_say():

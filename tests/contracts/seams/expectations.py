@@ -37,11 +37,11 @@ REFUSALS = (
         "`inplace_backward=True` writes the gradient over the logits, which no transform can follow.",
     ),
     Refusal(
-        r"(compile|compiled|inductor|checkpoint in compile).*",
+        r"compile, (fullgraph|dynamic|mark_dynamic)|compile under no_grad|compile\(.*|checkpoint in compile",
         "ce-inplace_backward",
         RuntimeError,
         "inplace_backward=True",
-        "`inplace_backward=True` is for eager autograd; compiled code plans its own memory.",
+        "`inplace_backward=True` is for eager autograd: a graph break without `fullgraph=True`, an error with it.",
     ),
     Refusal(
         _TRANSFORMS,
@@ -49,13 +49,6 @@ REFUSALS = (
         RuntimeError,
         "captured Tensor",
         "As PyTorch's module: torch.func may not change the captured `num_batches_tracked`.",
-    ),
-    Refusal(
-        r"functionalize|functionalize\(grad\)",
-        r"(?!bn-fold).*",
-        RuntimeError,
-        "(?i)functionalize",
-        "`torch.func.functionalize` has no rule for any `autograd.Function`; `torch.compile` functionalizes by itself.",
     ),
     Refusal(
         r"jit\.script",
