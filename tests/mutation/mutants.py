@@ -89,7 +89,7 @@ PYTHON = [
     Mutant(CE, "rows = (residual * input_t", "rows = (2 * residual * input_t", "ce", "tangent doubled"),
     Mutant(
         ROWS,
-        "return torch.where(off | ~self.valid.unsqueeze(self.dim), 0.0, q * values).sum(self.dim)",
+        "return torch.where(off, 0.0, q * torch.where(off, 0.0, values)).sum(self.dim)",
         "return (q * values).sum(self.dim)",
         "ce",
         "0 times the -inf of a masked class",
@@ -193,8 +193,8 @@ PYTHON = [
     ),
     Mutant(
         OPTIONS,
-        "smoothing = float(given.label_smoothing) if given.label_smoothing > 0 else 0.0",
-        "smoothing = float(given.label_smoothing)",
+        "smoothing = given.label_smoothing * 1.0 if given.label_smoothing > 0 else 0.0",
+        "smoothing = given.label_smoothing * 1.0",
         "ce",
         "negative smoothing",
     ),
@@ -296,7 +296,7 @@ PYTHON = [
     ),
     Mutant(
         "fused_ops/_function.py",
-        "not _is_batched(grad) and grad.item() == 1",
+        "not (_is_batched(grad) or _dispatch_modes()) and grad.item() == 1",
         "not _is_batched(grad)",
         "lce",
         "every upstream gradient of a small head taken for 1",
@@ -438,8 +438,8 @@ NATIVE = [
     Mutant(NACT, "return s * (A(1) + z * (A(1) - s));", "return s * (A(1) + z * s);", "bn", "silu'"),
     Mutant(
         NACT,
-        "return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);",
-        "return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) : A(1);",
+        "return z <= A(-3) ? A(0) : z < A(3) ? z / A(3) + A(0.5) : A(1);",
+        "return z <= A(-3) ? A(0) : z < A(3) ? z / A(3) : A(1);",
         "bn",
         "hardswish'",
     ),
