@@ -97,7 +97,7 @@ DIRECT = ("ce-mean", "ce-sum", "ce-none", "ce-large", "lce-small", "lce-chunks",
 
 
 def _reads_first(case):
-    """Whether this package is the first to read: not the product before inplace_backward, not the layer before a norm."""
+    """Whether this package reads first: not a product before inplace_backward, not the layer before a norm."""
     return case.name not in ("fold", "convert", "inplace_backward")
 
 
