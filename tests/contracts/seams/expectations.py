@@ -44,7 +44,7 @@ REFUSALS = (
         "`inplace_backward=True` is for eager autograd: a graph break without `fullgraph=True`, an error with it.",
     ),
     Refusal(
-        _TRANSFORMS,
+        rf"{_TRANSFORMS}|compile\(func\.grad\)",
         _COUNTING,
         RuntimeError,
         "captured Tensor",

@@ -96,7 +96,12 @@ def _freed(tensor):
 DIRECT = ("ce-mean", "ce-sum", "ce-none", "ce-large", "lce-small", "lce-chunks", "lce-1 MiB of logits")
 
 
-@system("freed storage", lambda case: case.name not in ("fold", "convert"), costly=True)
+def _reads_first(case):
+    """Whether this package reads first: not a product before inplace_backward, not the layer before a norm."""
+    return case.name not in ("fold", "convert", "inplace_backward")
+
+
+@system("freed storage", _reads_first, costly=True)
 def freed_storage(case):
     """As FSDP and ZeRO leave their tensors: an error for every argument, and for a freed upstream gradient."""
     problems = []
