@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_ops import _batch_norm_inplace as inplace
 from fused_ops._graph import fx_leaf, refuse_script
-from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing
+from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing, write_running
 
 # The options that the modules have beyond PyTorch's.
 DEFAULTS: dict[str, Any] = {
@@ -132,8 +132,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if input.numel() and not recomputing():
             with torch.no_grad():
                 share = 1.0 / self.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
-                mean.lerp_(batch_mean, share)
-                var.lerp_(batch_var, share)
+                write_running(mean.lerp(batch_mean, share), var.lerp(batch_var, share), mean, var)
         return output
 
     def extra_repr(self) -> str:

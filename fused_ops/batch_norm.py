@@ -244,12 +244,17 @@ def batch_norm(
         *(activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
     )
     if training and running_mean is not None and running_var is not None and not recomputing():
-        if _transforms_active():
-            graph.write_statistics(new_mean, new_var, running_mean, running_var)
-        else:
-            running_mean.copy_(new_mean)
-            running_var.copy_(new_var)
+        write_running(new_mean, new_var, running_mean, running_var)
     return output
+
+
+def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    """New running statistics into the old ones, which a transform of torch.func may have captured."""
+    if _transforms_active():
+        graph.write_statistics(new_mean, new_var, running_mean, running_var)
+    else:
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
 
 
 def _with_statistics(
