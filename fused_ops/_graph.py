@@ -10,13 +10,15 @@ PyTorch's own differentiable ops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from fused_ops._function import _transforms_active
 from fused_ops._library import _fragment, register
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _FORWARD = torch._C._functorch.TransformType.Jvp
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
@@ -89,9 +91,15 @@ def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return None
 
 
+_USE_INSTEAD = "use torch.jit.trace or torch.export, or fused_ops.revert(model) first"
+
+
 def refuse_script(module: nn.Module) -> None:
     """For ``__prepare_scriptable__`` of a module."""
-    raise RuntimeError(
-        f"torch.jit.script cannot compile {type(module).__name__} of fused_ops: use torch.jit.trace or torch.export, "
-        "or fused_ops.revert(model) first"
-    )
+    raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__} of fused_ops: {_USE_INSTEAD}")
+
+
+def no_script(function: _F) -> _F:
+    """Marks a public function for ``torch.jit.script``, which then says what to do instead."""
+    function.__script_unsupported = f"{function.__name__} of fused_ops is not supported: {_USE_INSTEAD}"  # type: ignore[attr-defined]
+    return function

@@ -14,7 +14,7 @@ from fused_ops._argument_checks import check_tensors
 from fused_ops._batch_norm_functions import BatchNormActFunction, BatchNormFunction
 from fused_ops._dtensor import any_dtensor, refuse
 from fused_ops._function import _has_torch_function, _transforms_active
-from fused_ops._graph import needs_formulas
+from fused_ops._graph import needs_formulas, no_script
 from fused_ops._integers import as_int64
 from fused_ops.reference import _activation
 from fused_ops.reference._batch_norm_formulas import formulas
@@ -119,6 +119,7 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@no_script
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

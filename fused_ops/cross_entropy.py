@@ -22,7 +22,7 @@ from fused_ops._cross_entropy_options import (
 from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
 from fused_ops._dtensor import any_dtensor, refuse
 from fused_ops._function import _has_torch_function, _transforms_active, autocast_enabled
-from fused_ops._graph import needs_formulas
+from fused_ops._graph import needs_formulas, no_script
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
@@ -59,6 +59,7 @@ def _is_plain(input: Tensor, target: object) -> bool:
     return input.dtype.itemsize != 2 or not autocast_enabled(input)
 
 
+@no_script
 def cross_entropy(
     input: Tensor,
     target: Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | float],

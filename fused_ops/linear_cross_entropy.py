@@ -27,7 +27,7 @@ from fused_ops._cross_entropy_plain import REDUCTIONS
 from fused_ops._dtensor import any_dtensor, refuse
 from fused_ops._dtensor import linear_cross_entropy as of_dtensors
 from fused_ops._function import _has_torch_function, _transforms_active
-from fused_ops._graph import needs_formulas
+from fused_ops._graph import needs_formulas, no_script
 from fused_ops._linear_cross_entropy_checks import (
     at_least_one,
     checked_ignore_index,
@@ -65,6 +65,7 @@ def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_o
     return sum(1 << i for i, t in enumerate(head) if t is not None and t.requires_grad)
 
 
+@no_script
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
