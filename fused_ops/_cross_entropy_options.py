@@ -78,7 +78,12 @@ def _number(name: str, value: Any, low: float, strict: bool = False) -> float:
         raise ValueError(
             f"cross_entropy: {name} must be finite and {'above' if strict else 'at least'} {low}, got {value}"
         )
-    result: float = value * 1.0
+    return _as_float(value)
+
+
+def _as_float(number: Any) -> float:
+    """The number as a float; one that is a symbol as it is, since PyTorch may take a product of it for a constant."""
+    result: float = number if isinstance(number, float) else number * 1.0
     return result
 
 
@@ -246,7 +251,7 @@ def prepare(
     given = given._replace(ignore_index=check_ignore_index(given.ignore_index))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
-    smoothing = given.label_smoothing * 1.0 if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
+    smoothing = _as_float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
     autocast = autocast_enabled(input)
     kind, indices, probabilities = _target(target, input, given.ignore_index)
     if weight is not None:

@@ -193,8 +193,8 @@ PYTHON = [
     ),
     Mutant(
         OPTIONS,
-        "smoothing = given.label_smoothing * 1.0 if given.label_smoothing > 0 else 0.0",
-        "smoothing = given.label_smoothing * 1.0",
+        "smoothing = _as_float(given.label_smoothing) if given.label_smoothing > 0 else 0.0",
+        "smoothing = _as_float(given.label_smoothing)",
         "ce",
         "negative smoothing",
     ),
