@@ -1,0 +1,1 @@
+"""Batch normalisation, with the addition and the activation that follow it."""

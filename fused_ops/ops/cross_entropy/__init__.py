@@ -1,0 +1,1 @@
+"""Cross-entropy: of class indices alone, and row by row with every option."""
