@@ -41,12 +41,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512",
     ]
 COMMON_FLAGS = [
-    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-fopenmp-simd"),
+    *("-std=c++17", "-Icsrc", "-O2", "-g0", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-fopenmp-simd"),
     *("-DNDEBUG", "-Wall", "-Wextra"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-Icsrc", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
     "undefined": [
@@ -193,16 +193,16 @@ def sources(pattern: str) -> list[str]:
 
 
 def object_of(folder: Path, source: str) -> Path:
-    return folder / f"{Path(source).stem}.o"
+    return folder / Path(source).relative_to("csrc").with_suffix(".o")
 
 
 def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
-    """Each csrc/cpu/*.cpp once per ISA, into a namespace of its own."""
+    """Each csrc/*/cpu/*.cpp once per ISA, into a namespace of its own."""
     versions = [compiler_version(cxx[0])]
     units = []
     for isa, flags in ISA_FLAGS.items():
         command = [*cxx, *COMMON_FLAGS, *KERNEL_FLAGS, f"-DFUSED_OPS_ISA={isa}", *flags]
-        units += [Unit(s, object_of(objects / isa, s), command, versions) for s in sources("cpu/*.cpp")]
+        units += [Unit(s, object_of(objects / isa, s), command, versions) for s in sources("*/cpu/*.cpp")]
     return units
 
 
@@ -245,7 +245,7 @@ def native_extension() -> dict[str, object]:
         leave_out("no C++ compiler found")
         return {}
     cuda = os.environ.get("FUSED_OPS_CUDA")
-    cuda_sources = sources("cuda/*.cu")
+    cuda_sources = sources("*/cuda/*.cu")
     if cuda == "1" and not cuda_sources:
         raise SystemExit("fused_ops: FUSED_OPS_CUDA=1, but this release has no CUDA kernels")
     try:
@@ -272,7 +272,7 @@ def native_extension() -> dict[str, object]:
         include = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
         binding = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if with_cuda else []), *include]
         versions = [compiler_version(cxx[0]), torch.__version__]
-        files = [s for s in sources("*.cpp") if with_cuda or not s.endswith("_cuda.cpp")]
+        files = [s for s in sources("*/*.cpp") if with_cuda or not s.endswith("_cuda.cpp")]
         return found + [Unit(s, object_of(objects, s), binding, versions) for s in files]
 
     extension.units = units

@@ -1,4 +1,4 @@
-"""Runs a provider without transparent huge pages, to show what the advice of csrc/checks.h is worth."""
+"""Runs a provider without transparent huge pages, to show what the advice of csrc/core/checks.h is worth."""
 
 from __future__ import annotations
 

@@ -6,9 +6,12 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fused_ops import _functionalize as _functionalize
-from fused_ops._batch_norm_fold import fold
-from fused_ops._batch_norm_modules import (
+from fused_ops.conversion.api import convert, revert
+from fused_ops.conversion.patch import patch
+from fused_ops.core import functionalize as _functionalize  # noqa: F401 (registers a rule)
+from fused_ops.ops.batch_norm.api import batch_norm
+from fused_ops.ops.batch_norm.fold import fold
+from fused_ops.ops.batch_norm.modules import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -16,14 +19,11 @@ from fused_ops._batch_norm_modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from fused_ops._convert_patch import patch
-from fused_ops._cross_entropy_modules import CrossEntropyLoss
-from fused_ops._cross_entropy_options import CrossEntropyOutput
-from fused_ops._linear_cross_entropy_module import LinearCrossEntropyLoss
-from fused_ops.batch_norm import batch_norm
-from fused_ops.convert import convert, revert
-from fused_ops.cross_entropy import cross_entropy
-from fused_ops.linear_cross_entropy import linear_cross_entropy
+from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.cross_entropy.arguments import CrossEntropyOutput
+from fused_ops.ops.cross_entropy.modules import CrossEntropyLoss
+from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+from fused_ops.ops.linear_cross_entropy.modules import LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
     from fused_ops import testing as testing

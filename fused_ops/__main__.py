@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import fused_ops
-from fused_ops import _library
+from fused_ops.core import library
 
 DEMO_NEEDS = ("tqdm", "matplotlib")
 DEMO = "fused_ops.examples.backprop_by_hand"
@@ -77,16 +77,16 @@ def info(console: Console | None = None, *, verbose: bool = False) -> int:
         ("fused_ops", fused_ops.__version__),
         ("torch", torch.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("library", str(_library.LIBRARY_PATH) if _library.missing_reason is None else _library.missing_reason),
-        ("ISA", _library.isa() or "none (no native library)"),
+        ("library", str(library.LIBRARY_PATH) if library.missing_reason is None else library.missing_reason),
+        ("ISA", library.isa() or "none (no native library)"),
         ("threads", str(torch.get_num_threads())),
         ("CUDA", _cuda_state()),
-        ("dtypes", ", ".join(str(dtype).removeprefix("torch.") for dtype in _library.DTYPES)),
+        ("dtypes", ", ".join(str(dtype).removeprefix("torch.") for dtype in library.DTYPES)),
     ):
         console.print(f"[bold]{name:<10}[/]", end="")
         console.print(value, markup=False, soft_wrap=True)
     console.print()
-    rows = [row for row in _library.backends() if verbose or row[1] == "cpu" or torch.version.cuda is not None]
+    rows = [row for row in library.backends() if verbose or row[1] == "cpu" or torch.version.cuda is not None]
     devices = list(dict.fromkeys(device for _, device, _, _ in rows))
     served: dict[str, dict[str, Counter[str]]] = {}  # by name and device: how many raw ops by what
     for raw, device, what, _ in rows:

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
-import fused_ops.reference
-from fused_ops._graph import implementations
-from fused_ops.reference import Sample
+import fused_ops.ops
+from fused_ops.core.graph import implementations
+from fused_ops.core.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -213,15 +213,15 @@ def check_op(function: Callable[..., Any], samples: Iterable[Sample], op: str | 
 
 
 def op_names() -> list[str]:
-    """The ops of the package: those that have a reference."""
-    return sorted(m.name for m in pkgutil.iter_modules(fused_ops.reference.__path__) if not m.name.startswith("_"))
+    """The ops of the package: each has a folder of its name."""
+    return sorted(m.name for m in pkgutil.iter_modules(fused_ops.ops.__path__) if m.ispkg)
 
 
 def check_all() -> list[CheckResult]:
     """``check_op`` for every op of the package, on the samples of its reference."""
     results = []
     for op in op_names():
-        samples = importlib.import_module(f"fused_ops.reference.{op}").samples()
+        samples = importlib.import_module(f"fused_ops.ops.{op}.reference").samples()
         results += check_op(getattr(fused_ops, op), samples, op)
     return results
 
@@ -262,7 +262,7 @@ def _as_if_compiling() -> Iterator[None]:
     """Calls take the ops that the graphs of torch.compile hold."""
     with (
         patch("torch.compiler.is_compiling", lambda: True),
-        patch("fused_ops._batch_norm_packed.is_compiling", lambda: True),  # its own name for it: a lookup less
+        patch("fused_ops.ops.batch_norm.eager.is_compiling", lambda: True),  # its own name for it: a lookup less
     ):
         yield
 

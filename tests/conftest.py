@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
-from fused_ops import _linear_cross_entropy_graph as linear_graph
+from fused_ops.ops.linear_cross_entropy import graph as linear_graph
 
 ROOT = Path(__file__).parent.parent
 if os.environ.get("FUSED_OPS_SANITIZE"):
@@ -96,7 +96,7 @@ def raw_ops():
     """(module, name, raw op) of every raw op that a module of the package calls."""
 
     def op_of(value):
-        if isinstance(value, functools.partial) and value.args and hasattr(value.args[0], "schema"):  # _library.eager
+        if isinstance(value, functools.partial) and value.args and hasattr(value.args[0], "schema"):  # library.eager
             value = getattr(torch.ops.fused_ops, value.args[0].schema().name.split("::")[1]).default
         return value if isinstance(value, torch._ops.OpOverload) and value.namespace == "fused_ops" else None
 

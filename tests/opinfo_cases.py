@@ -1,4 +1,4 @@
-"""PyTorch's own samples of the ops we replace, as calls of both functions: what tests/test_opinfo.py runs on.
+"""PyTorch's own samples of the ops we replace, as calls of both functions: what tests/contracts/test_opinfo.py runs on.
 
 ``FUSED_OPS_FULL_GRID=1`` keeps every sample; by default every ``step``-th is kept, starting where a check's name says,
 so that together the checks see nearly all of them.

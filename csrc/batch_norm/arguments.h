@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "batch_norm.h"
-#include "checks.h"
+#include "batch_norm/kernels.h"
+#include "core/checks.h"
 
 namespace fused_ops {
 

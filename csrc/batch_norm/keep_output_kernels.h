@@ -1,6 +1,6 @@
 // The contract of the kernels of batch norm that keeps its output instead of its input: see docs/batch_norm.md.
 #pragma once
-#include "batch_norm.h"
+#include "batch_norm/kernels.h"
 
 namespace fused_ops {
 

@@ -1,14 +1,13 @@
 // Schema, checks, allocation and dispatch of batch norm that keeps its output instead of its input. Tensors stop here.
-#include "batch_norm_inplace.h"
-
 #include <cmath>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "batch_norm_passes.h"
-#include "batch_norm_tensors.h"
-#include "border.h"
+#include "batch_norm/arguments.h"
+#include "batch_norm/keep_output_kernels.h"
+#include "batch_norm/passes.h"
+#include "core/border.h"
 
 namespace fused_ops {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "dtype.h"
-#include "isa.h"
+#include "core/dtype.h"
+#include "core/isa.h"
 
 namespace fused_ops {
 

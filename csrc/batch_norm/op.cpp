@@ -4,17 +4,16 @@
 // of valid positions and ghost batches. batch_norm_packed_forward/backward are for plain eager calls, where every
 // tensor that crosses the border counts: mean and invstd are one, and the running statistics are written in place. All
 // run the same code.
-#include "batch_norm.h"
-
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 
-#include "batch_norm_passes.h"
-#include "batch_norm_small.h"
-#include "batch_norm_tensors.h"
-#include "border.h"
+#include "batch_norm/arguments.h"
+#include "batch_norm/kernels.h"
+#include "batch_norm/passes.h"
+#include "batch_norm/small_kernels.h"
+#include "core/border.h"
 
 namespace fused_ops {
 namespace {

@@ -1,4 +1,4 @@
-// Checks, allocation and launch of the batch-norm ops on a GPU; the schemas are in batch_norm.cpp.
+// Checks, allocation and launch of the batch-norm ops on a GPU; the schemas are in op.cpp.
 //
 // The kernels serve everything but `valid` and ghost batches: those ops go to the plain-PyTorch reference. Both change
 // what a channel's values are (a mask inside the reductions, statistics of parts of the batch), are rare in training,
@@ -9,9 +9,9 @@
 #include <tuple>
 #include <utility>
 
-#include "border.h"
-#include "cuda/batch_norm.h"
-#include "cuda_device.h"
+#include "batch_norm/cuda/kernels.h"
+#include "core/border.h"
+#include "core/cuda_device.h"
 
 namespace fused_ops {
 namespace cuda {
@@ -19,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "batch_norm";
 constexpr int64_t kSmallPlane =
-    32;  // as kSmallMaskedPlane of batch_norm_tensors.h: the mask of smaller planes runs through the channels
+    32;  // as kSmallMaskedPlane of arguments.h: the mask of smaller planes runs through the channels
 
 using MaybeTensor = std::optional<Tensor>;
 

@@ -1,8 +1,8 @@
 // How batch norm's two passes over its input are ordered, so that the second finds in the cache what the first has
 // read; and the merging of what the first has summed. Neither changes a bit with the number of threads.
 #pragma once
-#include "batch_norm_tensors.h"
-#include "cpu/moments.h"
+#include "batch_norm/arguments.h"
+#include "batch_norm/cpu/moments.h"
 
 namespace fused_ops {
 

@@ -5,7 +5,7 @@
 // than a microsecond, and so would the arithmetic between them, a division and a square root for each channel, if it
 // were not vectorised.
 #pragma once
-#include "batch_norm.h"
+#include "batch_norm/kernels.h"
 
 namespace fused_ops {
 

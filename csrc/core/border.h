@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "core/checks.h"
 
 namespace fused_ops {
 

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "dtype.h"
-#include "tensor.h"
+#include "core/dtype.h"
+#include "core/tensor.h"
 
 namespace fused_ops {
 

@@ -2,7 +2,7 @@
 //
 // FUSED_OPS_CUDA_HOST builds the same bindings around the kernels' emulation on the CPU (tests/cuda_host).
 #pragma once
-#include "checks.h"
+#include "core/checks.h"
 
 #if defined(FUSED_OPS_CUDA_HOST)
 extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  // poisons it, watches what lies behind
@@ -16,7 +16,7 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
 #define FUSED_OPS_STRINGIFY(x) #x
 #define FUSED_OPS_STRING(x) FUSED_OPS_STRINGIFY(x)
 #define FUSED_OPS_LIBRARY_IMPL(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
-// An op of the library that runs the plain-PyTorch reference (fused_ops/_library.py).
+// An op of the library that runs the plain-PyTorch reference (fused_ops/core/library.py).
 #define FUSED_OPS_REFERENCE_OP(name) FUSED_OPS_STRING(FUSED_OPS_CUDA_LIBRARY) "::" name "_reference"
 
 namespace fused_ops {

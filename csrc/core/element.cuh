@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../dtype.h"
+#include "core/dtype.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,5 +1,5 @@
-// Which of the per-ISA copies of a CPU kernel to run. Each csrc/cpu/*.cpp is compiled once per ISA into a namespace of
-// its own (setup.py passes -DFUSED_OPS_ISA=<name>); the choice is made once per process, from the CPU and from
+// Which of the per-ISA copies of a CPU kernel to run. Each csrc/*/cpu/*.cpp is compiled once per ISA into a namespace
+// of its own (setup.py passes -DFUSED_OPS_ISA=<name>); the choice is made once per process, from the CPU and from
 // ATEN_CPU_CAPABILITY (default | avx2 | avx512), which can only lower it.
 #pragma once
 #include <cstdlib>

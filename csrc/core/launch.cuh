@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "../dtype.h"
+#include "core/dtype.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,6 +1,6 @@
 // Facts about the library itself.
-#include "isa.h"
-#include "stable.h"
+#include "core/isa.h"
+#include "core/stable.h"
 
 namespace fused_ops {
 namespace {

@@ -5,7 +5,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "element.cuh"
+#include "core/element.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -9,7 +9,7 @@
 #include <optional>
 #include <utility>
 
-#include "stable.h"
+#include "core/stable.h"
 
 namespace fused_ops {
 

@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
-#include "cross_entropy.h"
+#include "core/checks.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 

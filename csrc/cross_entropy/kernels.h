@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "dtype.h"
-#include "isa.h"
+#include "core/dtype.h"
+#include "core/isa.h"
 
 namespace fused_ops {
 

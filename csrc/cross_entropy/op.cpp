@@ -1,12 +1,11 @@
 // Schema, checks, allocation and dispatch of the cross-entropy ops. Tensors stop here.
-#include "cross_entropy.h"
-
 #include <algorithm>
 #include <atomic>
 #include <tuple>
 
-#include "border.h"
-#include "cross_entropy_passes.h"
+#include "core/border.h"
+#include "cross_entropy/kernels.h"
+#include "cross_entropy/passes.h"
 
 namespace fused_ops {
 namespace {

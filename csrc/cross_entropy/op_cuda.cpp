@@ -1,13 +1,13 @@
-// Checks, allocation and launch of the cross-entropy ops on a GPU; the schemas are in cross_entropy.cpp.
+// Checks, allocation and launch of the cross-entropy ops on a GPU; the schemas are in op.cpp.
 //
 // Nothing here waits for the device: the count of rows and the upstream gradient stay there, and a target out of range
 // is an error of the device, as in PyTorch.
 #include <tuple>
 
-#include "border.h"
-#include "cross_entropy_tensors.h"
-#include "cuda/cross_entropy.h"
-#include "cuda_device.h"
+#include "core/border.h"
+#include "core/cuda_device.h"
+#include "cross_entropy/arguments.h"
+#include "cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

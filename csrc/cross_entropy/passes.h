@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "cross_entropy_tensors.h"
+#include "cross_entropy/arguments.h"
 
 namespace fused_ops {
 

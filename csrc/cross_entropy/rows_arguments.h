@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cross_entropy_rows.h"
-#include "cross_entropy_tensors.h"
+#include "cross_entropy/arguments.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 

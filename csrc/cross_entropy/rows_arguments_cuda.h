@@ -2,9 +2,9 @@
 #pragma once
 #include <array>
 
-#include "cross_entropy_rows_tensors.h"
-#include "cuda/cross_entropy_options.h"
-#include "cuda_device.h"
+#include "core/cuda_device.h"
+#include "cross_entropy/cuda/options_kernels.h"
+#include "cross_entropy/rows_arguments.h"
 
 namespace fused_ops {
 namespace cuda {

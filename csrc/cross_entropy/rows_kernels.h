@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "cross_entropy.h"
-#include "dtype.h"
-#include "isa.h"
+#include "core/dtype.h"
+#include "core/isa.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 

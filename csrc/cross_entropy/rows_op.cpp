@@ -1,10 +1,9 @@
 // Schema, checks, allocation and dispatch of the raw ops behind cross-entropy's options.
-#include "cross_entropy_rows.h"
-
 #include <tuple>
 
-#include "border.h"
-#include "cross_entropy_rows_tensors.h"
+#include "core/border.h"
+#include "cross_entropy/rows_arguments.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 namespace {

@@ -1,8 +1,7 @@
 // Checks, allocation and launch of the raw ops behind cross-entropy's options on a GPU; the schemas are in
-// cross_entropy_rows.cpp. Nothing here waits for the device; a target out of range is an error of the device.
-#include "cross_entropy_rows_cuda.h"
-
-#include "border.h"
+// rows_op.cpp. Nothing here waits for the device; a target out of range is an error of the device.
+#include "core/border.h"
+#include "cross_entropy/rows_arguments_cuda.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "cross_entropy_rows.h"
-#include "isa.h"
+#include "core/isa.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 

@@ -1,10 +1,9 @@
 // Schemas, checks and dispatch of the raw ops between linear cross-entropy's matrix products.
-#include "linear_cross_entropy.h"
-
 #include <tuple>
 
-#include "border.h"
-#include "cross_entropy_rows_tensors.h"
+#include "core/border.h"
+#include "cross_entropy/rows_arguments.h"
+#include "linear_cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace {

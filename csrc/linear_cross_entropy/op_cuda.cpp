@@ -1,8 +1,8 @@
 // Checks, allocation and launch of the op between linear cross-entropy's matrix products on a GPU; the schema is in
-// linear_cross_entropy.cpp. Nothing here waits for the device; a target out of range is an error of the device.
-#include "border.h"
-#include "cross_entropy_rows_cuda.h"
-#include "cuda/linear_cross_entropy.h"
+// op.cpp. Nothing here waits for the device; a target out of range is an error of the device.
+#include "core/border.h"
+#include "cross_entropy/rows_arguments_cuda.h"
+#include "linear_cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

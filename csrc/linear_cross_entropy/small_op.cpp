@@ -7,8 +7,8 @@
 
 #include <tuple>
 
-#include "border.h"
-#include "cross_entropy_passes.h"
+#include "core/border.h"
+#include "cross_entropy/passes.h"
 
 namespace fused_ops {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "padded_line.h"
+#include "simd/padded_line.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

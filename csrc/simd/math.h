@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../dtype.h"
+#include "core/dtype.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "vector.h"
+#include "simd/vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "simd.h"
+#include "simd/math.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_ops import _batch_norm_modules as ours
-from fused_ops import _cross_entropy_modules as losses
-from fused_ops import _library
-from fused_ops._convert_fuse import NotTraceable, Rewritten, rewrite
-from fused_ops._convert_head import HeadLinear, find_head, token_head
-from fused_ops._convert_report import HEAD, Entry, Report, predict_bytes
-from fused_ops._convert_sample import Sample, run_sample
+from fused_ops.conversion.fuse import NotTraceable, Rewritten, rewrite
+from fused_ops.conversion.head import HeadLinear, find_head, token_head
+from fused_ops.conversion.report import HEAD, Entry, Report, predict_bytes
+from fused_ops.conversion.sample import Sample, run_sample
+from fused_ops.core import library
+from fused_ops.ops.batch_norm import modules as ours
+from fused_ops.ops.cross_entropy import modules as losses
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: ours.BatchNorm1d,
@@ -222,9 +222,9 @@ def _note_backend(model: nn.Module, report: Report) -> None:
         return
     devices = {p.device.type for p in model.parameters()} or {"cpu"}
     for device in sorted(devices & {"cpu", "cuda"}):
-        served = {what for _, kind, what, _ in _library.backends() if kind == device}
+        served = {what for _, kind, what, _ in library.backends() if kind == device}
         if "plain PyTorch" in served:
-            why = _library.missing_reason or f"this build has no {device} kernels"
+            why = library.missing_reason or f"this build has no {device} kernels"
             report.notes.append(f"on {device} the ops run as plain PyTorch, slower than fused: {why}")
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fused_ops.cross_entropy import cross_entropy
-from fused_ops.linear_cross_entropy import linear_cross_entropy
+from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
 _HALF = (torch.bfloat16, torch.float16)
 

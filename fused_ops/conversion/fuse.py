@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_ops._batch_norm_modules import _FusedBatchNorm
+from fused_ops.ops.batch_norm.modules import _FusedBatchNorm
 
 Activation = tuple[str, float]  # its name and its slope or alpha
 

@@ -9,10 +9,10 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from fused_ops import _convert_report as limits
-from fused_ops._convert_fuse import NotTraceable, Rewritten, _arity, _become, _trace, hooked
-from fused_ops._deferred_logits import DeferredLogits, HeadTensors
-from fused_ops._function import _transforms_active, autocast_enabled
+from fused_ops.conversion import report as limits
+from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors
+from fused_ops.conversion.fuse import NotTraceable, Rewritten, _arity, _become, _trace, hooked
+from fused_ops.core.function import _transforms_active, autocast_enabled
 
 
 class HeadLinear(nn.Linear):

@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from fused_ops.batch_norm import batch_norm
-from fused_ops.cross_entropy import cross_entropy
-from fused_ops.linear_cross_entropy import linear_cross_entropy
+from fused_ops.ops.batch_norm.api import batch_norm
+from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
 _OURS: dict[str, Callable[..., Any]] = {
     function.__name__: function

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fused_ops._convert_report import Check
+from fused_ops.conversion.report import Check
 
 LOOSE = 4.0  # sums of many layers' roundings differ by luck; a wrong gradient is off by orders of magnitude
 

@@ -1,8 +1,8 @@
 """What holds of the tensors of every call: one device, the strided layout, and data behind each shape.
 
-The kernels check it in ``csrc/border.h``. This is the same for what Python runs: fake kernels, which must not answer
-for tensors of several devices; references; and public functions that combine tensors before a raw op has seen them.
-PyTorch's elementwise operations do not check that a tensor's data is there: they crash.
+The kernels check it in ``csrc/core/border.h``. This is the same for what Python runs: fake kernels, which must not
+answer for tensors of several devices; references; and public functions that combine tensors before a raw op has seen
+them. PyTorch's elementwise operations do not check that a tensor's data is there: they crash.
 """
 
 from __future__ import annotations

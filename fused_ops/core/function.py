@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function, forward_ad
 
-from fused_ops._argument_checks import check_data
+from fused_ops.core.argument_checks import check_data
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor

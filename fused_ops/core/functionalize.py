@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fused_ops._function import FusedFunction
+from fused_ops.core.function import FusedFunction
 
 
 def _install() -> None:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fused_ops._function import _transforms_active
-from fused_ops._library import _fragment, register
+from fused_ops.core.function import _transforms_active
+from fused_ops.core.library import _fragment, register
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

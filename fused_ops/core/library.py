@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fused_ops._argument_checks import checked
+from fused_ops.core.argument_checks import checked
 
-LIBRARY_PATH = Path(__file__).with_name("_C.so")
+LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ISAS = ("DEFAULT", "AVX2", "AVX512")
@@ -52,7 +52,7 @@ def register(
     """Defines one raw op as far as the library has not, and returns it ready to be called.
 
     Args:
-        schema: The op's schema, the same text as in ``csrc/<op>.cpp``.
+        schema: The op's schema, the same text as in ``csrc/<op>/op.cpp``.
         reference: Plain-PyTorch implementation; serves every device that has no kernel.
         fake: Implementation on shapes, strides and dtypes alone.
         native: Whether the library defines the op; one that only strings other ops together is Python's.

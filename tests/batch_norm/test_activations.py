@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import fused_ops
-from fused_ops.reference import _activation
-from fused_ops.reference._batch_norm_inplace import before
+from fused_ops.ops.batch_norm import activations
+from fused_ops.ops.batch_norm.keep_output_reference import before
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
@@ -62,20 +62,20 @@ def test_value_and_gradient_are_pytorchs(option, name, layout, dtype):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_reference_too(name):
     """First and second derivative, which forward-mode AD and double backward take."""
-    code = _activation.CODES[name]
-    slope = _activation.slope_of(code, 0.25, 1.5)
+    code = activations.CODES[name]
+    slope = activations.slope_of(code, 0.25, 1.5)
     points = [p for p in POINTS if p == p or name not in UNSETTLED]
     z = torch.tensor(points, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(ACTIVATIONS[name](z).sum(), z, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), z)
-    assert_same(_activation.first_derivative(code, z.detach(), slope), first)
-    assert_same(_activation.second_derivative(code, z.detach(), slope), second)
+    assert_same(activations.first_derivative(code, z.detach(), slope), first)
+    assert_same(activations.second_derivative(code, z.detach(), slope), second)
 
 
 @pytest.mark.parametrize("name", ["leaky_relu", "elu"])
 def test_the_reference_of_a_kept_output_too(name):
-    code = _activation.CODES[name]
-    slope = _activation.slope_of(code, 0.25, 1.5)
+    code = activations.CODES[name]
+    slope = activations.slope_of(code, 0.25, 1.5)
     z = torch.tensor(POINTS[:-1], dtype=torch.float64, requires_grad=True)
     y = ACTIVATIONS[name](z)
     (truth,) = torch.autograd.grad(y.sum(), z)

@@ -6,8 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_ops
-from fused_ops.reference import _activation
-from fused_ops.reference import batch_norm as reference
+from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.testing import _opcheck
 
 
@@ -43,7 +42,7 @@ PACKED = [s for s in reference.samples() if not any(s.kwargs.get(name) is not No
 @pytest.fixture
 def functional(monkeypatch):
     """Plain eager calls take the ops that everything else takes."""
-    return lambda: monkeypatch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)
+    return lambda: monkeypatch.setattr("fused_ops.ops.batch_norm.eager.serves", lambda *_: False)
 
 
 @pytest.mark.parametrize("sample", PACKED, ids=lambda s: s.name)
@@ -138,7 +137,7 @@ def test_kernels_match_reference():
 @pytest.mark.parametrize("shape", [(9, 33), (3, 4, 2, 3), (3, 4, 7, 9)])
 def test_masks_match_the_reference(shape):
     x, r = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    call = (x, r, *[None] * 5, True, 0.1, 1e-5, 0, _activation.RELU, 0.0, 1)
+    call = (x, r, *[None] * 5, True, 0.1, 1e-5, 0, activations.RELU, 0.0, 1)
     ours, expected = torch.ops.fused_ops.batch_norm_act_forward(*call), reference.act_forward(*call)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_ops
-from fused_ops.reference import _activation
+from fused_ops.ops.batch_norm import activations
 from fused_ops.testing import assert_no_worse_than
 
 SHAPES = {
@@ -128,7 +128,7 @@ def test_two_forwards_before_one_backward_under_ddp(tmp_path, run_python, broadc
     assert (tmp_path / "agrees0").exists() and (tmp_path / "agrees1").exists()
 
 
-@pytest.mark.parametrize("activation", [*_activation.CODES])
+@pytest.mark.parametrize("activation", [*activations.CODES])
 @pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [False, True])

@@ -7,15 +7,15 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without
+from conftest import ROOT, skip_without
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.reference import _activation
-from fused_ops.reference import _batch_norm_inplace as reference
-from fused_ops.reference import batch_norm as ordinary
+from fused_ops.ops.batch_norm import activations
+from fused_ops.ops.batch_norm import keep_output_reference as reference
+from fused_ops.ops.batch_norm import reference as ordinary
 from fused_ops.testing import assert_no_worse_than
 
 LAYOUTS = {
@@ -71,7 +71,7 @@ def check(x, g, w, b, training, activation):
     ours, theirs = (results(f, x, g, w, b, training, activation) for f in (fused, eager))
     wide = [t.double() for t in (x, g, w, b)]
     truth = results(eager, *wide, training, activation)
-    code, slope = _activation.CODES[activation], {"elu": 1.0, "leaky_relu": 0.01, None: 0.0}[activation]
+    code, slope = activations.CODES[activation], {"elu": 1.0, "leaky_relu": 0.01, None: 0.0}[activation]
     x, g, w, b = wide
     y = truth["output"].to(ours["output"].dtype).double()
     stats = [torch.full_like(w, v) for v in (0.5, 2.0)]
@@ -112,7 +112,7 @@ def test_no_worse_where_the_upstream_gradient_follows_the_output(layout, activat
 @pytest.mark.parametrize("groups", [1, 2])
 def test_kernel_equals_reference(dtype, activation, layout, groups):
     x, g, w, b = values(LAYOUTS[layout], layout, dtype)
-    code, ops = _activation.CODES[activation], torch.ops.fused_ops
+    code, ops = activations.CODES[activation], torch.ops.fused_ops
     slope = {"elu": 1.3, "leaky_relu": 0.2, None: 0.0}[activation]
     valid = torch.rand(x.shape[:1] + x.shape[2:]) < 0.7 if layout in ("planes", "few channels last") else None
     call = (x, None, None, None, w, b, valid, True, 0.1, 1e-5, 0, code, slope, groups)
@@ -283,22 +283,22 @@ def test_threads_do_not_change_a_bit(layout):
 
 CHILD = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/batch_norm"]
 import torch, fused_ops
 import test_batch_norm_inplace as t
 for layout in t.LAYOUTS:
     for activation in t.ACTIVATIONS:
         for dtype in t.DTYPES:
             t.test_kernel_equals_reference(dtype, activation, layout, 1)
-print(fused_ops._library.isa())
+print(fused_ops.core.library.isa())
 """
 
 
-@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
+@pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_isa_equals_the_reference(isa, run_python):
     skip_without(isa)
-    run_python("-c", CHILD, cwd=ordinary.__file__.rsplit("/", 3)[0], ATEN_CPU_CAPABILITY=isa, OMP_NUM_THREADS="1")
+    run_python("-c", CHILD, cwd=ROOT, ATEN_CPU_CAPABILITY=isa, OMP_NUM_THREADS="1")
 
 
 def test_a_plain_backward_adds_no_zeros_of_the_input_s_size():

@@ -12,11 +12,10 @@ from conftest import skip_without
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fused_ops
-from fused_ops.reference import _activation
-from fused_ops.reference import batch_norm as reference
+from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.testing import assert_no_worse_than
 
-ACTIVATIONS = list(_activation.CODES)
+ACTIVATIONS = list(activations.CODES)
 LAYOUTS = {
     "rows": (200, 70),
     "planes": (3, 4, 23, 29),
@@ -277,13 +276,13 @@ def call(x, **options):
 
 @pytest.mark.parametrize(("kind", "text", "function"), ERRORS, ids=lambda v: v if isinstance(v, str) else "")
 def test_errors(kind, text, function):
-    if fused_ops._library.missing_reason and ("mixed" in text or "elements" in text):
+    if fused_ops.core.library.missing_reason and ("mixed" in text or "elements" in text):
         pytest.skip("checked by the native library")
     with pytest.raises(kind, match=text):
         function()
 
 
-@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
+@pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
 def test_raw_ops_reject_garbage():
     forward, backward = torch.ops.fused_ops.batch_norm_act_forward, torch.ops.fused_ops.batch_norm_act_backward
     x, mean = torch.randn(4, 3), torch.zeros(3).double()
@@ -307,7 +306,7 @@ def test_raw_ops_reject_garbage():
 
 CHILD = """
 import torch, fused_ops
-from fused_ops.reference import batch_norm as R
+from fused_ops.ops.batch_norm import reference as R
 ops = torch.ops.fused_ops
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 4e-6, torch.float64: 1e-12}[dtype]
@@ -335,12 +334,12 @@ for dtype in (torch.bfloat16, torch.float16):
         params = (torch.zeros(n), torch.ones(n), torch.full((n,), scale), torch.zeros(n))
         y = ops.batch_norm_forward(x, *params, False, 0.1, 0.0, 0)[0]
         torch.testing.assert_close(y, (x.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
-print(fused_ops._library.isa())
+print(fused_ops.core.library.isa())
 """
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="one ISA there")
-@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
+@pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_isa_matches_the_reference(isa):
     skip_without(isa)
@@ -357,7 +356,7 @@ def test_mask_is_the_sign(shape, channels_last):
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     found = torch.ops.fused_ops.batch_norm_act_forward(
-        x, r, None, None, None, None, None, True, 0.1, 1e-5, 0, _activation.RELU, 0.0, 1
+        x, r, None, None, None, None, None, True, 0.1, 1e-5, 0, activations.RELU, 0.0, 1
     )
     assert torch.equal(reference.unpack(found[5], x), found[0] > 0)
     assert found[5].numel() == reference.mask_bytes(x)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from cuda_host import DTYPES, BatchNorm, Guarded, aligned
 
-from fused_ops.reference import _activation
-from fused_ops.reference import batch_norm as reference
+from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.testing import assert_no_worse_than
 
 # Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of columns of
@@ -18,7 +17,7 @@ SHAPES = [
     *((2, 3, 31), (2, 3, 32), (2, 3, 33), (3, 2, 49), (2, 40, 64), (4, 3, 16, 16), (1, 2, 8193), (5, 1, 63, 65)),
     *((40, 3, 7, 7), (33, 8, 3, 3), (70, 5, 41), (32, 12, 6, 6), (3, 2, 4096), (600, 264), (270, 24), (2100, 8)),
 ]
-RELU, LEAKY, NONE = _activation.RELU, _activation.LEAKY_RELU, _activation.NONE
+RELU, LEAKY, NONE = activations.RELU, activations.LEAKY_RELU, activations.NONE
 
 
 def last(x):

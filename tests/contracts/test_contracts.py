@@ -258,12 +258,12 @@ def test_the_suite_watches_every_raw_op(monkeypatch):
 
     monkeypatch.undo()  # the fixture's own replacements
     found = {op._schema.name.split("::")[1] for _, _, op in raw_ops()}
-    assert found >= {*fused_ops._library._registered}
+    assert found >= {*fused_ops.core.library._registered}
 
 
 def test_the_suite_would_notice_a_change_of_an_input(monkeypatch):
     """The check of conftest.py, on an op that does change one."""
-    from fused_ops import _cross_entropy_plain as plain
+    from fused_ops.ops.cross_entropy import functions as plain
 
     original = plain._forward_op
 

@@ -6,13 +6,13 @@ from conftest import skip_without
 from torch.nn import functional as F
 
 import fused_ops
-from fused_ops.reference import _cross_entropy_rows as rows_reference
+from fused_ops.ops.cross_entropy import rows_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
 
 needs_kernels = pytest.mark.skipif(
-    fused_ops._library.missing_reason is not None, reason="without the library there is no kernel"
+    fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel"
 )
 
 
@@ -223,8 +223,8 @@ def test_moments_of_rows_that_drift(channels, dtype):
 def test_a_flat_leaky_relu_keeps_every_input():
     """What the output says nothing about; the reference used to divide by the slope."""
     output, one = torch.randn(4, 3), torch.ones(3)
-    leaky_relu = fused_ops.reference._activation.LEAKY_RELU
-    assert fused_ops.reference._batch_norm_inplace.kept_mask(output, one, one, leaky_relu, 0.0).all()
+    leaky_relu = fused_ops.ops.batch_norm.activations.LEAKY_RELU
+    assert fused_ops.ops.batch_norm.keep_output_reference.kept_mask(output, one, one, leaky_relu, 0.0).all()
 
 
 @pytest.mark.parametrize("layout", ["rows", "small planes", "planes", "channels last"])

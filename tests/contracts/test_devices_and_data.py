@@ -20,7 +20,7 @@ from fused_ops.testing import op_names
 
 NOT_ALLOCATED = "non-zero number of elements, but its data is not allocated yet"
 OTHER_DEVICE = "Expected all tensors to be on the same device, but found at least two devices"
-NATIVE = fused_ops._library.missing_reason is None
+NATIVE = fused_ops.core.library.missing_reason is None
 
 
 def freed(t):

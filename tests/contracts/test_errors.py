@@ -1,6 +1,6 @@
 """The error table of docs/reliability.md: every row of it is a call that raises that, here.
 
-``python tests/test_errors.py`` writes the table.
+``python tests/contracts/test_errors.py`` writes the table.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 
 import fused_ops
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- errors -->\n", "<!-- /errors -->"
 X, T = torch.zeros(2, 3), torch.tensor([0, 2])
 H, W = torch.zeros(2, 4), torch.zeros(3, 4)
@@ -128,7 +128,7 @@ ROWS = [(op, row) for op, rows in TABLES.items() for row in rows]
 
 @pytest.mark.parametrize(("op", "row"), ROWS, ids=[f"{op}, {r.argument}: {r.wrong}" for op, r in ROWS])
 def test_the_error_is_raised(op, row):
-    if fused_ops._library.missing_reason is not None and row.wrong.startswith("another dtype than input's"):
+    if fused_ops.core.library.missing_reason is not None and row.wrong.startswith("another dtype than input's"):
         pytest.skip("plain PyTorch takes parameters of any dtype")
     with pytest.raises(row.error) as found:
         getattr(fused_ops, op)(*row.args, **row.options)
@@ -141,7 +141,7 @@ def table():
 
 
 def test_the_page_has_this_table():
-    assert PAGE.read_text().split(BEGIN)[1].split(END)[0] == table(), "python tests/test_errors.py writes it"
+    assert PAGE.read_text().split(BEGIN)[1].split(END)[0] == table(), "python tests/contracts/test_errors.py writes it"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import fused_ops
-from fused_ops import _linear_cross_entropy_chunks as linear_chunks
+from fused_ops.ops.linear_cross_entropy import by_rows as linear_chunks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resource limits and fork as on Linux")
 

@@ -21,7 +21,9 @@ ISAS = ["DEFAULT", "AVX2", "AVX512"]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux"),
-    pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel"),
+    pytest.mark.skipif(
+        fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel"
+    ),
 ]
 
 
@@ -69,9 +71,9 @@ ctypes.string_at(t.data_ptr() + (12 if {mode} == 1 else -1), 1)
 
 
 def test_raw_ops_with_garbage_under_the_guard(guard, run_pytest):
-    """The fuzzing of tests/test_raw_ops.py, every tensor guarded."""
+    """The fuzzing of tests/contracts/test_raw_ops.py, every tensor guarded."""
     run_pytest(
-        str(ROOT / "tests" / "test_raw_ops.py"),
+        str(ROOT / "tests" / "contracts" / "test_raw_ops.py"),
         LD_PRELOAD=guard,
         GUARD_MODE="1",
         FUSED_OPS_FUZZ_CALLS="20000" if FULL else "600",

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops
 from fused_ops import linear_cross_entropy
-from fused_ops._graph import implementations
+from fused_ops.core.graph import implementations
 
 FEATURES, CLASSES = 6, 11
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_opinfo import relative_errors
 
 import fused_ops
-from fused_ops.reference import batch_norm as bn
-from fused_ops.reference import cross_entropy as ce
+from fused_ops.ops.batch_norm import reference as bn
+from fused_ops.ops.cross_entropy import reference as ce
 
 EXAMPLES = int(os.environ.get("FUSED_OPS_PROPERTY_EXAMPLES", "40"))
 law = settings(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fused_ops
-from fused_ops.reference import Sample
+from fused_ops.core.sample import Sample
 from fused_ops.testing import _RecordRawOps, op_names
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
@@ -50,8 +50,8 @@ def in_tiles():
 
 # What the package asks before it chooses an op, and the answer: of plain eager calls, of all others, of graphs.
 WAYS = {
-    "eager": {"fused_ops._cross_entropy_plain._dispatch_modes": False},
-    "functional": {"fused_ops._batch_norm_packed.serves": False},
+    "eager": {"fused_ops.ops.cross_entropy.functions._dispatch_modes": False},
+    "functional": {"fused_ops.ops.batch_norm.eager.serves": False},
     "graph": {"torch.compiler.is_compiling": True},
 }
 
@@ -59,7 +59,7 @@ WAYS = {
 def valid_calls(names):
     calls = []
     for name in names:
-        module = importlib.import_module(f"fused_ops.reference.{name}")
+        module = importlib.import_module(f"fused_ops.ops.{name}.reference")
         extra = list(in_tiles()) * 4 if name == "linear_cross_entropy" else []
         for sample, way in itertools.product((*module.samples(), *extra), WAYS):
             with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch:
@@ -77,18 +77,18 @@ def valid_calls(names):
 
 KEEP_VALUES = ("transposed", "every second", "offset by one")
 REFERENCES = {
-    f"{op}_{suffix}": getattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
+    f"{op}_{suffix}": getattr(importlib.import_module(f"fused_ops.ops.{module}"), suffix)
     for op, module in (
-        ("cross_entropy", "cross_entropy"),
-        ("cross_entropy_rows", "_cross_entropy_rows"),
-        ("batch_norm", "batch_norm"),
-        ("linear_cross_entropy", "linear_cross_entropy"),
+        ("cross_entropy", "cross_entropy.reference"),
+        ("cross_entropy_rows", "cross_entropy.rows_reference"),
+        ("batch_norm", "batch_norm.reference"),
+        ("linear_cross_entropy", "linear_cross_entropy.reference"),
     )
     for suffix in (
         *("forward", "backward", "backward_", "act_forward", "act_backward", "packed_forward", "packed_backward"),
         *("chunk_", "small"),
     )
-    if hasattr(importlib.import_module(f"fused_ops.reference.{module}"), suffix)
+    if hasattr(importlib.import_module(f"fused_ops.ops.{module}"), suffix)
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PRELOAD = Path(__file__).with_name("guard_pages") / "tsan_openmp.c"
+PRELOAD = Path(__file__).parents[1] / "guard_pages" / "tsan_openmp.c"
 PROGRAM = """
 int before, shared;
 int main(int count, char**) {

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops import _convert_report as limits
-from fused_ops._convert_head import HeadLinear
-from fused_ops._deferred_logits import DeferredLogits
+from fused_ops.conversion import report as limits
+from fused_ops.conversion.deferred_logits import DeferredLogits
+from fused_ops.conversion.head import HeadLinear
 
 ROWS, FEATURES, CLASSES = 40, 8, 700
 
@@ -476,7 +476,7 @@ def returning(result):
 def test_found(model, path):
     report = fused_ops.convert(model, loss=F.cross_entropy)
     assert [(e.path, e.what) for e in report.fused] == [(path, "cross-entropy")]
-    assert not report.notes or (fused_ops._library.missing_reason and "plain PyTorch" in report.notes[0])
+    assert not report.notes or (fused_ops.core.library.missing_reason and "plain PyTorch" in report.notes[0])
     assert type(model.get_submodule(path)) is HeadLinear
     assert "cross-entropy" in str(report)
 

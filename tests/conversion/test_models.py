@@ -9,7 +9,7 @@ from test_patch import called
 from torch import nn
 
 import fused_ops
-from fused_ops import _convert_report as limits
+from fused_ops.conversion import report as limits
 
 transformers = pytest.importorskip("transformers", reason="needs the models extra: pip install 'fused_ops[models]'")
 

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.reference import cross_entropy as reference
+from fused_ops.ops.cross_entropy import reference
 from fused_ops.testing import assert_no_worse_than
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

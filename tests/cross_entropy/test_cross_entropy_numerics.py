@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import skip_without
 
 import fused_ops
-from fused_ops.reference import cross_entropy as reference
+from fused_ops.ops.cross_entropy import reference
 from fused_ops.testing import assert_no_worse_than
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -170,7 +170,7 @@ def test_a_lane_depends_on_itself_alone():
 
 
 ISA_CODE = """
-import torch, fused_ops, torch.nn.functional as F, fused_ops._library as library
+import torch, fused_ops, torch.nn.functional as F, fused_ops.core.library as library
 assert library.isa() == {isa!r}, library.isa()
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

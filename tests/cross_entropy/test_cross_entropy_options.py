@@ -629,9 +629,9 @@ def test_module():
 
 
 ISA_CODE = """
-import torch, fused_ops._library as library
+import torch, fused_ops.core.library as library
 import fused_ops
-from fused_ops.reference import _cross_entropy_rows as reference
+from fused_ops.ops.cross_entropy import rows_reference as reference
 assert library.isa() == {isa!r}
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -652,7 +652,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 """
 
 
-@pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
+@pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize(("capability", "isa"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")])
 def test_every_isa(capability, isa, run_python):
     skip_without(isa)
@@ -662,7 +662,7 @@ def test_every_isa(capability, isa, run_python):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_match_their_reference(dtype):
     """Every combination of target, weight, smoothing, mask, scale, cap and outputs, in every layout."""
-    from fused_ops.reference import _cross_entropy_rows as reference
+    from fused_ops.ops.cross_entropy import rows_reference as reference
 
     grid = itertools.product(("index", "dense", "sparse"), (0, 1), (0.0, 0.1), (0, 1, 2), (0.0, 4.0), (False, True))
     x = (torch.randn(30, 37) * 3).to(dtype)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import skip_without
 
 import fused_ops
-from fused_ops.reference import _cross_entropy_rows as reference
+from fused_ops.ops.cross_entropy import rows_reference as reference
 from fused_ops.testing import assert_no_worse_than
 
 OPS = torch.ops.fused_ops

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from cuda_host import DTYPES, TARGET_DTYPES, CrossEntropy, Guarded, aligned
 
-from fused_ops.reference import cross_entropy as reference
+from fused_ops.ops.cross_entropy import reference
 from fused_ops.testing import assert_no_worse_than
 
 # Around a 16-byte vector of each type (2, 4, 8), groups of 2, 8 and 32 threads, steps of a warp and a block.

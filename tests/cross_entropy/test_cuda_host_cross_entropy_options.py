@@ -5,9 +5,9 @@ import torch
 from cuda_host import DTYPES, Guarded, aligned
 from test_cuda_host_cross_entropy import LAYOUTS
 
-from fused_ops.reference import _cross_entropy_rows as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference.cross_entropy import acc_dtype
+from fused_ops.ops.cross_entropy import rows_reference as reference
+from fused_ops.ops.cross_entropy.reference import acc_dtype
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 from fused_ops.testing import assert_no_worse_than
 
 # Around a vector of each type, groups of 4 and 32 threads, steps of a warp and a block; then a block a row or several.

@@ -14,8 +14,8 @@ from test_cuda_host_cross_entropy_options import compare as compare_rows
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
-from fused_ops import _library
-from fused_ops.reference import Sample
+from fused_ops.core import library
+from fused_ops.core.sample import Sample
 from fused_ops.testing import assert_no_worse_than, check_op
 
 DEVICE = "cuda"
@@ -46,7 +46,7 @@ def compare(ours, eager, tensors, upstream):
 
 
 def samples(op):
-    return importlib.import_module(f"fused_ops.reference.{op}").samples()
+    return importlib.import_module(f"fused_ops.ops.{op}.reference").samples()
 
 
 def on_gpu(value, dtype=None):
@@ -78,7 +78,7 @@ def call_of(op, args, kwargs):
 
 
 def test_kernels_serve_the_ops():
-    served = {name: by for name, device, by, _ in _library.backends() if device == "cuda"}
+    served = {name: by for name, device, by, _ in library.backends() if device == "cuda"}
     for name in [name for names in OPS.values() for name in names]:
         assert served[name] == "CUDA kernel", name
 

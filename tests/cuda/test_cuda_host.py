@@ -79,13 +79,13 @@ def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
     assert list(numbers([1, 2])) == [1, 2]
 
 
-@pytest.mark.parametrize("source", sorted(CSRC.glob("*_cuda.cpp")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*/*_cuda.cpp")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_bindings_compile_for_a_gpu(source):
     """As setup.py compiles them beside nvcc: with the headers' part for CUDA, and nothing newer than torch 2.10's."""
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
-    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-attributes", "-Werror", "-DUSE_CUDA"]
+    flags = ["-std=c++17", f"-I{CSRC}", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-attributes", "-Werror", "-DUSE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
     result = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:2000]

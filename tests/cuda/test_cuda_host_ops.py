@@ -16,12 +16,12 @@ from fused_ops.testing import compare_gradients
 CALLED_AS = {  # by whom, in the order of OPS
     "cross_entropy": [
         f"{module}.{name}"
-        for module in ("_cross_entropy_plain", "_cross_entropy_rows")
+        for module in ("cross_entropy.functions", "cross_entropy.rows")
         for name in ("_forward_op", "_backward_op", "_backward_inplace_op")
     ],
-    "linear_cross_entropy": ["_linear_cross_entropy_chunks._chunk_op"],
+    "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op"],
     "batch_norm": [
-        f"_batch_norm_functions.{name}_op" for name in ("_forward", "_backward", "_act_forward", "_act_backward")
+        f"batch_norm.functions.{name}_op" for name in ("_forward", "_backward", "_act_forward", "_act_backward")
     ],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
@@ -29,12 +29,12 @@ CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 
 def call_with(monkeypatch, namespace):
     """The public functions run on the raw ops of a namespace."""
-    monkeypatch.setattr("fused_ops._cross_entropy_plain._SMALL", -1)  # an op of the CPU alone
-    monkeypatch.setattr("fused_ops._batch_norm_packed.serves", lambda *_: False)  # likewise
+    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._SMALL", -1)  # an op of the CPU alone
+    monkeypatch.setattr("fused_ops.ops.batch_norm.eager.serves", lambda *_: False)  # likewise
     for op, places in CALLED_AS.items():
         for place, name in zip(places, OPS[op], strict=True):
-            module, attribute = place.split(".")
-            module = importlib.import_module(f"fused_ops.{module}")
+            module, attribute = place.rsplit(".", 1)
+            module = importlib.import_module(f"fused_ops.ops.{module}")
             monkeypatch.setattr(module, attribute, getattr(namespace, name).default)
 
 
@@ -76,7 +76,7 @@ def gradients(function, sample):
 
 
 def samples(op):
-    return importlib.import_module(f"fused_ops.reference.{op}").samples()
+    return importlib.import_module(f"fused_ops.ops.{op}.reference").samples()
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 import fused_ops  # noqa: F401  (defines the ops)
-from fused_ops.reference import batch_norm
+from fused_ops.ops.batch_norm import reference as batch_norm
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-KERNELS = CSRC / "cuda"
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/core/dtype.h
 TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-attributes"]
@@ -43,12 +42,12 @@ def build(directory):
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         return None
-    sources = [*sorted(KERNELS.glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*_cuda.cpp"))]
-    objects = [Path(directory) / f"{source.stem}.o" for source in sources]
+    sources = [*sorted(CSRC.glob("*/cuda/*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*/*_cuda.cpp"))]
+    objects = [Path(directory) / f"{i}.o" for i in range(len(sources))]
     torch_home = Path(torch.__file__).parent
 
     def compile_one(source, output):
-        includes = [f"-I{HERE}", "-isystem", str(torch_home / "include")]
+        includes = [f"-I{HERE}", f"-I{CSRC}", "-isystem", str(torch_home / "include")]
         command = [*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, f"{source.name} does not compile\n{result.stderr[:2000]}"
@@ -62,7 +61,8 @@ def build(directory):
     loaded = ctypes.CDLL(str(library))
     for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
         getattr(loaded, name).restype = ctypes.c_int64
-    register_shared(loaded, library, [o for o, source in zip(objects, sources, strict=True) if source.parent != CSRC])
+    kernels = [o for o, source in zip(objects, sources, strict=True) if not source.stem.endswith("_cuda")]
+    register_shared(loaded, library, kernels)
     return loaded
 
 
@@ -137,13 +137,13 @@ def aligned(t, offset):
 
 
 class CrossEntropy:
-    """The kernels of csrc/cuda/cross_entropy*.cu on CPU tensors."""
+    """The kernels of csrc/cross_entropy/cuda on CPU tensors."""
 
     def __init__(self, library, order=0):
         self.library, self.order, self.error = library, order, 0
 
     def layout(self, t):
-        """As layout_of in csrc/cross_entropy.cpp."""
+        """As layout_of in csrc/cross_entropy/op.cpp."""
         if t.dim() == 1:
             return [1, 1, t.size(0), 0, 0, t.stride(0)]
         spatial = torch.Size(t.shape[2:]).numel()
@@ -186,7 +186,7 @@ class CrossEntropy:
 
 
 class BatchNorm:
-    """The kernels of csrc/cuda/batch_norm*.cu on CPU tensors, dense or channels_last."""
+    """The kernels of csrc/batch_norm/cuda on CPU tensors, dense or channels_last."""
 
     def __init__(self, library, order=0):
         self.library, self.order = library, order

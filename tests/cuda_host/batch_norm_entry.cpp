@@ -1,5 +1,5 @@
-// The batch-norm kernels of csrc/cuda as C functions of plain numbers and pointers, for ctypes.
-#include "../../csrc/cuda/batch_norm.h"
+// The batch-norm kernels of csrc/*/cuda as C functions of plain numbers and pointers, for ctypes.
+#include "batch_norm/cuda/kernels.h"
 #include "cuda_runtime.h"
 
 using namespace fused_ops;

@@ -1,4 +1,4 @@
-// bfloat16 and its conversions, rounding to nearest even: what csrc/cuda uses of CUDA's header of this name.
+// bfloat16 and its conversions, rounding to nearest even: what csrc/*/cuda uses of CUDA's header of this name.
 #pragma once
 #include "cuda_runtime.h"
 

@@ -1,4 +1,4 @@
-// float16 and its conversions, rounding to nearest even: what csrc/cuda uses of CUDA's header of this name.
+// float16 and its conversions, rounding to nearest even: what csrc/*/cuda uses of CUDA's header of this name.
 #pragma once
 #include "cuda_runtime.h"
 

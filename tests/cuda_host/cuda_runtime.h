@@ -1,4 +1,4 @@
-// The CUDA execution model on the CPU, as far as csrc/cuda needs it: test code that lets g++ compile the kernel sources
+// The CUDA execution model on the CPU, as far as csrc/*/cuda needs it: test code that lets g++ compile the kernel sources
 // unchanged and run them where there is no GPU.
 //
 // Blocks run one after the other. The threads of a block are fibers of one OS thread that switch at barriers, shuffles

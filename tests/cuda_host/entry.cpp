@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda as C functions of plain numbers and pointers, for ctypes.
-#include "../../csrc/cuda/cross_entropy.h"
+// The kernels of csrc/*/cuda as C functions of plain numbers and pointers, for ctypes.
+#include "cross_entropy/cuda/kernels.h"
 #include "cuda_runtime.h"
 
 using namespace fused_ops;

@@ -54,7 +54,7 @@ int self_bad_launch() {
 }
 }
 
-#include "../../csrc/cuda/reduce.cuh"
+#include "core/reduce.cuh"
 
 using namespace fused_ops;
 

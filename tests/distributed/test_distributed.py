@@ -86,7 +86,7 @@ def run(converted, x, y):
 
 
 HEAD = """
-from fused_ops import _convert_report as limits
+from fused_ops.conversion import report as limits
 limits.SMALL_BYTES = 0
 
 def run(converted, x, y):
@@ -106,7 +106,7 @@ WAYS = {
     "FSDP2 with the head": FSDP.replace("convert(model)", "convert(model, loss=F.cross_entropy)").replace(
         "== 5", "== 6"
     )
-    + "from fused_ops import _convert_report as limits\nlimits.SMALL_BYTES = 0\n",
+    + "from fused_ops.conversion import report as limits\nlimits.SMALL_BYTES = 0\n",
 }
 
 
@@ -114,6 +114,6 @@ WAYS = {
 def test_two_processes(way, tmp_path, run_python):
     script = tmp_path / "script.py"
     script.write_text(way + COMMON)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "conversion")))
     run_python(str(script), cwd=tmp_path, PYTHONPATH=path, OMP_NUM_THREADS="1")
     assert [int((tmp_path / f"agrees{rank}").read_text()) for rank in (0, 1)] == [40, 40]  # parameters and buffers

@@ -11,8 +11,8 @@ import sys
 import torch
 
 import fused_ops
-from fused_ops._library import isa
-from fused_ops.reference import batch_norm as bn
+from fused_ops.core.library import isa
+from fused_ops.ops.batch_norm import reference as bn
 
 OFF, TAIL, HEAD = range(3)
 try:

@@ -12,7 +12,7 @@ from conftest import check_derivatives
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fused_ops
-from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.testing import assert_no_worse_than
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -390,7 +390,7 @@ def test_module():
 
 
 def test_an_interrupt_in_the_middle_leaves_nothing_behind(monkeypatch):
-    from fused_ops import _linear_cross_entropy_chunks as chunks
+    from fused_ops.ops.linear_cross_entropy import by_rows as chunks
 
     tensors, target = draw(torch.float32)
     expected = run(fused_ops.linear_cross_entropy, tensors, target, chunk_rows=3)

@@ -7,8 +7,7 @@ from test_linear_cross_entropy import draw, eager, run
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops import _linear_cross_entropy_small as small
-from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.ops.linear_cross_entropy import reference, small
 from fused_ops.testing import assert_no_worse_than
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
 import fused_ops
-from fused_ops import _linear_cross_entropy_tiles as tiles
-from fused_ops._linear_cross_entropy_chunks import BIAS, INPUT, WEIGHT, Plan
-from fused_ops._linear_cross_entropy_plan import Sizes, choose
-from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.ops.linear_cross_entropy import by_classes as tiles
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.by_rows import BIAS, INPUT, WEIGHT, Plan
+from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

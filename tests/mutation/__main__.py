@@ -37,20 +37,27 @@ REPORT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
 TIMEOUT_S = 400
 # those first that see most the soonest
-FIRST, LAST = ["test_raw_ops.py", "test_properties.py"], ["test_corners.py", "test_contracts.py"]
+FIRST = ["contracts/test_raw_ops.py", "contracts/test_properties.py"]
+LAST = ["contracts/test_corners.py", "contracts/test_contracts.py"]
 SUITES = {
     "ce": [
         *FIRST,
-        *(f"test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks", "_small")),
+        *(f"cross_entropy/test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks", "_small")),
         *LAST,
     ],
-    "bn": [*FIRST, "test_batch_norm.py", "test_batch_norm_numerics.py", "test_batch_norm_modules.py", *LAST],
+    "bn": [
+        *FIRST,
+        "batch_norm/test_batch_norm.py",
+        "batch_norm/test_batch_norm_numerics.py",
+        "batch_norm/test_batch_norm_modules.py",
+        *LAST,
+    ],
     "lce": [
         *FIRST,
-        *(f"test_linear_cross_entropy{part}.py" for part in ("", "_small", "_transforms")),
+        *(f"linear_cross_entropy/test_linear_cross_entropy{part}.py" for part in ("", "_small", "_transforms")),
         *LAST,
     ],
-    "guard": ["test_guard_pages.py"],
+    "guard": ["contracts/test_guard_pages.py"],
 }
 SLOW = "not isa and not ISA and not compiled and not compile and not export and not under_the_guard and not notices"
 BEST = next(
@@ -132,8 +139,7 @@ class Build:
             if here in found or not (self.tree / here).exists():
                 continue
             found.add(here)
-            for name in re.findall(r'#include\s+"([^"]+)"', (self.tree / here).read_text()):
-                todo.append(os.path.normpath(os.path.join(os.path.dirname(here), name)))
+            todo += [f"csrc/{name}" for name in re.findall(r'#include\s+"([^"]+)"', (self.tree / here).read_text())]
         return found
 
     def rebuild(self, file: str) -> str | None:

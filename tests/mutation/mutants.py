@@ -13,20 +13,21 @@ class Mutant(NamedTuple):
 
 
 CE, ROWS, BN = (
-    "fused_ops/reference/cross_entropy.py",
-    "fused_ops/reference/_cross_entropy_rows.py",
-    "fused_ops/reference/batch_norm.py",
+    "fused_ops/ops/cross_entropy/reference.py",
+    "fused_ops/ops/cross_entropy/rows_reference.py",
+    "fused_ops/ops/batch_norm/reference.py",
 )
-SMALL, SMALL_REFERENCE = "fused_ops/_linear_cross_entropy_small.py", "fused_ops/reference/linear_cross_entropy.py"
-OPTIONS, CHUNKS = "fused_ops/_cross_entropy_options.py", "fused_ops/_linear_cross_entropy_chunks.py"
+SMALL = "fused_ops/ops/linear_cross_entropy/small.py"
+SMALL_REFERENCE = "fused_ops/ops/linear_cross_entropy/reference.py"
+OPTIONS, CHUNKS = "fused_ops/ops/cross_entropy/arguments.py", "fused_ops/ops/linear_cross_entropy/by_rows.py"
 PLAIN, HEAD, NORM = (
-    "fused_ops/_cross_entropy_plain.py",
-    "fused_ops/_linear_cross_entropy_functions.py",
-    "fused_ops/batch_norm.py",
+    "fused_ops/ops/cross_entropy/functions.py",
+    "fused_ops/ops/linear_cross_entropy/functions.py",
+    "fused_ops/ops/batch_norm/api.py",
 )
 
-LINEAR_OPS = "fused_ops/_linear_cross_entropy_graph.py"
-PACKED = "fused_ops/_batch_norm_packed.py"
+LINEAR_OPS = "fused_ops/ops/linear_cross_entropy/graph.py"
+PACKED = "fused_ops/ops/batch_norm/eager.py"
 
 PYTHON = [
     Mutant(PACKED, "bias if numbers[3] else None", "None", "bn", "bias not kept for an activation"),
@@ -243,7 +244,7 @@ PYTHON = [
         "second derivative of one chunk only",
     ),
     Mutant(
-        "fused_ops/_linear_cross_entropy_checks.py",
+        "fused_ops/ops/linear_cross_entropy/arguments.py",
         "torch.cat((wide[..., 1:], torch.full_like(wide[..., :1], ignored)), -1)",
         "torch.cat((torch.full_like(wide[..., :1], ignored), wide[..., :-1]), -1)",
         "lce",
@@ -264,7 +265,7 @@ PYTHON = [
         "checkpointing counts twice",
     ),
     Mutant(
-        "fused_ops/_batch_norm_functions.py",
+        "fused_ops/ops/batch_norm/functions.py",
         "found[1] = grad_output\n",
         "found[1] = grad_output * 2\n",
         "bn",
@@ -295,7 +296,7 @@ PYTHON = [
         "a small head without the upstream gradient",
     ),
     Mutant(
-        "fused_ops/_function.py",
+        "fused_ops/core/function.py",
         "not (_is_batched(grad) or _dispatch_modes()) and grad.item() == 1",
         "not _is_batched(grad)",
         "lce",
@@ -346,30 +347,29 @@ PYTHON = [
 ]
 
 NCPU, NBACK, NWALK, NACT, MOM = (
-    f"csrc/cpu/{n}"
-    for n in ("batch_norm.cpp", "batch_norm_backward.cpp", "batch_norm_walk.h", "activation.h", "moments.h")
+    f"csrc/batch_norm/cpu/{n}" for n in ("forward.cpp", "backward.cpp", "loops.h", "activation.h", "moments.h")
 )
 CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, SIMD, VECTOR = (
-    f"csrc/cpu/{n}"
+    f"csrc/{n}"
     for n in (
-        "cross_entropy.cpp",
-        "cross_entropy_walks.h",
-        "cross_entropy_lanes.h",
-        "cross_entropy_targets.h",
-        "cross_entropy_rows.cpp",
-        "cross_entropy_rows_backward.cpp",
-        "cross_entropy_sums.h",
-        "cross_entropy_tile.h",
-        "cross_entropy_option_lanes.h",
-        "linear_cross_entropy.cpp",
-        "simd.h",
-        "vector.h",
+        "cross_entropy/cpu/index.cpp",
+        "cross_entropy/cpu/row.h",
+        "cross_entropy/cpu/lanes.h",
+        "cross_entropy/cpu/targets.h",
+        "cross_entropy/cpu/rows_forward.cpp",
+        "cross_entropy/cpu/rows_backward.cpp",
+        "cross_entropy/cpu/sums.h",
+        "cross_entropy/cpu/tile.h",
+        "cross_entropy/cpu/option_lanes.h",
+        "linear_cross_entropy/cpu/between_products.cpp",
+        "simd/math.h",
+        "simd/vector.h",
     )
 )
-NBIND, CBIND = "csrc/batch_norm.cpp", "csrc/cross_entropy.cpp"
-NSMALL = "csrc/cpu/batch_norm_small.cpp"
-CHEAD, CPASSES = "csrc/linear_cross_entropy_small.cpp", "csrc/cross_entropy_passes.h"
-CGRAD = "csrc/cpu/cross_entropy_with_gradient.cpp"
+NBIND, CBIND = "csrc/batch_norm/op.cpp", "csrc/cross_entropy/op.cpp"
+NSMALL = "csrc/batch_norm/cpu/small.cpp"
+CHEAD, CPASSES = "csrc/linear_cross_entropy/small_op.cpp", "csrc/cross_entropy/passes.h"
+CGRAD = "csrc/cross_entropy/cpu/with_gradient.cpp"
 
 NATIVE = [
     Mutant(
@@ -486,14 +486,14 @@ NATIVE = [
         "what rounding the mean loses, in the gradient",
     ),
     Mutant(
-        "csrc/batch_norm_tensors.h",
+        "csrc/batch_norm/arguments.h",
         "set(view, 2, channel, bias - lost_of(mean) * scale);",
         "set(view, 2, channel, bias);",
         "bn",
         "what rounding the mean loses",
     ),
     Mutant(
-        "csrc/batch_norm_tensors.h",
+        "csrc/batch_norm/arguments.h",
         "return rows_before(group) * (layout.columns() ? 1 : layout.channels);",
         "return rows_before(group);",
         "bn",
@@ -770,28 +770,28 @@ NATIVE = [
         "mean's gradient over all rows",
     ),
     Mutant(
-        "csrc/cross_entropy_tensors.h",
+        "csrc/cross_entropy/arguments.h",
         "l.spatial_stride = t.stride(t.dim() - 1);",
         "l.spatial_stride = 1;",
         "ce",
         "spatial stride taken for 1",
     ),
     Mutant(
-        "csrc/cross_entropy_tensors.h",
+        "csrc/cross_entropy/arguments.h",
         "if (stride < reach) return false;",
         "if (stride < 0) return false;",
         "ce",
         "in place on logits that share memory",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_moments.cpp",
+        "csrc/batch_norm/cpu/moments.cpp",
         "cross = static_cast<double>(done) * n / total, inverse",
         "cross = 0, inverse",
         "bn",
         "merge of blocks of rows",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_moments.cpp",
+        "csrc/batch_norm/cpu/moments.cpp",
         "squares[i] - sums[i] * sums[i] * inverse",
         "squares[i] - sums[i] * inverse",
         "bn",
@@ -821,28 +821,28 @@ NATIVE = [
         "alpha x + beta instead of (x - mean) invstd",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_grads.h",
+        "csrc/batch_norm/cpu/gradient.h",
         "h.v[k] = z <= 0 ? V{} : h.v[k];",
         "h.v[k] = z < -1 ? V{} : h.v[k];",
         "bn",
         "relu' of another point",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_grads.h",
+        "csrc/batch_norm/cpu/gradient.h",
         "h.v[k] = z > 0 ? h.v[k] : h.v[k] * run.slope;",
         "h.v[k] = z > 0 ? h.v[k] : h.v[k] + run.slope;",
         "bn",
         "leaky_relu'",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_sums.cpp",
+        "csrc/batch_norm/cpu/sums.cpp",
         "a.exact_mean[(t.column + i) / a.repeat]",
         "a.exact_mean[t.column / a.repeat]",
         "bn",
         "mean of the first channel",
     ),
     Mutant(
-        "csrc/cpu/batch_norm_sums.cpp",
+        "csrc/batch_norm/cpu/sums.cpp",
         "dot[i] - (exact_mean(i) - static_cast<double>(center[i])) * sum[i]",
         "dot[i]",
         "bn",

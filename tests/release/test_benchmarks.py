@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 pytest.importorskip("rich", reason="the bench extra is not installed")
 pytest.importorskip("tqdm", reason="the bench extra is not installed")
@@ -22,8 +23,6 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 from benchmarks import accuracy, cases, harness, machine, memory, pages, plot, results, rivals, run, tables, targets
 from benchmarks.harness import Case, Inputs, Provider
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def square(x):

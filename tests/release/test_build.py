@@ -196,7 +196,7 @@ CUDAExtension = CppExtension
 def small_copy(tmp_path):
     """setup.py with one kernel and one binding that hold nothing, and a compiler that refuses all it is given."""
     tree = tmp_path / "tree"
-    for name, text in {"csrc/cpu/kernel.cpp": "", "csrc/binding.cpp": "", "fused_ops/__init__.py": ""}.items():
+    for name, text in {"csrc/op/cpu/kernel.cpp": "", "csrc/op/binding.cpp": "", "fused_ops/__init__.py": ""}.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     for name, text in TORCH.items():
@@ -245,7 +245,7 @@ def test_a_failed_build_fails_where_the_library_is_required(small_copy):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_the_library_is_what_the_sources_are_now(small_copy):
     tree, _ = small_copy
-    (tree / "csrc" / "cpu" / "kernel.cpp").write_text("namespace FUSED_OPS_ISA { int first; }\n")
+    (tree / "csrc" / "op" / "cpu" / "kernel.cpp").write_text("namespace FUSED_OPS_ISA { int first; }\n")
 
     def built(compiled):
         result = set_up(tree, "build_ext")
@@ -255,7 +255,7 @@ def test_the_library_is_what_the_sources_are_now(small_copy):
 
     first = built(r"(\d) of \1")
     assert built(r"0 of \d") == first
-    (tree / "csrc" / "binding.cpp").write_text('extern "C" { int second = 1; }\n')
+    (tree / "csrc" / "op" / "binding.cpp").write_text('extern "C" { int second = 1; }\n')
     assert built(r"1 of \d") != first
-    (tree / "csrc" / "cpu" / "kernel.cpp").unlink()
+    (tree / "csrc" / "op" / "cpu" / "kernel.cpp").unlink()
     assert built(r"0 of 1") != first

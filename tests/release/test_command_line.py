@@ -9,7 +9,8 @@ from rich.console import Console
 
 import fused_ops
 from fused_ops import __main__ as command_line
-from fused_ops import _library, testing
+from fused_ops import testing
+from fused_ops.core import library
 from fused_ops.testing import CHECKS, CheckResult
 
 
@@ -30,7 +31,7 @@ def test_submodules_are_attributes_and_cost_nothing_before():
     code = """
 import sys, fused_ops
 assert "fused_ops.testing" not in sys.modules and {"testing", "examples"} <= set(dir(fused_ops))
-fused_ops.testing.compare_gradients, fused_ops.reference.batch_norm
+fused_ops.testing.compare_gradients, fused_ops.ops.batch_norm.reference
 print(fused_ops.examples.__name__)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -50,7 +51,7 @@ BACKENDS = [
 
 
 def test_info_has_a_line_an_op(monkeypatch):
-    monkeypatch.setattr(_library, "backends", lambda: BACKENDS)
+    monkeypatch.setattr(library, "backends", lambda: BACKENDS)
     monkeypatch.setattr(command_line.torch.version, "cuda", "13.0")
     status, lines = printed(command_line.info)
     assert status == 0 and max(map(len, lines)) <= 80
@@ -61,7 +62,7 @@ def test_info_has_a_line_an_op(monkeypatch):
 
 
 def test_info_says_nothing_of_a_device_that_torch_does_not_know(monkeypatch):
-    monkeypatch.setattr(_library, "backends", lambda: BACKENDS)
+    monkeypatch.setattr(library, "backends", lambda: BACKENDS)
     monkeypatch.setattr(command_line.torch.version, "cuda", None)
     lines = printed(command_line.info)[1]
     assert cells(lines, "op") == ["cpu"] and lines[-1].startswith("linear_cross_entropy ")

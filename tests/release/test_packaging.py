@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import fused_ops._library
+import fused_ops.core.library
 
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_ops", "csrc", "examples")
 USE_BOTH_OPS = """
@@ -32,7 +32,7 @@ for ours, eager in ((fused_ops.cross_entropy(x, t), F.cross_entropy(x, t)),
         if a is not None: torch.testing.assert_close(a, e)
 assert torch.autograd.gradcheck(lambda x: fused_ops.cross_entropy(x, t), x)
 print("FILE", fused_ops.__file__)
-print("ISA", fused_ops._library.isa())
+print("ISA", fused_ops.core.library.isa())
 for w in caught: print("WARNING", w.category.__name__, w.message)
 """
 
@@ -95,7 +95,7 @@ def test_one_wheel_for_every_cpython(built):
     _, wheel = built
     assert re.fullmatch(r"fused_ops-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fused_ops/_C.so", "fused_ops/py.typed", "fused_ops/reference/batch_norm.py"} <= set(names)
+    assert {"fused_ops/_C.so", "fused_ops/py.typed", "fused_ops/ops/batch_norm/reference.py"} <= set(names)
     assert "fused_ops/examples/backprop_by_hand/walkthrough.py" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc")) or "tests" in name]
 
@@ -143,19 +143,19 @@ def test_isa_objects_share_no_code(built):
 
     Inline functions outside the ISA's own namespace are weak symbols: the linker keeps any one of their copies.
     """
-    objects = sorted((built[0] / "build").glob("temp*/**/AVX*/*.o"))
+    objects = sorted((built[0] / "build").glob("temp*/**/AVX*/**/*.o"))
     assert len(objects) >= 4
     for path in objects:
-        isa = path.parent.name
+        isa = next(part for part in path.parts if part.startswith("AVX"))
         lines = symbols("-C", "--defined-only", path)
         shared = [line for line in lines if line.split()[1] in "WVu" and f"fused_ops::{isa}::" not in line]
         assert shared == [], path
 
 
 def test_isa_is_chosen_at_run_time(run_python):
-    if fused_ops._library.missing_reason is not None:
+    if fused_ops.core.library.missing_reason is not None:
         pytest.skip("no native library")
-    code = "import fused_ops._library as l; print(l.isa())"
+    code = "import fused_ops.core.library as l; print(l.isa())"
     best = run_python("-c", code).stdout.strip()
     order = ["DEFAULT", "AVX2", "AVX512"]
     for wish in ("default", "avx2", "avx512", "nonsense"):
@@ -184,12 +184,12 @@ def test_no_compiler_is_one_warning(environment, reason, tmp_path):
     result = subprocess.run([sys.executable, "setup.py", "build"], cwd=tree, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count(f"fused_ops: WARNING: {reason}; installing without the native library") == 1
-    assert (tree / "build" / "lib" / "fused_ops" / "cross_entropy.py").exists()
+    assert (tree / "build" / "lib" / "fused_ops" / "ops" / "cross_entropy" / "api.py").exists()
 
 
 def test_cuda_can_be_forced(tmp_path):
     tree = copy_sources(tmp_path / "tree")
-    for source in tree.glob("csrc/cuda/*"):
+    for source in tree.glob("csrc/*/cuda/*"):
         source.unlink()
     command = [sys.executable, "setup.py", "--version"]
     forced, off = (
@@ -229,7 +229,7 @@ def test_command_line(run_python, tmp_path):
 def test_check_command_fails_when_an_op_is_wrong(run_python, tmp_path):
     """A sign error in a copy of the reference's second derivative must turn the exit status to 1 and name the op."""
     code = (
-        "import fused_ops, fused_ops.__main__ as m, fused_ops.reference.cross_entropy as r;"
+        "import fused_ops, fused_ops.__main__ as m, fused_ops.ops.cross_entropy.reference as r;"
         "right = r.double_backward;"
         "r.double_backward = lambda *a, **k: tuple(-g if g is not None else None for g in right(*a, **k));"
         "raise SystemExit(m.check())"

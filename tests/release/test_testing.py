@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_ops._function import FusedFunction
-from fused_ops.reference import Sample
+from fused_ops.core.function import FusedFunction
+from fused_ops.core.sample import Sample
 from fused_ops.testing import CHECKS, assert_no_worse_than, check_all, check_op, compare_gradients
 
 

@@ -11,7 +11,7 @@
 // first.
 //
 // Stability: h - mean(h) and x - mean are formed before any scaling. See docs/batch_norm.md.
-#include "batch_norm_grads.h"
+#include "batch_norm/cpu/gradient.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -3,13 +3,13 @@
 //   y = activation((x - mean) * invstd * weight + bias + residual),  invstd = 1 / sqrt(M2 / (n - correction) + eps)
 //
 // Memory: training reads x twice and writes y once, evaluation reads x once; a residual is read once and a mask is one
-// bit a value. Planes are done channel by channel (see csrc/batch_norm.cpp), so that a channel which fits the cache is
-// read from memory once: 8 bytes a value in float32, 4 in 16 bits. A large y goes past the cache: to write a line that
-// is not in it would be to read it first, half as much again.
+// bit a value. Planes are done channel by channel (see csrc/batch_norm/op.cpp), so that a channel which fits the cache
+// is read from memory once: 8 bytes a value in float32, 4 in 16 bits. A large y goes past the cache: to write a line
+// that is not in it would be to read it first, half as much again.
 //
 // x - mean is formed before the scaling, never alpha * x + beta. docs/batch_norm.md.
-#include "activation.h"
-#include "batch_norm_walk.h"
+#include "batch_norm/cpu/activation.h"
+#include "batch_norm/cpu/loops.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -1,8 +1,8 @@
 // The gradient before the activation, h = grad_output * activation'(z), a line at a time: what both passes of batch
 // norm's backward begin with.
 #pragma once
-#include "activation.h"
-#include "batch_norm_walk.h"
+#include "batch_norm/cpu/activation.h"
+#include "batch_norm/cpu/loops.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -5,15 +5,14 @@
 //
 // Memory: the backward reads y and g twice and writes grad_x once, 20 bytes a value in float32, and reads what x were
 // kept; the forward reads y once more where activation is elu. Channels none of whose x are kept (all, most often, but
-// for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm_inplace.cpp. Stability:
+// for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm/keep_output_op.cpp. Stability:
 // docs/batch_norm.md, "Keeping the output".
-#include "../batch_norm_inplace.h"
-
 #include <algorithm>
 #include <memory>
 
-#include "activation.h"
-#include "simd.h"
+#include "batch_norm/cpu/activation.h"
+#include "batch_norm/keep_output_kernels.h"
+#include "simd/math.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../batch_norm.h"
-#include "lines.h"
+#include "batch_norm/kernels.h"
+#include "simd/line.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -6,10 +6,11 @@
 // summed in double, where their mean is as exact as PyTorch's, and so are the squares of those of columns: there a
 // block's first row may serve as pilot, whose sum of squares is at most n M2. 16-bit deviations are exact.
 // docs/batch_norm.md.
+#include "batch_norm/cpu/moments.h"
+
 #include <cmath>
 
-#include "batch_norm_walk.h"
-#include "moments.h"
+#include "batch_norm/cpu/loops.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

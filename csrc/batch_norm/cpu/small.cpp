@@ -1,4 +1,4 @@
-// Batch normalisation on the CPU of small inputs, both directions: the passes of batch_norm_moments.cpp and its
+// Batch normalisation on the CPU of small inputs, both directions: the passes of moments.cpp and its
 // neighbours, and between them the arithmetic of the channels, vectorised.
 //
 //   invstd = 1 / sqrt(M2 / (n - correction) + eps),  scale = invstd * weight,  shift = bias - lost * scale
@@ -7,12 +7,11 @@
 // where `lost` is what rounding the mean to the accumulator loses, and sum and dot are those of h and h * (x - mean).
 // Memory: as the passes; everything stays in the first-level cache. The gradient before an activation that takes an exp
 // is computed once and kept for the second pass. docs/batch_norm.md.
-#include "../batch_norm_small.h"
-
 #include <algorithm>
 #include <cmath>
 
-#include "activation.h"
+#include "batch_norm/cpu/activation.h"
+#include "batch_norm/small_kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

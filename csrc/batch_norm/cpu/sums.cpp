@@ -3,8 +3,8 @@
 //
 // Stability: float32 and float64 are summed in double; 16-bit values in float from a center near the mean, for at most
 // kFoldAt values (kRowsPerFold rows), then in double. See docs/batch_norm.md.
-#include "batch_norm_grads.h"
-#include "moments.h"
+#include "batch_norm/cpu/gradient.h"
+#include "batch_norm/cpu/moments.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -1,7 +1,7 @@
 // Activations and their derivatives on the GPU, over a few values in registers.
 #pragma once
-#include "../batch_norm.h"
-#include "element.cuh"
+#include "batch_norm/kernels.h"
+#include "core/element.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -11,8 +11,8 @@
 // channel.
 //
 // Stability: g - mean(g) and x - mean are formed before any scaling; sums are double. See docs/batch_norm.md.
-#include "batch_norm_channel.cuh"
-#include "batch_norm_gradient.cuh"
+#include "batch_norm/cuda/channel.cuh"
+#include "batch_norm/cuda/gradient.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,8 +1,8 @@
 // What the batch-norm kernels know of a channel: sums and moments of its values, its parameters, and the coefficients
 // that its values are scaled by.
 #pragma once
-#include "batch_norm.h"
-#include "reduce.cuh"
+#include "batch_norm/cuda/kernels.h"
+#include "core/reduce.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -10,9 +10,9 @@
 //
 // Stability: some values at a time around the first of them, from there in double around a shift; shifts are merged
 // around the mean of all (Chan et al., all at once). x - mean comes before any scaling. See docs/batch_norm.md.
-#include "activation.cuh"
-#include "batch_norm_channel.cuh"
-#include "batch_norm_walk.cuh"
+#include "batch_norm/cuda/activation.cuh"
+#include "batch_norm/cuda/channel.cuh"
+#include "batch_norm/cuda/loops.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // How the batch-norm backward's kernels get h, the gradient before the activation, from the output's.
 #pragma once
-#include "activation.cuh"
-#include "batch_norm_walk.cuh"
+#include "batch_norm/cuda/activation.cuh"
+#include "batch_norm/cuda/loops.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // The contract of the batch-norm kernels on a GPU: device pointers, a stream, nothing of torch. Nothing here waits for
 // the device or allocates; the caller brings the scratch memory. The result is a cudaError_t as a number.
 #pragma once
-#include "../batch_norm.h"
+#include "batch_norm/kernels.h"
 
 namespace fused_ops {
 namespace cuda {
@@ -30,7 +30,7 @@ struct BatchNormForwardCall {
   int64_t correction;
   const void *input, *residual;  // as shape; residual may be null
   void* output;                  // as shape
-  uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm.h
+  uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm/kernels.h
   double *mean, *invstd;         // (channels,)
   void *new_mean, *new_var;      // (channels,) of the parameters' dtype, or null
   double* scratch;               // batch_norm_scratch(...) doubles

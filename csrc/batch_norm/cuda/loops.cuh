@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "batch_norm.h"
-#include "launch.cuh"
-#include "reduce.cuh"
+#include "batch_norm/cuda/kernels.h"
+#include "core/launch.cuh"
+#include "core/reduce.cuh"
 
 namespace fused_ops {
 namespace cuda {

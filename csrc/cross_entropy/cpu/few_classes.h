@@ -6,7 +6,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy_lanes.h"
+#include "cross_entropy/cpu/lanes.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

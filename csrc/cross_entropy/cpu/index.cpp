@@ -5,22 +5,21 @@
 //
 // Memory: forward reads every logit once and writes 8 bytes per row (lse); backward reads every logit once and writes
 // every gradient once. Chunks of kChunk logits stay in L1 between the maximum and the sum (online softmax). Four
-// walks: rows whose classes are adjacent (one register of classes at a time; few classes: cross_entropy_small.h), rows
+// walks: rows whose classes are adjacent (one register of classes at a time; few classes: few_classes.h), rows
 // that are adjacent themselves, as in (batch, classes, height, width) (one register of rows at a time:
-// cross_entropy_lanes.h), and any strides, gathered.
+// lanes.h), and any strides, gathered.
 //
 // Stability: the sum is taken over classes other than the target, relative to the running maximum, so that a confident
 // right row keeps its loss (log1p of the rest) and the target's gradient is minus the sum of the others instead of
 // p - 1. lse is kept in double: a float cannot hold log-sum-exp next to logits of 1e4. See docs/cross_entropy.md.
-#include "../cross_entropy.h"
-
 #include <algorithm>
 #include <type_traits>
 
-#include "cross_entropy_lanes.h"
-#include "cross_entropy_small.h"
-#include "cross_entropy_targets.h"
-#include "cross_entropy_walks.h"
+#include "cross_entropy/cpu/few_classes.h"
+#include "cross_entropy/cpu/lanes.h"
+#include "cross_entropy/cpu/row.h"
+#include "cross_entropy/cpu/targets.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

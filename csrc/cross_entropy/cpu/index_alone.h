@@ -1,6 +1,6 @@
-// Class indices with nothing but class weights: the walks of cross_entropy.cpp do, with a factor per row.
+// Class indices with nothing but class weights: the walks of index.cpp do, with a factor per row.
 #pragma once
-#include "cross_entropy_tile.h"
+#include "cross_entropy/cpu/tile.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

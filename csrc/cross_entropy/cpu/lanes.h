@@ -6,8 +6,8 @@
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy_walks.h"
-#include "lines.h"
+#include "cross_entropy/cpu/row.h"
+#include "simd/line.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -3,9 +3,9 @@
 // The rows' classes lie beneath one another in a buffer, (classes, kWidth), in passes of kLaneClasses of them; lanes
 // behind the last row hold zeros. A lane's sums come from the number of classes alone.
 #pragma once
-#include "cross_entropy_lanes.h"
-#include "cross_entropy_small.h"
-#include "cross_entropy_sums.h"
+#include "cross_entropy/cpu/few_classes.h"
+#include "cross_entropy/cpu/lanes.h"
+#include "cross_entropy/cpu/sums.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -1,9 +1,9 @@
-// One row of cross-entropy, whatever its strides; see also cross_entropy_lanes.h and cross_entropy_small.h.
+// One row of cross-entropy, whatever its strides; see also lanes.h and few_classes.h.
 #pragma once
 #include <algorithm>
 
-#include "../cross_entropy.h"
-#include "vector.h"
+#include "cross_entropy/kernels.h"
+#include "simd/vector.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

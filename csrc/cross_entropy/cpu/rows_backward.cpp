@@ -1,4 +1,4 @@
-// Cross-entropy with every option, row by row, on the CPU: the backward (the forward: cross_entropy_rows.cpp).
+// Cross-entropy with every option, row by row, on the CPU: the backward (the forward: rows_forward.cpp).
 //
 // Per row, for upstream gradients g of nll, l of lse, h of entropy and t of the target's log-probability:
 //   grad_u_j = p_j (g S + l - t - h (log p_j + entropy)) - g q_j + t [j == target],  grad_x_j = grad_u_j du_j/dx_j.
@@ -10,9 +10,9 @@
 // before it meets the entropy, which is of its size: lse and u_j are not. See docs/cross_entropy.md.
 #include <algorithm>
 
-#include "../cross_entropy_rows.h"
-#include "cross_entropy_index_alone.h"
-#include "cross_entropy_option_lanes.h"
+#include "cross_entropy/cpu/index_alone.h"
+#include "cross_entropy/cpu/option_lanes.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

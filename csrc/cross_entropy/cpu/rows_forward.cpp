@@ -1,21 +1,20 @@
-// Cross-entropy with every option, row by row, on the CPU: the forward (the backward: cross_entropy_rows_backward.cpp).
+// Cross-entropy with every option, row by row, on the CPU: the forward (the backward: rows_backward.cpp).
 //
-// Per row, with u, q and the mass S = sum_j q_j of ../cross_entropy_rows.h:
+// Per row, with u, q and the mass S = sum_j q_j of cross_entropy/rows_kernels.h:
 //   lse = log sum_j exp(u_j),  nll = sum_j q_j (lse - u_j),  entropy = lse - sum_j p_j u_j,  p_j = exp(u_j - lse).
 //
 // Memory: every logit (and class probability, and mask) is read once, and 8 bytes per row and output are written.
 // Chunks of kChunk classes stay in L1 between the maximum and the sums; they are converted into a buffer only where
 // they do not lie in memory as they are wanted. Rows that are adjacent in memory, or have few classes, go through
-// registers of rows (cross_entropy_option_lanes.h); of float64, kGroup of them are transposed together.
+// registers of rows (option_lanes.h); of float64, kGroup of them are transposed together.
 //
-// Stability: as in cross_entropy.cpp. With one index a row the sum leaves out the target; the terms q_j (lse - u_j) are
+// Stability: as in index.cpp. With one index a row the sum leaves out the target; the terms q_j (lse - u_j) are
 // summed relative to the first chunk's maximum. See docs/cross_entropy.md.
-#include "../cross_entropy_rows.h"
-
 #include <algorithm>
 
-#include "cross_entropy_index_alone.h"
-#include "cross_entropy_option_lanes.h"
+#include "cross_entropy/cpu/index_alone.h"
+#include "cross_entropy/cpu/option_lanes.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -1,7 +1,7 @@
 // The sums over one row that cross-entropy's options need, a chunk of classes at a time.
 #pragma once
-#include "cross_entropy_tile.h"
-#include "lines.h"
+#include "cross_entropy/cpu/tile.h"
+#include "simd/line.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

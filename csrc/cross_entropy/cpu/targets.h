@@ -1,6 +1,6 @@
 // Targets of cross-entropy's rows: class indices of any integer dtype, one or several a row.
 #pragma once
-#include "../cross_entropy_rows.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -2,9 +2,9 @@
 #pragma once
 #include <algorithm>
 
-#include "activation.h"
-#include "cross_entropy_targets.h"
-#include "cross_entropy_walks.h"
+#include "cross_entropy/cpu/row.h"
+#include "cross_entropy/cpu/targets.h"
+#include "simd/special_functions.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -4,12 +4,12 @@
 //                                                          grad_x_j = (exp(x_j - m) / s - [j == target]) * scale.
 // The exponentials are computed once: they wait in the gradient's memory for their sum. Memory: every logit is read
 // once and every gradient written once, beyond the caches; each row is gone over three times in L1. Little code on
-// purpose: of a small call, instructions that are not in the cache are what costs. Stability as in cross_entropy.cpp;
+// purpose: of a small call, instructions that are not in the cache are what costs. Stability as in index.cpp;
 // x_j - m does not depend on how large lse is.
 #include <algorithm>
 
-#include "cross_entropy_targets.h"
-#include "cross_entropy_walks.h"
+#include "cross_entropy/cpu/row.h"
+#include "cross_entropy/cpu/targets.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

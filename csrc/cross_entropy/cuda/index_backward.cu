@@ -8,7 +8,7 @@
 // Stability: lse is split into high + low, so that x - high is exact where it matters; where float64 is too coarse for
 // that (float64 logits, an lse beyond kFar) low is summed again. The target's gradient is minus the sum of the others'
 // p where p - 1 would cancel. See docs/cross_entropy.md.
-#include "cross_entropy_walk.cuh"
+#include "cross_entropy/cuda/loops.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -13,7 +13,7 @@
 // merges are in a fixed order: no bit depends on the rest of the batch. See docs/cross_entropy.md.
 #include <algorithm>
 
-#include "cross_entropy_walk.cuh"
+#include "cross_entropy/cuda/loops.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -2,7 +2,7 @@
 // for the device or allocates; the caller brings the scratch memory. The result is a cudaError_t as a number, 0 if all
 // launches went well.
 #pragma once
-#include "../cross_entropy.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

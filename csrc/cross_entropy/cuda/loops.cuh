@@ -1,6 +1,6 @@
 // How cross-entropy's kernels walk rows: adjacent classes by vectors, short rows through shared memory.
 #pragma once
-#include "cross_entropy_rows.cuh"
+#include "cross_entropy/cuda/rows.cuh"
 
 namespace fused_ops {
 namespace cuda {

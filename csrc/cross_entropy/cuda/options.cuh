@@ -1,8 +1,8 @@
 // What all kernels of cross-entropy's options share: which kernels a call takes, how long rows are cut, a row's target,
 // its logits as u, its share of smoothing.
 #pragma once
-#include "cross_entropy_options.h"
-#include "cross_entropy_rows.cuh"
+#include "cross_entropy/cuda/options_kernels.h"
+#include "cross_entropy/cuda/rows.cuh"
 
 namespace fused_ops {
 namespace cuda {

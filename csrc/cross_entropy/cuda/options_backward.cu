@@ -5,12 +5,12 @@
 //
 // Memory: reads 2 to 8 bytes a logit, as many a class probability and 1 a mask once and writes as many as it reads
 // logits, in place if that is asked for. A small launch before reads the logits of the rows' indices, and a small one
-// after writes their gradients. The kernels of the common options, in cross_entropy_options_fast_backward.cu, need the
+// after writes their gradients. The kernels of the common options, in options_fast_backward.cu, need the
 // first for rows of several segments alone, and both with sparse targets.
 //
-// Stability: as in cross_entropy_backward.cu. See docs/cross_entropy.md.
-#include "cross_entropy_options_gradient.cuh"
-#include "cross_entropy_options_walk.cuh"
+// Stability: as in index_backward.cu. See docs/cross_entropy.md.
+#include "cross_entropy/cuda/options_gradient.cuh"
+#include "cross_entropy/cuda/options_loops.cuh"
 
 namespace fused_ops {
 namespace cuda {

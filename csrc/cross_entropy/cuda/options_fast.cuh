@@ -1,6 +1,6 @@
 // How the kernels of the common options (a Kind that is not general) walk a row, in both directions.
 #pragma once
-#include "cross_entropy_options.cuh"
+#include "cross_entropy/cuda/options.cuh"
 
 namespace fused_ops {
 namespace cuda {

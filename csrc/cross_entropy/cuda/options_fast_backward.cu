@@ -1,4 +1,4 @@
-// Cross-entropy's common options on a GPU, backward: what cross_entropy_options_backward.cu computes, for float
+// Cross-entropy's common options on a GPU, backward: what options_backward.cu computes, for float
 // accumulators and without mask and statistics.
 //
 // Memory: reads 2 to 4 bytes a logit and as many a class probability once and writes as many as it reads logits, in
@@ -7,8 +7,8 @@
 // certain. With sparse targets, the small launches there, before and after, do it instead.
 //
 // Stability: as there. Gradients are float, the index's is double until it is rounded. See docs/cross_entropy.md.
-#include "cross_entropy_options_fast.cuh"
-#include "cross_entropy_options_gradient.cuh"
+#include "cross_entropy/cuda/options_fast.cuh"
+#include "cross_entropy/cuda/options_gradient.cuh"
 
 namespace fused_ops {
 namespace cuda {

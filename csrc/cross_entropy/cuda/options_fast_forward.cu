@@ -1,12 +1,12 @@
-// Cross-entropy's common options on a GPU, forward: what cross_entropy_options.cu computes, for float accumulators and
+// Cross-entropy's common options on a GPU, forward: what options_forward.cu computes, for float accumulators and
 // without mask and statistics.
 //
 // Memory: 2 to 4 bytes a logit, as many a class probability, each read once. Writes 8 bytes a row and result. A kernel
 // each for the kinds of options, without a branch per element: a thread loads 64 bytes before it uses the first.
 //
 // Stability: as there. A step's sums are float, sums of steps double. See docs/cross_entropy.md.
-#include "cross_entropy_options_fast.cuh"
-#include "cross_entropy_options_state.cuh"
+#include "cross_entropy/cuda/options_fast.cuh"
+#include "cross_entropy/cuda/options_state.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,17 +1,17 @@
 // Cross-entropy with every option on a GPU, row by row, forward. With u, q and the mass S = sum_j q_j of
-// ../cross_entropy_rows.h:
+// cross_entropy/rows_kernels.h:
 //
 //   lse = log sum_j exp(u_j),   nll = sum_j q_j (lse - u_j),   entropy = lse - sum_j p_j u_j
 //
 // Memory: 2 to 8 bytes a logit, as many a class probability, 1 a mask (twice with label smoothing and a mask of each
 // row): each is read once. Writes 8 bytes a row and result. All sums are found together, relative to a running maximum.
 // Rows are walked by a warp, a block or several blocks, or by a thread where they are short or adjacent. The kernels
-// here take every option; the common ones have their own in cross_entropy_options_fast.cu.
+// here take every option; the common ones have their own in options_fast_forward.cu.
 //
 // Stability: with one index a row, the sum leaves that class out; sums of steps are double. How a row is cut
 // depends on its length alone, and all merges are in a fixed order. See docs/cross_entropy.md.
-#include "cross_entropy_options_state.cuh"
-#include "cross_entropy_options_walk.cuh"
+#include "cross_entropy/cuda/options_loops.cuh"
+#include "cross_entropy/cuda/options_state.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // Backward with cross-entropy's options: scratch memory, and what the gradients of a row have in common. The kernels
-// are in cross_entropy_options_backward.cu and, for the common options, cross_entropy_options_fast_backward.cu.
+// are in options_backward.cu and, for the common options, options_fast_backward.cu.
 #pragma once
-#include "cross_entropy_options.cuh"
+#include "cross_entropy/cuda/options.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
-// The contract of the kernels behind cross-entropy's options on a GPU: csrc/cross_entropy_rows.h with device pointers
-// and a stream. Nothing here waits for the device or allocates. The result is a cudaError_t as a number.
+// The contract of the kernels behind cross-entropy's options on a GPU: csrc/cross_entropy/rows_kernels.h with device
+// pointers and a stream. Nothing here waits for the device or allocates. The result is a cudaError_t as a number.
 #pragma once
-#include "../cross_entropy_rows.h"
+#include "cross_entropy/rows_kernels.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // How the kernels for every option walk a row, in both directions: the classes of a step, their logits and coefficients
-// q. What the common options have instead is in cross_entropy_options_fast.cuh.
+// q. What the common options have instead is in options_fast.cuh.
 #pragma once
-#include "cross_entropy_options.cuh"
+#include "cross_entropy/cuda/options.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Forward with cross-entropy's options: the state that a row's classes are summed in, its parts in scratch memory, and
-// the results from it. The kernels are in cross_entropy_options.cu and, for the common options,
-// cross_entropy_options_fast.cu.
+// the results from it. The kernels are in options_forward.cu and, for the common options,
+// options_fast_forward.cu.
 #pragma once
-#include "cross_entropy_options.cuh"
+#include "cross_entropy/cuda/options.cuh"
 
 namespace fused_ops {
 namespace cuda {

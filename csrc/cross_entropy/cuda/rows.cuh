@@ -3,9 +3,9 @@
 #undef NDEBUG
 #include <cassert>
 
-#include "cross_entropy.h"
-#include "launch.cuh"
-#include "reduce.cuh"
+#include "core/launch.cuh"
+#include "core/reduce.cuh"
+#include "cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,20 +1,19 @@
 // What lies between linear cross-entropy's matrix products, on the CPU.
 //
 // A chunk of rows of logits becomes its rows' results and, in the same memory, its gradient. Per row: lse, nll and the
-// rest as in cross_entropy_rows.cpp; then grad_u = s (q-terms of nll) + 2 s z_loss lse p for the row's scale s.
-// Memory: each logit is read from memory and written to it once. A row is 128 KiB at 32000 float32 classes, so the
-// second pass over it finds it in the second-level cache.
+// rest as in cross_entropy/cpu/rows_forward.cpp; then grad_u = s (q-terms of nll) + 2 s z_loss lse p for the row's
+// scale s. Memory: each logit is read from memory and written to it once. A row is 128 KiB at 32000 float32 classes, so
+// the second pass over it finds it in the second-level cache.
 //
 // A tile of classes of the transposed logits: what it adds to each row's max and sum of exp(logit - max), the target's
 // own term left out, in one pass (kFold classes of a register of rows at a time: their maximum, then their sum in
 // float, then one addition in double); or its gradient, in place, in another. The classes a row's sums are folded over
 // are counted from the tile's first, so that the result depends on neither the threads nor the other rows.
 // See docs/linear_cross_entropy.md.
-#include "../linear_cross_entropy.h"
-
 #include <algorithm>
 
-#include "vector.h"
+#include "linear_cross_entropy/kernels.h"
+#include "simd/vector.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -8,7 +8,7 @@
 // as the chunk fits there. See docs/linear_cross_entropy.md.
 #include <algorithm>
 
-#include "linear_cross_entropy.h"
+#include "linear_cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // The contract of the kernels between linear cross-entropy's matrix products on a GPU.
 #pragma once
-#include "../linear_cross_entropy.h"
-#include "cross_entropy_options.h"
+#include "cross_entropy/cuda/options_kernels.h"
+#include "linear_cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace cuda {

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-import fused_ops._batch_norm_graph as graph
-import fused_ops._batch_norm_packed as packed
-from fused_ops._argument_checks import check_tensors
-from fused_ops._batch_norm_functions import BatchNormActFunction, BatchNormFunction
-from fused_ops._dtensor import any_dtensor, refuse
-from fused_ops._function import _has_torch_function, _transforms_active
-from fused_ops._graph import needs_formulas, no_script
-from fused_ops._integers import as_int64
-from fused_ops.reference import _activation
-from fused_ops.reference._batch_norm_formulas import formulas
-from fused_ops.reference.batch_norm import Options, check_written
+from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.function import _has_torch_function, _transforms_active
+from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.core.integers import as_int64
+from fused_ops.distributed.dtensor import any_dtensor, refuse
+from fused_ops.ops.batch_norm import activations, graph
+from fused_ops.ops.batch_norm import eager as packed
+from fused_ops.ops.batch_norm.formulas import formulas
+from fused_ops.ops.batch_norm.functions import BatchNormActFunction, BatchNormFunction
+from fused_ops.ops.batch_norm.reference import Options, check_written
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -77,10 +76,10 @@ def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
 
 
 def _code(activation: str | None) -> int:
-    if activation not in _activation.CODES:
-        names = [name for name in _activation.CODES if name is not None]
+    if activation not in activations.CODES:
+        names = [name for name in activations.CODES if name is not None]
         raise ValueError(f"batch_norm: expected activation to be None or one of {names}, got {activation!r}")
-    return _activation.CODES[activation]
+    return activations.CODES[activation]
 
 
 def _positions(valid: Tensor, input: Tensor) -> Tensor:
@@ -279,11 +278,11 @@ def _with_statistics(
     """``batch_norm`` that changes nothing: (output, new_running_mean, new_running_var)."""
     _check(input, running_mean, running_var, training, eps)
     code = _code(activation)
-    slope = _activation.slope_of(code, negative_slope, alpha)
+    slope = activations.slope_of(code, negative_slope, alpha)
     options = Options(training, eps, correction, code, slope, groups)
     running, params = (running_mean, running_var), (weight, bias)
     if inplace_activated:
-        import fused_ops._batch_norm_inplace as inplace  # it needs this module
+        import fused_ops.ops.batch_norm.keep_output as inplace  # it needs this module
 
         inplace.check(activation, code, slope, residual)
         if inplace.available(input, weight, bias):
@@ -305,7 +304,7 @@ def _apply(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By a Function: eager mode."""
-    if residual is None and valid is None and options.activation == _activation.NONE and options.groups == 1:
+    if residual is None and valid is None and options.activation == activations.NONE and options.groups == 1:
         statistics = (options.training, momentum, options.eps, options.correction)
         found = BatchNormFunction.apply(input, *running, *params, *statistics)
     else:

@@ -1,6 +1,6 @@
 """Batch norm in plain eager mode: raw ops of few tensors, as each one costs a small call a share of its time.
 
-What these ops do is what those of ``fused_ops.batch_norm`` do, which serve everything else. Here mean and invstd are
+What these ops do is what those of ``functions.py`` do, which serve everything else. Here mean and invstd are
 one tensor, and the running statistics are written in place.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
-from fused_ops._batch_norm_functions import _fake_act_backward, _grads
-from fused_ops._function import _has_torch_function, _transforms_active, call_backward_directly
-from fused_ops._library import eager, register
-from fused_ops.reference import _activation, empty_output
-from fused_ops.reference import batch_norm as reference
-from fused_ops.reference.batch_norm import Options, Saved
+from fused_ops.core.function import _has_torch_function, _transforms_active, call_backward_directly
+from fused_ops.core.library import eager, register
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.batch_norm.functions import _fake_act_backward, _grads
+from fused_ops.ops.batch_norm.reference import Options, Saved
 
 
 def _fake_forward(
@@ -31,7 +31,7 @@ def _fake_forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     correction: int = 0,
-    activation: int = _activation.NONE,
+    activation: int = activations.NONE,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_output(input), input.new_empty((2, input.size(1)), dtype=torch.float64)
@@ -47,7 +47,7 @@ def _fake_backward(
     need_input: bool = True,
     need_params: bool = True,
     correction: int = 0,
-    activation: int = _activation.NONE,
+    activation: int = activations.NONE,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (training, correction, activation, slope, 1, need_input, need_params, False)
@@ -74,7 +74,7 @@ _is_grad_enabled = torch._C.is_grad_enabled
 _current_graph_task_id = torch._C._current_graph_task_id
 _is_tracing = torch._C._is_tracing
 _increment_version = torch._C._increment_version
-_DEFAULTS = (0.1, 1e-5, 0, _activation.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
+_DEFAULTS = (0.1, 1e-5, 0, activations.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
 
 
 def _call_forward(
@@ -181,8 +181,8 @@ def batch_norm(
     """``fused_ops.batch_norm`` where ``serves`` says so; what it raises may be another error than that function's."""
     code, slope = 0, 0.0
     if activation is not None:
-        code = _activation.CODES[activation]
-        slope = _activation.slope_of(code, negative_slope, alpha)
+        code = activations.CODES[activation]
+        slope = activations.slope_of(code, negative_slope, alpha)
     numbers = momentum, eps, correction, code, slope
     update = False
     if running_mean is not None and running_var is not None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.reference import _activation
-from fused_ops.reference.batch_norm import Options, _keep, per_channel
+from fused_ops.ops.batch_norm import activations
+from fused_ops.ops.batch_norm.reference import Options, _keep, per_channel
 
 
 class _Parts:
@@ -80,7 +80,7 @@ def formulas(
         z = z + per_channel(bias.double(), x)
     if residual is not None:
         z = z + (residual.double() if keep is None else torch.where(keep, residual.double(), 0.0))
-    y = _activation.apply(options.activation, z, options.slope)
+    y = activations.apply(options.activation, z, options.slope)
     y = y if keep is None else torch.where(keep, y, 0.0)
     return y.to(input.dtype), *new
 

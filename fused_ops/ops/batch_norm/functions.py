@@ -1,4 +1,4 @@
-"""The raw ops of batch norm and their autograd Functions; the public function is in ``fused_ops.batch_norm``."""
+"""The raw ops of batch norm and their autograd Functions; the public function is in ``api.py``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._function import FusedFunction, _transforms_active, checked_saved, save
-from fused_ops._library import register
-from fused_ops.reference import _activation, empty_output
-from fused_ops.reference import batch_norm as reference
-from fused_ops.reference.batch_norm import Options, Saved
+from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, save
+from fused_ops.core.library import register
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.batch_norm.reference import Options, Saved
 
 
 def _fake_act_forward(
@@ -79,7 +79,7 @@ def _fake_forward(
     eps: float,
     correction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (training, momentum, eps, correction, _activation.NONE, 0.0, 1)
+    options = (training, momentum, eps, correction, activations.NONE, 0.0, 1)
     return _fake_act_forward(input, None, running_mean, running_var, weight, bias, None, *options)[:5]
 
 
@@ -94,7 +94,7 @@ def _fake_backward(
     need_input: bool,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (training, correction, _activation.NONE, 0.0, 1, need_input, need_params, False)
+    options = (training, correction, activations.NONE, 0.0, 1, need_input, need_params, False)
     found = _fake_act_backward(grad_output, input, None, weight, None, mean, invstd, None, None, *options)
     return found[0], found[2], found[3]
 
@@ -223,7 +223,7 @@ def _grads(ctx: Any, grad_output: Tensor, saved: Saved, needs: tuple[bool, bool,
     """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
     options: Options = ctx.options
     need_input, need_residual, need_weight, need_bias = needs
-    given = need_residual and options.activation == _activation.NONE and saved.valid is None
+    given = need_residual and options.activation == activations.NONE and saved.valid is None
     if torch.is_grad_enabled() or _transforms_active():
         found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
     else:
@@ -335,7 +335,7 @@ class BatchNormActFunction(FusedFunction):
             residual = bias = None
         else:
             mask = None
-        if options.activation == _activation.NONE:
+        if options.activation == activations.NONE:
             residual = bias = None
         save(ctx, input, residual, weight, bias, mean, invstd, mask, valid)
 

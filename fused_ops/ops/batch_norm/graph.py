@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops import _batch_norm_functions as functions
-from fused_ops._graph import as_tensor, functionalizing, register_graph_op
-from fused_ops._library import _fragment
-from fused_ops.reference import _activation, is_channels_last
-from fused_ops.reference import batch_norm as reference
-from fused_ops.reference.batch_norm import Options, Saved
+from fused_ops.core.graph import as_tensor, functionalizing, register_graph_op
+from fused_ops.core.library import _fragment
+from fused_ops.core.memory_format import is_channels_last
+from fused_ops.ops.batch_norm import activations, functions, reference
+from fused_ops.ops.batch_norm.reference import Options, Saved
 
 # The numbers are momentum, eps and slope; None: _default.
 _OPTIONS = "bool training, Tensor? numbers, SymInt correction, int activation, SymInt groups"
@@ -25,7 +24,7 @@ _INPUT, _RESIDUAL, _PARAMS = 1, 2, 4  # the gradients that are needed, one bit e
 
 def _default(activation: int) -> tuple[float, float, float]:
     """momentum, eps and slope where ``numbers`` is None."""
-    return 0.1, 1e-5, _activation.slope_of(activation, 0.01, 1.0)
+    return 0.1, 1e-5, activations.slope_of(activation, 0.01, 1.0)
 
 
 def _numbers(numbers: Tensor | None, activation: int) -> tuple[float, float, float]:
@@ -72,7 +71,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         residual = bias = None
     else:
         mask = None
-    if activation == _activation.NONE:
+    if activation == activations.NONE:
         residual = bias = None
     ctx.save_for_backward(input, residual, weight, bias, mean, invstd, mask, valid, numbers)
 
@@ -84,7 +83,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         return (None,) * 12
     *saved, numbers = ctx.saved_tensors
     training, correction, activation, groups = ctx.options
-    given = need[1] and activation == _activation.NONE and saved[7] is None
+    given = need[1] and activation == activations.NONE and saved[7] is None
     needs = needs & ~_RESIDUAL if given else needs
     found = [*_grad_op(grad_output, *saved, training, numbers, correction, activation, groups, needs)]
     if given:

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
-from fused_ops._argument_checks import check_data
-from fused_ops._batch_norm_functions import _act_forward_op, _grads
-from fused_ops._function import FusedFunction, _transforms_active, checked_saved
-from fused_ops._library import register
-from fused_ops.reference import _activation, empty_output
-from fused_ops.reference import _batch_norm_inplace as reference
-from fused_ops.reference import batch_norm as batch_norm_reference
-from fused_ops.reference.batch_norm import Options, Saved
+from fused_ops.core.argument_checks import check_data
+from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved
+from fused_ops.core.library import register
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.batch_norm import activations
+from fused_ops.ops.batch_norm import keep_output_reference as reference
+from fused_ops.ops.batch_norm import reference as batch_norm_reference
+from fused_ops.ops.batch_norm.functions import _act_forward_op, _grads
+from fused_ops.ops.batch_norm.reference import Options, Saved
 
 
 def _fake_keep(
@@ -156,7 +157,7 @@ class BatchNormInplaceFunction(FusedFunction):
             y, w, b = output.detach(), *(None if t is None else t.detach() for t in (weight, bias))
             x = reference.rebuild(y, w, b, mean, invstd, kept, o.activation, o.slope, o.groups)
             x = _Rebuilt.apply(ctx.stand_in, empty_output(y).copy_(x))
-            signs = o.activation == _activation.LEAKY_RELU and valid is None
+            signs = o.activation == activations.LEAKY_RELU and valid is None
             mask = batch_norm_reference.pack(y > 0, y) if signs else None  # the rebuilt x may be off across the kink
             tensors = Saved(x, None, weight, bias, mean, invstd, mask, valid)
             found = _grads(ctx, grad_output, tensors, (need[0], False, need[4], need[5]))
@@ -180,8 +181,8 @@ def check(activation: str | None, code: int, slope: float, residual: Tensor | No
             "batch_norm: inplace_activated=True keeps the output alone, in which a residual cannot be told from the "
             "input; add the residual after the op"
         )
-    if code != _activation.NONE and not slope > 0:
-        name = "alpha" if code == _activation.ELU else "negative_slope"
+    if code != activations.NONE and not slope > 0:
+        name = "alpha" if code == activations.ELU else "negative_slope"
         raise ValueError(f"batch_norm: inplace_activated=True needs {name} above 0, got {slope}")
 
 

@@ -10,17 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.reference import _activation, empty_output, is_channels_last
-from fused_ops.reference.batch_norm import (
-    acc_dtype,
-    act_backward,
-    group_count,
-    group_size,
-    per_channel,
-)
+from fused_ops.core.memory_format import empty_output, is_channels_last
+from fused_ops.ops.batch_norm import activations
+from fused_ops.ops.batch_norm.reference import acc_dtype, act_backward, group_count, group_size, per_channel
 
-INVERTIBLE = (_activation.NONE, _activation.LEAKY_RELU, _activation.ELU)
-MAX_AMPLIFICATION = 4.0  # kMaxAmplification of csrc/batch_norm_inplace.h
+INVERTIBLE = (activations.NONE, activations.LEAKY_RELU, activations.ELU)
+MAX_AMPLIFICATION = 4.0  # kMaxAmplification of csrc/batch_norm/keep_output_kernels.h
 
 
 def in_memory_order(values: Tensor, output: Tensor) -> Tensor:
@@ -40,12 +35,12 @@ def kept_mask(output: Tensor, weight: Tensor | None, bias: Tensor | None, activa
     none = output.new_zeros(channels, dtype=torch.float64)
     size = none + 1 if weight is None else weight.double().abs()
     shift = none if bias is None else bias.double().abs()
-    flat = min(1.0, slope) if activation == _activation.LEAKY_RELU else 1.0
+    flat = min(1.0, slope) if activation == activations.LEAKY_RELU else 1.0
     reach = MAX_AMPLIFICATION * size
     smallest = torch.finfo(output.dtype).smallest_normal / flat if flat else torch.inf
     mask = per_channel(~(shift + smallest <= reach), output)
     mask = mask.expand(output.shape)
-    if activation == _activation.ELU:
+    if activation == activations.ELU:
         y = output.to(acc_dtype(output.dtype))
         limit = (-slope * reach / (1 + reach)).to(y.dtype)
         mask = mask | ~(y >= per_channel(limit, y))
@@ -81,9 +76,9 @@ def rebuild(
     """x in float64."""
     y = output.double()
     z = y
-    if activation == _activation.LEAKY_RELU:
+    if activation == activations.LEAKY_RELU:
         z = torch.where(y > 0, y, y / slope)
-    elif activation == _activation.ELU:
+    elif activation == activations.ELU:
         z = torch.where(y > 0, y, (y.clamp(max=0) / slope).log1p())
     if bias is not None:
         z = z - per_channel(bias.double(), z)
@@ -100,9 +95,9 @@ def rebuild(
 def before(grad_output: Tensor, output: Tensor, z: Tensor, kept: Tensor, activation: int, slope: float) -> Tensor:
     """grad_output times activation': from the output, or from z where x was kept."""
     grad = grad_output.double()
-    if activation == _activation.LEAKY_RELU:
+    if activation == activations.LEAKY_RELU:
         return torch.where(output > 0, grad, grad * slope)
-    if activation == _activation.ELU:
+    if activation == activations.ELU:
         y = output.double()
         below = torch.where(kept, slope * z.clamp(max=0).exp(), y + slope)
         return torch.where(torch.where(kept, z, y) > 0, grad, grad * below)
@@ -135,7 +130,7 @@ def inplace_backward(
     z = z if weight is None else z * per_channel(weight.double(), z)
     z = z if bias is None else z + per_channel(bias.double(), z)
     h = before(grad_output, output, z, kept_mask(output, weight, bias, activation, slope), activation, slope)
-    options = (training, correction, _activation.NONE, 0.0, groups, need_input, need_params, False)
+    options = (training, correction, activations.NONE, 0.0, groups, need_input, need_params, False)
     grad_input, _, grad_weight, grad_bias = act_backward(h, x, None, weight, bias, mean, invstd, None, valid, *options)
     kind = weight.dtype if weight is not None else bias.dtype if bias is not None else output.dtype
     to = empty_output(output).copy_(grad_input) if need_input else output.new_empty(0)

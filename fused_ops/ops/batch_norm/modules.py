@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops import _batch_norm_inplace as inplace
-from fused_ops._graph import fx_leaf, refuse_script
-from fused_ops.batch_norm import _code, _with_statistics, batch_norm, recomputing, write_running
+from fused_ops.core.graph import fx_leaf, refuse_script
+from fused_ops.ops.batch_norm import keep_output as inplace
+from fused_ops.ops.batch_norm.api import _code, _with_statistics, batch_norm, recomputing, write_running
 
 # The options that the modules have beyond PyTorch's.
 DEFAULTS: dict[str, Any] = {

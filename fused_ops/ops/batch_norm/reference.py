@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample, _activation, empty_output, is_channels_last
+from fused_ops.core.memory_format import empty_output, is_channels_last
+from fused_ops.core.sample import Sample
+from fused_ops.ops.batch_norm import activations
 
 SMALL_PLANE = 32  # planes up to this many values are walked, and masked, as columns
 
@@ -46,7 +48,7 @@ class Options(NamedTuple):
     training: bool
     eps: float
     correction: int
-    activation: int = _activation.NONE
+    activation: int = activations.NONE
     slope: float = 0.0
     groups: int = 1
 
@@ -83,7 +85,7 @@ def _mask_rows(input: Tensor) -> tuple[int, int]:
 
 def has_mask(residual: Tensor | None, valid: Tensor | None, activation: int) -> bool:
     """Whether the forward returns the signs of z: the backward then needs no residual."""
-    return residual is not None and valid is None and activation in _activation.SIGN_ONLY
+    return residual is not None and valid is None and activation in activations.SIGN_ONLY
 
 
 def mask_bytes(input: Tensor) -> int:
@@ -141,16 +143,16 @@ class Normalised:
         self.first: Tensor | None = None
         self.second: Tensor | None = None
         if positive is not None:
-            self.first = _activation.sign_derivative(code, positive, slope, self.x.dtype)
-        elif code != _activation.NONE:
+            self.first = activations.sign_derivative(code, positive, slope, self.x.dtype)
+        elif code != activations.NONE:
             z = self.scaled(self.xhat)
             if saved.bias is not None:
                 z = z + self.spread(saved.bias)
             if saved.residual is not None:
                 z = z + saved.residual.to(z.dtype)
-            self.first = _activation.first_derivative(code, z, slope)
-            if code not in _activation.SIGN_ONLY:
-                self.second = _activation.second_derivative(code, z, slope)
+            self.first = activations.first_derivative(code, z, slope)
+            if code not in activations.SIGN_ONLY:
+                self.second = activations.second_derivative(code, z, slope)
 
     def kept(self, values: Tensor) -> Tensor:
         """0 where a position does not count."""
@@ -345,7 +347,7 @@ def act_forward(
     if residual is not None:
         z = z + residual.double()
     mask = pack(~(z <= 0), input) if has_mask(residual, valid, activation) else z.new_empty(0, dtype=torch.uint8)
-    y = _activation.apply(activation, z, slope)
+    y = activations.apply(activation, z, slope)
     if valid is not None:
         y = torch.where(_keep(valid, input).bool(), y, 0.0)
     return empty_output(input).copy_(y), mean, invstd, new_mean, new_var, mask
@@ -412,11 +414,11 @@ def act_backward(
         centered, inv = x - per_channel(mean[here], x), per_channel(invstd[here], x)
         scale = inv if weight is None else inv * per_channel(weight.double(), x)
         if positive is not None:
-            h = h * _activation.sign_derivative(activation, positive[rows], slope, h.dtype)
-        elif activation != _activation.NONE:
+            h = h * activations.sign_derivative(activation, positive[rows], slope, h.dtype)
+        elif activation != activations.NONE:
             z = centered * scale if bias is None else centered * scale + per_channel(bias.double(), x)
             z = z if residual is None else z + residual[rows].double()
-            h = h * _activation.first_derivative(activation, z, slope)
+            h = h * activations.first_derivative(activation, z, slope)
         keep = torch.ones((), dtype=torch.bool, device=x.device)
         if valid is not None:
             keep = _keep(valid[rows], x).bool()
@@ -452,7 +454,7 @@ def forward(
     correction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``act_forward`` without a residual, an activation, a valid mask or ghost batches."""
-    options = (training, momentum, eps, correction, _activation.NONE, 0.0, 1)
+    options = (training, momentum, eps, correction, activations.NONE, 0.0, 1)
     return act_forward(input, None, running_mean, running_var, weight, bias, None, *options)[:5]
 
 
@@ -468,7 +470,7 @@ def backward(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act_backward`` of ``forward``."""
-    options = (training, correction, _activation.NONE, 0.0, 1, need_input, need_params, False)
+    options = (training, correction, activations.NONE, 0.0, 1, need_input, need_params, False)
     found = act_backward(grad_output, input, None, weight, None, mean, invstd, None, None, *options)
     return found[0], found[2], found[3]
 
@@ -492,7 +494,7 @@ def packed_forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     correction: int = 0,
-    activation: int = _activation.NONE,
+    activation: int = activations.NONE,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``act_forward`` without a residual, valid mask or ghost batches; the running statistics are written in place."""
@@ -520,7 +522,7 @@ def packed_backward(
     need_input: bool = True,
     need_params: bool = True,
     correction: int = 0,
-    activation: int = _activation.NONE,
+    activation: int = activations.NONE,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act_backward`` of ``packed_forward``."""
@@ -553,7 +555,7 @@ def samples() -> list[Sample]:
         add(f"{name}, correction 1", shape, training, correction=1)
         add(f"{name}, no weight", shape, training, affine=False)
         add(f"{name}, relu after residual", shape, training, activation="relu", residual=True)
-    for activation, training in itertools.product(_activation.CODES, (True, False)):
+    for activation, training in itertools.product(activations.CODES, (True, False)):
         if activation is not None:
             add(activation, (4, 3), training, activation=activation)
             add(f"{activation}, residual", (2, 2, 3), training, activation=activation, residual=True)

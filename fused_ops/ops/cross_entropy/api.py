@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops._cross_entropy_dispatch import index_loss, rows
-from fused_ops._cross_entropy_options import (
+from fused_ops.core.function import _has_torch_function, _transforms_active, autocast_enabled
+from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.distributed.dtensor import any_dtensor, refuse
+from fused_ops.ops.cross_entropy.arguments import (
     Numbers,
     check_ignore_index,
     check_logits,
@@ -19,10 +21,8 @@ from fused_ops._cross_entropy_options import (
     prepare,
     reduced_loss,
 )
-from fused_ops._cross_entropy_plain import REDUCTIONS, small_loss
-from fused_ops._dtensor import any_dtensor, refuse
-from fused_ops._function import _has_torch_function, _transforms_active, autocast_enabled
-from fused_ops._graph import needs_formulas, no_script
+from fused_ops.ops.cross_entropy.dispatch import index_loss, rows
+from fused_ops.ops.cross_entropy.functions import REDUCTIONS, small_loss
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fused_ops._argument_checks import check_data, check_devices
-from fused_ops._cross_entropy_plain import REDUCTIONS
-from fused_ops._function import autocast_enabled
-from fused_ops._integers import as_int64
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
+from fused_ops.core.argument_checks import check_data, check_devices
+from fused_ops.core.function import autocast_enabled
+from fused_ops.core.integers import as_int64
+from fused_ops.ops.cross_entropy.functions import REDUCTIONS
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
 _BLOCK = 4096

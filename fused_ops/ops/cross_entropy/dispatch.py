@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops import _cross_entropy_graph as graph
-from fused_ops import _cross_entropy_plain as eager
-from fused_ops._cross_entropy_rows import cross_entropy_rows
-from fused_ops._graph import needs_formulas
-from fused_ops.reference import _cross_entropy_rows as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
+from fused_ops.core.graph import needs_formulas
+from fused_ops.ops.cross_entropy import functions as eager
+from fused_ops.ops.cross_entropy import graph
+from fused_ops.ops.cross_entropy import rows_reference as reference
+from fused_ops.ops.cross_entropy.rows import cross_entropy_rows
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 
 
 def index_loss(

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 
-from fused_ops._cross_entropy_rows import refuse_inplace_transforms
-from fused_ops._function import (
+from fused_ops.core.function import (
     FusedFunction,
     _dispatch_modes,
     _has_torch_function,
@@ -20,9 +19,10 @@ from fused_ops._function import (
     is_one,
     save,
 )
-from fused_ops._library import eager, register
-from fused_ops.reference import cross_entropy as reference
-from fused_ops.reference import empty_output
+from fused_ops.core.library import eager, register
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.cross_entropy import reference
+from fused_ops.ops.cross_entropy.rows import refuse_inplace_transforms
 
 _SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by one thread
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it

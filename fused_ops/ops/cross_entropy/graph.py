@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops import _cross_entropy_plain as plain
-from fused_ops import _cross_entropy_rows as rows
-from fused_ops._graph import as_tensor, register_graph_op
-from fused_ops.reference import _cross_entropy_rows as reference
-from fused_ops.reference import empty_output
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference.cross_entropy import acc_dtype
-from fused_ops.reference.cross_entropy import double_backward as plain_double_backward
+from fused_ops.core.graph import as_tensor, register_graph_op
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.cross_entropy import functions as plain
+from fused_ops.ops.cross_entropy import rows
+from fused_ops.ops.cross_entropy import rows_reference as reference
+from fused_ops.ops.cross_entropy.reference import acc_dtype
+from fused_ops.ops.cross_entropy.reference import double_backward as plain_double_backward
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 
 # ---- class indices alone, reduced in the op
 

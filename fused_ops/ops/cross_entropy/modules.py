@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops._graph import fx_leaf, refuse_script
-from fused_ops.cross_entropy import cross_entropy
+from fused_ops.core.graph import fx_leaf, refuse_script
+from fused_ops.ops.cross_entropy.api import cross_entropy
 
 _ADDED: dict[str, Any] = {
     "z_loss": 0.0,

@@ -13,8 +13,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample, empty_output
-from fused_ops.reference._cross_entropy_samples import option_samples
+from fused_ops.core.memory_format import empty_output
+from fused_ops.core.sample import Sample
+from fused_ops.ops.cross_entropy.samples import option_samples
 
 NONE, MEAN, SUM = 0, 1, 2
 

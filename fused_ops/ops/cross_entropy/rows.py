@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_ops._function import FusedFunction, _transforms_active, checked_saved, save
-from fused_ops._library import register
-from fused_ops.reference import _cross_entropy_rows as reference
-from fused_ops.reference import empty_output
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference.cross_entropy import acc_dtype, class_dim
+from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, save
+from fused_ops.core.library import register
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.cross_entropy import rows_reference as reference
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 
 _TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
 _GRADS = "Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_target_log_probability"

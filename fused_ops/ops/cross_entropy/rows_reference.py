@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.reference import empty_output
-from fused_ops.reference.cross_entropy import acc_dtype, class_dim, counts
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
 
 
 class RowOptions(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample
+from fused_ops.core.sample import Sample
 
 _MASKED = (True, True, False, True)
 

@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
-from fused_ops._argument_checks import check_tensors
-from fused_ops._cross_entropy_dispatch import index_loss, rows
-from fused_ops._cross_entropy_options import (
+from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.function import _has_torch_function, _transforms_active
+from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.distributed.dtensor import any_dtensor, refuse
+from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
+from fused_ops.ops.cross_entropy.arguments import (
     Call,
     CrossEntropyOutput,
     Numbers,
@@ -23,12 +26,11 @@ from fused_ops._cross_entropy_options import (
     row_scale,
     target_tensors,
 )
-from fused_ops._cross_entropy_plain import REDUCTIONS
-from fused_ops._dtensor import any_dtensor, refuse
-from fused_ops._dtensor import linear_cross_entropy as of_dtensors
-from fused_ops._function import _has_torch_function, _transforms_active
-from fused_ops._graph import needs_formulas, no_script
-from fused_ops._linear_cross_entropy_checks import (
+from fused_ops.ops.cross_entropy.dispatch import index_loss, rows
+from fused_ops.ops.cross_entropy.functions import REDUCTIONS
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.arguments import (
     at_least_one,
     checked_ignore_index,
     flat,
@@ -37,12 +39,10 @@ from fused_ops._linear_cross_entropy_checks import (
     shapes,
     shifted,
 )
-from fused_ops._linear_cross_entropy_functions import linear_rows, linear_sum
-from fused_ops._linear_cross_entropy_plan import Cut
-from fused_ops._linear_cross_entropy_small import is_small, small_loss
-from fused_ops.reference import linear_cross_entropy as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
+from fused_ops.ops.linear_cross_entropy.plan import Cut
+from fused_ops.ops.linear_cross_entropy.reference import Head
+from fused_ops.ops.linear_cross_entropy.small import is_small, small_loss
 
 _NUMBERS = (float, int)
 _LARGE = 2**62  # an ignore_index beyond takes the long way, which asks whether it fits in 64 bits

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops._cross_entropy_options import _INDEX_DTYPES
-from fused_ops._function import autocast_enabled
-from fused_ops._integers import as_int64, as_integer
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.core.function import autocast_enabled
+from fused_ops.core.integers import as_int64, as_integer
+from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 
 class Shape(NamedTuple):

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops._library import register
-from fused_ops.reference import linear_cross_entropy as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.cross_entropy import counts
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.core.library import register
+from fused_ops.ops.cross_entropy.reference import counts
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 
 def _fake_nothing(*_: object) -> None:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops import _cross_entropy_rows as rows_ops
-from fused_ops import _linear_cross_entropy_tiles as tiles
-from fused_ops._function import has_values
-from fused_ops._library import register
-from fused_ops.reference import linear_cross_entropy as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference.cross_entropy import counts
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.core.function import has_values
+from fused_ops.core.library import register
+from fused_ops.ops.cross_entropy import rows as rows_ops
+from fused_ops.ops.cross_entropy.reference import counts
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.linear_cross_entropy import by_classes as tiles
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 _TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
 _NUMBERS = "int ignore_index, float label_smoothing, float logit_scale, float softcap, bool statistics"

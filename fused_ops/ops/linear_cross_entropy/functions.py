@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_ops import _linear_cross_entropy_graph as graph
-from fused_ops._function import FusedFunction, _transforms_active, checked_saved, has_values, save
-from fused_ops._linear_cross_entropy_graph import TENSORS, Settings, split
-from fused_ops._linear_cross_entropy_plan import Cut
-from fused_ops.reference import linear_cross_entropy as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, has_values, save
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.linear_cross_entropy import graph, reference
+from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
+from fused_ops.ops.linear_cross_entropy.plan import Cut
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 _MOST_LIFTED = 256  # as gradients of a mean are below 1, times an input, they stay far from float16's largest number
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_ops import _cross_entropy_rows as rows_ops
-from fused_ops import _linear_cross_entropy_chunks as chunks
-from fused_ops._cross_entropy_options import fixed_order_sum
-from fused_ops._function import has_values
-from fused_ops._graph import as_tensor, register_graph_op
-from fused_ops._linear_cross_entropy_checks import at_least_one
-from fused_ops._linear_cross_entropy_plan import Cut, plan
-from fused_ops.reference import _cross_entropy_rows as rows
-from fused_ops.reference import linear_cross_entropy as reference
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference.cross_entropy import counts
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.core.function import has_values
+from fused_ops.core.graph import as_tensor, register_graph_op
+from fused_ops.ops.cross_entropy import rows as rows_ops
+from fused_ops.ops.cross_entropy import rows_reference as rows
+from fused_ops.ops.cross_entropy.arguments import fixed_order_sum
+from fused_ops.ops.cross_entropy.reference import counts
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.linear_cross_entropy import by_rows as chunks
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.arguments import at_least_one
+from fused_ops.ops.linear_cross_entropy.plan import Cut, plan
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 # Arguments of all ops: the 5 tensors of Head, then indices, probabilities, weight, class_mask.
 TENSORS = 9

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops._graph import fx_leaf, refuse_script
-from fused_ops.linear_cross_entropy import linear_cross_entropy
+from fused_ops.core.graph import fx_leaf, refuse_script
+from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
 _MODULE_OPTIONS = {
     "z_loss",

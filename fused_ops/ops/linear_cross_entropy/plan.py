@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fused_ops._linear_cross_entropy_chunks import WEIGHT, Plan
-from fused_ops._linear_cross_entropy_gpu import gpu_rows
-from fused_ops._linear_cross_entropy_tiles import suits
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowOptions
-from fused_ops.reference.linear_cross_entropy import Head
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.linear_cross_entropy.by_classes import suits
+from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
+from fused_ops.ops.linear_cross_entropy.gpu_plan import gpu_rows
+from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.reference import Sample, cross_entropy
-from fused_ops.reference import _cross_entropy_rows as rows
-from fused_ops.reference._cross_entropy_rows import RowArgs, RowGrads, RowOptions
-from fused_ops.reference._cross_entropy_samples import linear_samples
-from fused_ops.reference.cross_entropy import acc_dtype
+from fused_ops.core.sample import Sample
+from fused_ops.ops.cross_entropy import reference as cross_entropy
+from fused_ops.ops.cross_entropy import rows_reference as rows
+from fused_ops.ops.cross_entropy.reference import acc_dtype
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.samples import linear_samples
 
 
 class Head(NamedTuple):

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from fused_ops._argument_checks import check_tensors
-from fused_ops._cross_entropy_dispatch import index_loss
-from fused_ops._cross_entropy_options import _INDEX_DTYPES, _INPUT_DTYPES
-from fused_ops._cross_entropy_plain import REDUCTIONS
-from fused_ops._function import _transforms_active, is_one
-from fused_ops._graph import needs_formulas
-from fused_ops._library import register
-from fused_ops._linear_cross_entropy_plan import SMALL_BYTES
-from fused_ops.reference import linear_cross_entropy as reference
+from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.function import _transforms_active, is_one
+from fused_ops.core.graph import needs_formulas
+from fused_ops.core.library import register
+from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES, _INPUT_DTYPES
+from fused_ops.ops.cross_entropy.dispatch import index_loss
+from fused_ops.ops.cross_entropy.functions import REDUCTIONS
+from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES
 
 _is_tracing = torch._C._is_tracing
 
