@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
 import fused_ops.ops
 from fused_ops.core.graph import implementations
 from fused_ops.core.sample import Sample
+from fused_ops.core.torch_private import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass(frozen=True)

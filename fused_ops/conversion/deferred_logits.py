@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from fused_ops.core.torch_private import tree_map_only
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
@@ -118,8 +118,7 @@ class DeferredLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return Tensor.__torch_function__(func, (), args, kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], DeferredLogits) and args[0]._state.real is None:
             wanted = torch.is_grad_enabled() or func is cross_entropy

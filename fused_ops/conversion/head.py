@@ -6,13 +6,12 @@ import math
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
 from fused_ops.conversion import report as limits
 from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors
 from fused_ops.conversion.fuse import NotTraceable, Rewritten, _arity, _become, _trace, hooked
-from fused_ops.core.function import _transforms_active, autocast_enabled
+from fused_ops.core.function import autocast_enabled
+from fused_ops.core.torch_private import any_global_hook, forward_ad, is_tracing, transforms_active
 
 
 class HeadLinear(nn.Linear):
@@ -47,9 +46,9 @@ class HeadLinear(nn.Linear):
 
 def _watched(head: nn.Module) -> bool:
     """Whether somebody other than the loss is to see the logits: hooks, a tracer, a transform."""
-    if hooked(head) or nn_module._has_any_global_hook() or torch._C._get_tracing_state() is not None:
+    if hooked(head) or any_global_hook() or is_tracing():
         return True
-    return bool(_transforms_active()) or forward_ad._current_level >= 0
+    return bool(transforms_active()) or forward_ad._current_level >= 0
 
 
 def find_head(model: nn.Module) -> tuple[nn.Module | None, str]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
+from fused_ops.core.torch_private import is_innermost
 from fused_ops.ops.batch_norm.api import batch_norm
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -56,7 +57,7 @@ class patch(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        if _get_current_function_mode() is not self:  # what would be taken off is not this one
+        if not is_innermost(self):  # what would be taken off is not this one
             raise RuntimeError("patch: blocks inside this one must end before it")
         self._active = False
         super().__exit__(*error)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fused_ops.conversion.report import Check
+from fused_ops.core.torch_private import tree_leaves, tree_map
 
 LOOSE = 4.0  # sums of many layers' roundings differ by luck; a wrong gradient is off by orders of magnitude
 

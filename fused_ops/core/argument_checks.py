@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ops.core.torch_private import is_batched, transforms_active
+
 _PLAIN = (Tensor, torch.nn.Parameter)
-_transforms_active = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def check_devices(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
@@ -39,10 +39,10 @@ def check_data(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
 
     Tensors of a transform, a trace or a subclass have no memory that could be asked for.
     """
-    if torch.compiler.is_compiling() or _transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return
     for name, t in tensors:
-        if type(t) not in _PLAIN or _is_batched(t):
+        if type(t) not in _PLAIN or is_batched(t):
             continue
         if t.is_nested or t.is_quantized or t.layout is not torch.strided:
             kind = "a nested tensor" if t.is_nested else "a quantized tensor" if t.is_quantized else t.layout

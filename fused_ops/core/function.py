@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from fused_ops.core.argument_checks import check_data
-
-_transforms_active = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_dispatch_modes = torch._C._len_torch_dispatch_stack  # of make_fx, say, which takes a value that is read for a constant
-_has_torch_function = torch._C._has_torch_function_variadic
+from fused_ops.core.torch_private import (
+    call_backward_directly,
+    dispatch_modes,
+    forward_ad,
+    is_batched,
+    is_fake,
+    transforms_active,
+)
 
 
 def autocast_enabled(input: Tensor) -> bool:
@@ -26,13 +28,16 @@ def autocast_enabled(input: Tensor) -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether values of a tensor of the CPU can be read at once: it is no fake one, no batch, and not traced."""
-    return t.device.type == "cpu" and not (is_fake(t) or _is_batched(t) or _dispatch_modes())
+    """Whether values of a tensor of the CPU can be read at once: it is no fake one, no batch, and not traced.
+
+    What traces (make_fx, say) is a dispatch mode, and would take a value that is read for a constant.
+    """
+    return t.device.type == "cpu" and not (is_fake(t) or is_batched(t) or dispatch_modes())
 
 
 def is_one(grad: Tensor) -> bool:
     """Whether it can be read, on the CPU and neither fake nor a batch of gradients nor traced, and is 1."""
-    return type(grad) is Tensor and grad.is_cpu and not (_is_batched(grad) or _dispatch_modes()) and grad.item() == 1
+    return type(grad) is Tensor and grad.is_cpu and not (is_batched(grad) or dispatch_modes()) and grad.item() == 1
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -50,13 +55,6 @@ def checked_saved(saved: Sequence[Any], *grads: Tensor | None) -> Sequence[Any]:
     """Saved tensors, once they and the gradients that come in have their data: for formulas in plain PyTorch."""
     check_data("backward", [*(("a saved tensor", t) for t in saved), *(("a gradient", g) for g in grads)])
     return saved
-
-
-def call_backward_directly(function: type[Function]) -> None:
-    """For plain eager mode: the engine calls what looks for ``backward`` and calls that, for half a microsecond."""
-    backward_class = getattr(function, "_backward_cls", None)
-    if backward_class is not None:
-        backward_class.apply = function.backward
 
 
 def _of_first_output(function: type[FusedFunction]) -> Callable[..., Any]:
@@ -101,7 +99,7 @@ class FusedFunction(Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Runs the Function on positional arguments."""
-        if torch.compiler.is_compiling() or _transforms_active():
+        if torch.compiler.is_compiling() or transforms_active():
             return super().apply(*args)
         if not cls.only_first_output or forward_ad._current_level >= 0:
             return super(Function, cls).apply(*args)  # type: ignore[misc]

@@ -9,30 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 from fused_ops.core.function import FusedFunction
+from fused_ops.core.torch_private import functionalize_rules
 
 
 def _install() -> None:
     """Gives PyTorch's table a rule for our Functions; others meet what was there. Without these names: as PyTorch."""
-    try:
-        from torch._C._functorch import TransformType
-        from torch._functorch.autograd_function import custom_function_call
-        from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
-
-        table = custom_function_call.functorch_table
-        others = table[TransformType.Functionalize]
-    except (ImportError, AttributeError, KeyError):
+    found = functionalize_rules()
+    if found is None:
         return
+    rules, key, api, call = found
+    others = rules[key]
 
     def rule(interpreter: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         if not issubclass(function, FusedFunction):
             return others(interpreter, function, *args, **kwargs)
-        context = FunctorchFunctionalizeAPI(interpreter)
+        context = api(interpreter)
         inside: Any = context.unwrap_tensors(args)
         with context.redispatch_to_next():
-            outputs = custom_function_call(function, *inside, **kwargs)
+            outputs = call(function, *inside, **kwargs)
         return context.wrap_tensors(outputs)
 
-    table[TransformType.Functionalize] = rule
+    rules[key] = rule
 
 
 _install()

@@ -15,33 +15,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fused_ops.core.function import _transforms_active
 from fused_ops.core.library import _fragment, register
+from fused_ops.core.torch_private import is_tracing, levels, transforms_active
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_FORWARD = torch._C._functorch.TransformType.Jvp
-_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 implementations: dict[Any, Callable[..., Any]] = {}  # of the ops of register_graph_op
 
 
 def needs_formulas() -> bool:
     """Whether only PyTorch's own differentiable ops give the right derivatives of this call."""
     if torch.compiler.is_compiling():
-        return bool(_transforms_active())  # Dynamo inlines a Function there, without its backward
-    if torch._C._is_tracing():
+        return bool(transforms_active())  # Dynamo inlines a Function there, without its backward
+    if is_tracing():
         return True
     # Autograd drops the tangent of a Function's ``jvp`` at all but the innermost forward level.
-    return bool(_transforms_active()) and (_levels(_FORWARD) > 1 or functionalizing())
+    return bool(transforms_active()) and (levels("Jvp") > 1 or functionalizing())
 
 
 def functionalizing() -> bool:
     """Whether torch.func.functionalize is active, which refuses Functions."""
-    return bool(_transforms_active()) and not torch.compiler.is_compiling() and _levels(_FUNCTIONALIZE) > 0
-
-
-def _levels(kind: Any) -> int:
-    return sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or ())
+    return bool(transforms_active()) and not torch.compiler.is_compiling() and levels("Functionalize") > 0
 
 
 def as_tensor(*numbers: float) -> Tensor:

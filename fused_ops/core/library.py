@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_ops.core.argument_checks import checked
+from fused_ops.core.torch_private import has_kernel, without_overrides
 
 LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")
 
@@ -61,11 +61,12 @@ def register(
     if missing_reason is not None or not native:
         _fragment.define(schema)
     packet = getattr(torch.ops.fused_ops, name)
-    names = [argument.name for argument in packet.default._schema.arguments]
+    arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ") if argument]
     reference = checked(name, names, reference, reads=True)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", checked(name, names, fake, reads=False), lib=_fragment)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{name}", "CUDA"):
+    if has_kernel(f"fused_ops::{name}", "CUDA"):
         # What a CUDA kernel does not serve, it hands to the reference by this name.
         _fragment.define(schema.replace(name, f"{name}_reference", 1))
         _fragment.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
@@ -76,8 +77,7 @@ def register(
 
 def eager(op: Any) -> Callable[..., Any]:
     """A raw op without what a call of it spends on ``__torch_function__``: for arguments that have none."""
-    call = getattr(torch._C, "_dispatch_call_boxed", None)
-    return op if call is None else partial(call, op._handle)
+    return without_overrides(op)
 
 
 def isa() -> str | None:
@@ -90,7 +90,7 @@ def backends() -> list[tuple[str, str, str, str]]:
     rows = []
     for name in _registered:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{name}", key):
+            if has_kernel(f"fused_ops::{name}", key):
                 rows.append((name, device, f"{isa()} kernel" if key == "CPU" else "CUDA kernel", ""))
             else:
                 why = missing_reason or f"no {key} kernel in this build"

@@ -50,7 +50,7 @@ def in_tiles():
 
 # What the package asks before it chooses an op, and the answer: of plain eager calls, of all others, of graphs.
 WAYS = {
-    "eager": {"fused_ops.ops.cross_entropy.functions._dispatch_modes": False},
+    "eager": {"fused_ops.ops.cross_entropy.functions.dispatch_modes": False},
     "functional": {"fused_ops.ops.batch_norm.eager.serves": False},
     "graph": {"torch.compiler.is_compiling": True},
 }

@@ -33,7 +33,7 @@ PYTHON = [
     Mutant(PACKED, "bias if numbers[3] else None", "None", "bn", "bias not kept for an activation"),
     Mutant(
         PACKED,
-        "update = training and _current_graph_task_id() == -1",
+        "update = training and graph_task_id() == -1",
         "update = training",
         "bn",
         "checkpointing counts twice in plain eager mode",
@@ -202,8 +202,8 @@ PYTHON = [
     Mutant(PLAIN, "    increment_version(input)\n", "", "ce", "in place without a new version"),
     Mutant(
         PLAIN,
-        "if torch.is_grad_enabled() or _transforms_active():",
-        "if _transforms_active():",
+        "if torch.is_grad_enabled() or transforms_active():",
+        "if transforms_active():",
         "ce",
         "no second derivative",
     ),
@@ -297,8 +297,8 @@ PYTHON = [
     ),
     Mutant(
         "fused_ops/core/function.py",
-        "not (_is_batched(grad) or _dispatch_modes()) and grad.item() == 1",
-        "not _is_batched(grad)",
+        "not (is_batched(grad) or dispatch_modes()) and grad.item() == 1",
+        "not is_batched(grad)",
         "lce",
         "every upstream gradient of a small head taken for 1",
     ),

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.function import _has_torch_function, _transforms_active
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.integers import as_int64
+from fused_ops.core.torch_private import graph_task_id, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.ops.batch_norm import activations, graph
 from fused_ops.ops.batch_norm import eager as packed
@@ -115,7 +115,7 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
 
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward inside it is activation checkpointing's second."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and graph_task_id() != -1
 
 
 @no_script
@@ -219,7 +219,7 @@ def batch_norm(
                 _code(activation)
                 raise
     tensors = (input, running_mean, running_var, weight, bias, residual, valid)
-    overridden = not torch.compiler.is_compiling() and _has_torch_function(*tensors)
+    overridden = not torch.compiler.is_compiling() and has_torch_function(*tensors)
     if overridden or any_dtensor(*tensors):
         args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         own: dict[str, Any] = {
@@ -250,7 +250,7 @@ def batch_norm(
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """New running statistics into the old ones, which a transform of torch.func may have captured."""
-    if _transforms_active():
+    if transforms_active():
         graph.write_statistics(new_mean, new_var, running_mean, running_var)
     else:
         running_mean.copy_(new_mean)

@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from fused_ops.core.function import _has_torch_function, _transforms_active, call_backward_directly
 from fused_ops.core.library import eager, register
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import (
+    call_backward_directly,
+    forward_ad,
+    graph_task_id,
+    has_torch_function,
+    increment_version,
+    is_tracing,
+    transforms_active,
+)
 from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.ops.batch_norm.functions import _fake_act_backward, _grads
 from fused_ops.ops.batch_norm.reference import Options, Saved
@@ -70,10 +78,7 @@ _backward_op: Any = register(
     _fake_backward,
 )
 _forward, _backward = eager(_forward_op), eager(_backward_op)
-_is_grad_enabled = torch._C.is_grad_enabled
-_current_graph_task_id = torch._C._current_graph_task_id
-_is_tracing = torch._C._is_tracing
-_increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
 _DEFAULTS = (0.1, 1e-5, 0, activations.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
 
 
@@ -118,7 +123,7 @@ class BatchNormPackedFunction(Function):
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         training, _, eps, correction, code, slope = ctx.numbers
         grad_input: Tensor | None
-        if _is_grad_enabled() or _transforms_active():
+        if _is_grad_enabled() or transforms_active():
             ctx.options = Options(training, eps, correction, code, slope)
             mean, invstd = statistics.unbind(0)
             saved = Saved(input, None, weight, bias, mean, invstd, None, None)
@@ -126,7 +131,7 @@ class BatchNormPackedFunction(Function):
                 ctx, grad_output, saved, (need_input, False, need_weight, need_bias)
             )
             return grad_input, grad_weight, grad_bias, None
-        op = _backward_op if _has_torch_function(grad_output) else _backward
+        op = _backward_op if has_torch_function(grad_output) else _backward
         if training and need_input and need_weight and need_bias and not (code or correction):
             return *op(grad_output, input, weight, bias, statistics), None
         needs = need_input, need_weight or need_bias
@@ -157,10 +162,10 @@ def serves(
         not is_compiling()
         and type(input) is Tensor
         and input.is_cpu
-        and not _transforms_active()
+        and not transforms_active()
         and forward_ad._current_level < 0
-        and not _has_torch_function(input, running_mean, running_var, weight, bias)
-        and not _is_tracing()
+        and not has_torch_function(input, running_mean, running_var, weight, bias)
+        and not is_tracing()
     )
 
 
@@ -188,7 +193,7 @@ def batch_norm(
     if running_mean is not None and running_var is not None:
         if running_mean.requires_grad or running_var.requires_grad:
             raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
-        update = training and _current_graph_task_id() == -1
+        update = training and graph_task_id() == -1
         if training and not update:  # see fused_ops.batch_norm.recomputing
             running_mean = running_var = None
     output: Tensor
@@ -201,5 +206,5 @@ def batch_norm(
     else:
         output = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)[0]
     if update:
-        _increment_version([running_mean, running_var])  # type: ignore[list-item]
+        increment_version([running_mean, running_var])
     return output

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, save
+from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import transforms_active
 from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.ops.batch_norm.reference import Options, Saved
 
@@ -224,7 +225,7 @@ def _grads(ctx: Any, grad_output: Tensor, saved: Saved, needs: tuple[bool, bool,
     options: Options = ctx.options
     need_input, need_residual, need_weight, need_bias = needs
     given = need_residual and options.activation == activations.NONE and saved.valid is None
-    if torch.is_grad_enabled() or _transforms_active():
+    if torch.is_grad_enabled() or transforms_active():
         found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
     else:
         numbers = (options.training, options.correction, options.activation, options.slope, options.groups)
@@ -269,7 +270,7 @@ class BatchNormFunction(FusedFunction):
             return (None,) * 9
         input, weight, mean, invstd = ctx.saved_tensors
         need_input, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or _transforms_active():
+        if torch.is_grad_enabled() or transforms_active():
             tensors = Saved(input, None, weight, None, mean, invstd, None, None)
             found = _grads(ctx, grad_output, tensors, (need_input, False, need_weight, need_bias))
             return found[0], None, None, found[2], found[3], None, None, None, None

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
 
 from fused_ops.core.argument_checks import check_data
-from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved
+from fused_ops.core.function import FusedFunction, checked_saved
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import forward_ad, is_fake, is_tracing, transforms_active
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm import keep_output_reference as reference
 from fused_ops.ops.batch_norm import reference as batch_norm_reference
@@ -152,7 +151,7 @@ class BatchNormInplaceFunction(FusedFunction):
         o: Options = ctx.options
         need = ctx.needs_input_grad
         output, weight, bias, mean, invstd, kept, begins, valid = ctx.saved_tensors
-        if torch.is_grad_enabled() or _transforms_active():
+        if torch.is_grad_enabled() or transforms_active():
             checked_saved((output, weight, bias, mean, invstd, kept), grad_output)
             y, w, b = output.detach(), *(None if t is None else t.detach() for t in (weight, bias))
             x = reference.rebuild(y, w, b, mean, invstd, kept, o.activation, o.slope, o.groups)
@@ -195,9 +194,9 @@ def available(*tensors: Tensor | None) -> bool:
         and not (first.is_meta or is_fake(first))
         and any(t is not None and t.requires_grad for t in tensors)
         and not torch.compiler.is_compiling()
-        and not _transforms_active()
+        and not transforms_active()
         and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not is_tracing()
     )
 
 

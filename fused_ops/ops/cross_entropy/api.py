@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops.core.function import _has_torch_function, _transforms_active, autocast_enabled
+from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.core.torch_private import has_torch_function, legacy_reduction, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.ops.cross_entropy.arguments import (
     Numbers,
@@ -40,7 +41,7 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
 
 
 def _check_inplace(input: Tensor) -> None:
-    if torch.compiler.is_compiling() or _transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         raise RuntimeError(
             "cross_entropy: inplace_backward=True is for eager autograd, not for torch.compile or torch.func"
         )
@@ -161,7 +162,7 @@ def cross_entropy(
             raise
         if small is not None:
             return small
-    if _has_torch_function(input, target, weight) or any_dtensor(input, target, weight):
+    if has_torch_function(input, target, weight) or any_dtensor(input, target, weight):
         given: dict[str, Any] = {
             "weight": weight,
             "size_average": size_average,
@@ -182,7 +183,7 @@ def cross_entropy(
             "inplace_backward": inplace_backward,
             "return_outputs": return_outputs,
         }
-        if _has_torch_function(input, target, weight):
+        if has_torch_function(input, target, weight):
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
         refuse(cross_entropy, own)
         return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
@@ -192,7 +193,7 @@ def cross_entropy(
             _check_inplace(input)
         return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)

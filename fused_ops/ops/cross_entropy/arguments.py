@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_ops.core.argument_checks import check_data, check_devices
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.integers import as_int64
+from fused_ops.core.torch_private import is_tracing
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
@@ -289,7 +290,7 @@ def _counted(call: Call) -> Tensor | None:
 def fixed_order_sum(rows: Tensor) -> Tensor:
     """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
     # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
-    if rows.is_cuda or torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows.numel()) is not int:
+    if rows.is_cuda or torch.compiler.is_compiling() or is_tracing() or type(rows.numel()) is not int:
         return rows.sum()
     blocks = rows.reshape(-1)
     while blocks.numel() > _BLOCK:

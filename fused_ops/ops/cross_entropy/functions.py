@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from fused_ops.core.function import (
-    FusedFunction,
-    _dispatch_modes,
-    _has_torch_function,
-    _transforms_active,
-    call_backward_directly,
-    checked_saved,
-    is_one,
-    save,
-)
+from fused_ops.core.function import FusedFunction, checked_saved, is_one, save
 from fused_ops.core.library import eager, register
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import (
+    call_backward_directly,
+    dispatch_modes,
+    forward_ad,
+    has_torch_function,
+    is_tracing,
+    transforms_active,
+)
 from fused_ops.ops.cross_entropy import reference
 from fused_ops.ops.cross_entropy.rows import refuse_inplace_transforms
 
@@ -28,7 +27,6 @@ _SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by on
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
 
 _grad_enabled = torch.is_grad_enabled
-_is_tracing = torch._C._is_tracing
 
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
@@ -145,7 +143,7 @@ class CrossEntropyFunction(FusedFunction):
         args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
         if ctx.inplace_backward:
             return _inplace_gradient(*args), None, None, None, None
-        if torch.is_grad_enabled() or _transforms_active():
+        if torch.is_grad_enabled() or transforms_active():
             return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
         return _backward_op(*args), None, None, None, None
 
@@ -167,7 +165,7 @@ class _SmallFunction(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, options: tuple[int, int]) -> Tensor:
         loss: Tensor
-        op = _with_gradient_op if _has_torch_function(input, target) else _with_gradient
+        op = _with_gradient_op if has_torch_function(input, target) else _with_gradient
         loss, gradient, ignored = op(input, target, *options)
         ctx.found = gradient, ignored, options
         ctx.save_for_backward(input, target)
@@ -200,10 +198,10 @@ def _brings_gradient(input: Tensor) -> bool:
         and input.numel() <= _SMALL
         and input.is_cpu
         and _grad_enabled()
-        and not _transforms_active()
+        and not transforms_active()
         and forward_ad._current_level < 0
-        and not _is_tracing()
-        and not _dispatch_modes()  # what traces would take the number of ignored rows for a constant
+        and not is_tracing()
+        and not dispatch_modes()  # what traces would take the number of ignored rows for a constant
     )
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, save
+from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import transforms_active
 from fused_ops.ops.cross_entropy import rows_reference as reference
 from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
@@ -58,7 +59,7 @@ _backward_inplace_op = register(
 
 def refuse_inplace_transforms() -> None:
     """Raises where a gradient that overwrites the logits would be wrong."""
-    if torch.is_grad_enabled() or _transforms_active():
+    if torch.is_grad_enabled() or transforms_active():
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
             "transform; expected inplace_backward=False for those"
@@ -118,7 +119,7 @@ class CrossEntropyRowsFunction(FusedFunction):
             found[0] = gradient = a.input.detach()
             _backward_inplace_op(*g, gradient, *a[1:], lse, mass, entropy, *o)
             increment_version(a.input)
-        elif torch.is_grad_enabled() or _transforms_active():
+        elif torch.is_grad_enabled() or transforms_active():
             found[0] = reference.grad_input(g, a, o, acc_dtype(a.input.dtype)).to(a.input.dtype)
         else:
             gradient = _backward_op(*g, *a, lse, mass, entropy, *o)  # type: ignore[assignment]

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.function import _has_torch_function, _transforms_active
 from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
 from fused_ops.ops.cross_entropy.arguments import (
@@ -55,7 +54,7 @@ def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Te
 
 def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_outputs: bool) -> int:
     """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart."""
-    if reduction == "none" or return_outputs or not torch.is_grad_enabled() or _transforms_active():
+    if reduction == "none" or return_outputs or not torch.is_grad_enabled() or transforms_active():
         return 0
     if not torch.compiler.is_compiling() and call.args.input.numel() == 0:
         return 0
@@ -175,7 +174,7 @@ def linear_cross_entropy(
         small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
         if small is not None:
             return small
-    overridden = not torch.compiler.is_compiling() and _has_torch_function(input, linear_weight, linear_bias, target)
+    overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
     if overridden or any_dtensor(input, linear_weight, linear_bias, target):
         ours: dict[str, Any] = {
             "z_loss": z_loss,

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fused_ops.core.function import FusedFunction, _transforms_active, checked_saved, has_values, save
+from fused_ops.core.function import FusedFunction, checked_saved, has_values, save
+from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import graph, reference
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
@@ -40,7 +40,7 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
         g, needs = graph.row_grads(o.statistics, grads), graph.row_needs(ctx.needs_input_grad)
         if not needs or all(grad is None for grad in g):
             return (None,) * 17
-        if _transforms_active() or forward_ad._current_level >= 0 or graph.is_batched(*g):
+        if transforms_active() or forward_ad._current_level >= 0 or graph.is_batched(*g):
             return graph.place(graph.formulas(g, head, a, o, cut.classes(head), needs), needs, 17)
         settings = Settings.of(o, 0.0, cut)
         found = graph.rows_grad_op(*g, *tensors, lse, mass, entropy, *settings, o.statistics, needs)

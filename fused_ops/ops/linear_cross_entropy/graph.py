@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fused_ops.core import torch_private
 from fused_ops.core.function import has_values
 from fused_ops.core.graph import as_tensor, register_graph_op
 from fused_ops.ops.cross_entropy import rows as rows_ops
@@ -292,7 +293,7 @@ def is_batched(*grads: Tensor | None) -> bool:
     """Whether any comes from ``torch.autograd.grad(is_grads_batched=True)``, which few in-place operations stand."""
     if torch.compiler.is_compiling():
         return False
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    return any(g is not None and torch_private.is_batched(g) for g in grads)
 
 
 def _second(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.graph import fx_leaf, refuse_script
+from fused_ops.core.torch_private import WeightedLoss
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
 _MODULE_OPTIONS = {
@@ -24,7 +25,7 @@ _MODULE_OPTIONS = {
 }
 
 
-class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+class LinearCrossEntropyLoss(WeightedLoss):
     """``torch.nn.LinearCrossEntropyLoss``: a linear layer and its cross-entropy, with our options.
 
     Args:

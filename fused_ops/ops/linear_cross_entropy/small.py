@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.function import _transforms_active, is_one
+from fused_ops.core.function import is_one
 from fused_ops.core.graph import needs_formulas
 from fused_ops.core.library import register
+from fused_ops.core.torch_private import forward_ad, is_tracing, transforms_active
 from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES, _INPUT_DTYPES
 from fused_ops.ops.cross_entropy.dispatch import index_loss
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES
-
-_is_tracing = torch._C._is_tracing
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 INPUT, WEIGHT, BIAS = 1, 2, 4
@@ -144,8 +143,8 @@ def small_loss(
     if (
         reduction == "none"
         or input.dtype not in _DTYPES
-        or _is_tracing()
-        or _transforms_active()
+        or is_tracing()
+        or transforms_active()
         or forward_ad._current_level >= 0
     ):
         if needs_formulas():

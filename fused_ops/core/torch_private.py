@@ -1,0 +1,180 @@
+"""Every private name of torch that this package uses, each with what does instead where a release does not have it.
+
+What does instead is made of public names: slower, or careful where it cannot know, and never wrong. A name is looked up
+once, when this module is imported, so that a call costs what torch's own costs.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, overrides
+from torch.autograd import Function, graph
+from torch.autograd import forward_ad as _forward_ad
+from torch.fx.node import map_aggregate
+
+
+def _found(place: str, instead: Any) -> Any:
+    """Torch's name at "module:path", or what does instead."""
+    try:
+        return pkgutil.resolve_name(place)
+    except (ImportError, AttributeError):
+        return instead
+
+
+# ---- which of PyTorch's systems are active
+
+
+class _NoSetupContext(Function):
+    """A Function that torch.func refuses: it has no ``setup_context``."""
+
+    @staticmethod
+    def forward(ctx: Any) -> Tensor:
+        return torch.empty(0)
+
+
+def _are_old_functions_refused() -> bool:
+    try:
+        _NoSetupContext.apply()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _task_of_the_engine() -> int:
+    """0 in a backward pass, -1 elsewhere: only a backward pass takes a callback for its end."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: None)
+    except RuntimeError:
+        return -1
+    return 0
+
+
+class _ForwardLevels:
+    """What is asked of ``torch.autograd.forward_ad``: a dual tensor can be made where there is a level."""
+
+    @property
+    def _current_level(self) -> int:
+        one = torch.ones(())
+        try:
+            _forward_ad.make_dual(one, one)
+        except RuntimeError:
+            return -1
+        return 0
+
+
+transforms_active: Callable[[], bool] = _found("torch:_C._are_functorch_transforms_active", _are_old_functions_refused)
+is_tracing: Callable[[], bool] = _found("torch:_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+dispatch_modes: Callable[[], int] = _found("torch:_C._len_torch_dispatch_stack", lambda: 1)  # there may be one
+graph_task_id: Callable[[], int] = _found("torch:_C._current_graph_task_id", _task_of_the_engine)
+forward_ad: Any = _ForwardLevels() if _found("torch.autograd.forward_ad:_current_level", None) is None else _forward_ad
+any_global_hook: Callable[[], bool] = _found("torch.nn.modules.module:_has_any_global_hook", lambda: True)
+
+_transform_types = _found("torch:_C._functorch.TransformType", None)
+_interpreters = _found("torch:_C._functorch.get_interpreter_stack", None)
+
+
+def levels(transform: str) -> int:
+    """How many levels of a transform of torch.func are active, "Jvp" or "Functionalize"; 2 where it may be any."""
+    if _transform_types is None or _interpreters is None:
+        return 2 if transform == "Jvp" and transforms_active() else 0
+    kind = getattr(_transform_types, transform)
+    return sum(level.key() == kind for level in _interpreters() or ())
+
+
+_function_mode = _found("torch.overrides:_get_current_function_mode", None)
+
+
+def is_innermost(mode: overrides.TorchFunctionMode) -> bool:
+    """Whether the mode is the one that ends first, as far as can be told."""
+    return _function_mode is None or _function_mode() is mode
+
+
+# ---- what a tensor is
+
+
+def _has_no_memory(tensor: Any) -> bool:
+    """Whether a tensor has no memory of its own, as fake ones and those of transforms have not, or may have none."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return True
+    try:
+        return bool(tensor.untyped_storage().device.type != tensor.device.type)
+    except RuntimeError:
+        return True
+
+
+is_batched: Callable[[Tensor], bool] = _found("torch:_C._functorch.is_legacy_batchedtensor", _has_no_memory)
+is_fake: Callable[[Any], bool] = _found("torch._subclasses.fake_tensor:is_fake", _has_no_memory)
+has_torch_function: Callable[..., bool] = _found(
+    "torch:_C._has_torch_function_variadic", lambda *values: overrides.has_torch_function(values)
+)
+increment_version: Callable[[Any], None] = _found("torch:_C._increment_version", graph.increment_version)
+
+# ---- ops and Functions
+
+_dispatch_call_boxed = _found("torch:_C._dispatch_call_boxed", None)
+# Where it cannot be told, "yes" keeps the way open from a kernel that does not serve a call to the reference.
+has_kernel: Callable[[str, str], bool] = _found("torch:_C._dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
+
+
+def without_overrides(op: Any) -> Callable[..., Any]:
+    """An op without the search for ``__torch_function__``, or as it is."""
+    handle = getattr(op, "_handle", None)
+    return op if _dispatch_call_boxed is None or handle is None else partial(_dispatch_call_boxed, handle)
+
+
+def call_backward_directly(function: type[Function]) -> None:
+    """For plain eager mode: the engine calls what looks for ``backward`` and calls that, for half a microsecond."""
+    backward_class = getattr(function, "_backward_cls", None)
+    if backward_class is not None:
+        backward_class.apply = function.backward
+
+
+def functionalize_rules() -> tuple[dict[Any, Any], Any, Any, Any] | None:
+    """(rules of the op that Functions are for torch.func, the key of functionalize's, its API, that op), or None."""
+    call = _found("torch._functorch.autograd_function:custom_function_call", None)
+    api = _found("torch._subclasses.functional_tensor:FunctorchFunctionalizeAPI", None)
+    key = getattr(_transform_types, "Functionalize", None)
+    rules = getattr(call, "functorch_table", {})
+    return None if api is None or key not in rules else (rules, key, api, call)
+
+
+# The base class of PyTorch's losses with a weight for each class.
+WeightedLoss: Any = _found("torch.nn.modules.loss:_WeightedLoss", torch.nn.NLLLoss)
+
+# ---- nested values, and words
+
+
+def _map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    return map_aggregate(tree, lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    leaves: list[Any] = []
+    map_aggregate(tree, leaves.append)
+    return leaves, tree
+
+
+def _unflatten(leaves: Any, tree: Any) -> Any:
+    rest = iter(leaves)
+    return map_aggregate(tree, lambda _: next(rest))
+
+
+def _reduction_of(size_average: bool | None, reduce: bool | None) -> str:
+    name = "none" if reduce is False else "sum" if size_average is False else "mean"
+    said = f"size_average and reduce args will be deprecated, please use reduction='{name}' instead."
+    warnings.warn(said, stacklevel=3)
+    return name
+
+
+tree_map: Callable[..., Any] = _found("torch.utils._pytree:tree_map", lambda f, tree: map_aggregate(tree, f))
+tree_map_only: Callable[..., Any] = _found("torch.utils._pytree:tree_map_only", _map_only)
+tree_leaves: Callable[..., list[Any]] = _found("torch.utils._pytree:tree_leaves", lambda tree: _flatten(tree)[0])
+tree_flatten: Callable[..., tuple[list[Any], Any]] = _found("torch.utils._pytree:tree_flatten", _flatten)
+tree_unflatten: Callable[..., Any] = _found("torch.utils._pytree:tree_unflatten", _unflatten)
+legacy_reduction: Callable[..., str] = _found("torch.nn._reduction:legacy_get_string", _reduction_of)
