@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -296,6 +297,7 @@ print(fused_ops._library.isa())
 @pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_isa_equals_the_reference(isa, run_python):
+    skip_without(isa)
     run_python("-c", CHILD, cwd=ordinary.__file__.rsplit("/", 3)[0], ATEN_CPU_CAPABILITY=isa, OMP_NUM_THREADS="1")
 
 

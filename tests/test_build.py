@@ -203,6 +203,7 @@ def small_copy(tmp_path):
         (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "torch" / name).write_text(text)
     shutil.copy(ROOT / "setup.py", tree)
+    shutil.copy(ROOT / "csrc" / "exports.map", tree / "csrc")
     refuses = tmp_path / "refuses"
     refuses.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "this compiler knows no C++17" >&2; exit 1; }\n')
     refuses.chmod(0o755)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import skip_without
 from torch.nn import functional as F
 
 import fused_ops
@@ -310,4 +311,5 @@ def test_batch_norm_is_rounded_to_nearest(activation, layout, dtype):
 @needs_kernels
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_isa(isa, run_pytest):
+    skip_without(isa)
     run_pytest(__file__, "-k", "not every_isa", ATEN_CPU_CAPABILITY=isa)

@@ -2,11 +2,11 @@
 
 import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 
 import fused_ops
 from fused_ops.reference import cross_entropy as reference
@@ -189,9 +189,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 
 @pytest.mark.parametrize(("capability", "isa"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")])
 def test_every_isa(capability, isa, run_python):
-    flags = Path("/proc/cpuinfo").read_text()
-    if isa.lower().replace("avx512", "avx512bw") not in flags and isa != "DEFAULT":
-        pytest.skip(f"this processor has no {isa}")
+    skip_without(isa)
     run_python("-c", ISA_CODE.format(isa=isa), ATEN_CPU_CAPABILITY=capability)
 
 

@@ -4,11 +4,11 @@ import copy
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
@@ -643,9 +643,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 @pytest.mark.skipif(fused_ops._library.missing_reason is not None, reason="without the library there is no kernel")
 @pytest.mark.parametrize(("capability", "isa"), [("default", "DEFAULT"), ("avx2", "AVX2"), ("avx512", "AVX512")])
 def test_every_isa(capability, isa, run_python):
-    flags = Path("/proc/cpuinfo").read_text()
-    if capability != "default" and capability.replace("avx512", "avx512bw") not in flags:
-        pytest.skip(f"this CPU has no {capability}")
+    skip_without(isa)
     run_python("-c", ISA_CODE.format(isa=isa), ATEN_CPU_CAPABILITY=capability)
 
 

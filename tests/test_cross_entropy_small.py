@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 
 import fused_ops
 from fused_ops.testing import assert_no_worse_than
@@ -95,4 +96,5 @@ def test_a_bad_target_raises(row):
 
 @pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
 def test_every_isa(isa, run_pytest):
+    skip_without(isa)
     run_pytest(__file__, "-k", "grid and not isa", ATEN_CPU_CAPABILITY=isa.lower())
