@@ -250,7 +250,8 @@ class BuildLibrary(build_ext):
         units = extension.units(objects)
         compile_units(units)
         extension.extra_objects = [str(unit.output) for unit in units]
-        self.force = True  # linking takes a second, and whether it is needed is not told by times alone
+        # linking takes a second, and whether it is needed is not told by times alone
+        self.force = self.compiler.force = True
         super().build_extensions()
 
 

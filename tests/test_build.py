@@ -257,6 +257,10 @@ def test_the_library_is_what_the_sources_are_now(small_copy):
     first = built(r"(\d) of \1")
     assert built(r"0 of \d") == first
     (tree / "csrc" / "binding.cpp").write_text('extern "C" { int second = 1; }\n')
-    assert built(r"1 of \d") != first
+    second = built(r"1 of \d")
+    assert second != first
     (tree / "csrc" / "cpu" / "kernel.cpp").unlink()
-    assert built(r"0 of 1") != first
+    third = built(r"0 of 1")
+    assert third != second
+    (tree / "csrc" / "exports.map").write_text("{ global: *; };")
+    assert built(r"0 of 1") != third

@@ -295,13 +295,20 @@ struct TileSums {
   }
 };
 
+// kernel<double> in these passes is compiled with vectors, but once: AVX-512 calls AVX2's.
+#if defined(__AVX512F__)
+#define FUSED_OPS_FLOAT64_VECTORS(kernel, entry, ...) ::fused_ops::AVX2::entry(__VA_ARGS__)
+#else
+#define FUSED_OPS_FLOAT64_VECTORS(kernel, entry, ...) kernel<double>(__VA_ARGS__)
+#endif
+
 // kernel<T>(args, begin_item, end_item), in the function `entry` of the contract.
-#define FUSED_OPS_DISPATCH(kernel, entry)                                                     \
-  switch (args.dtype) {                                                                       \
-    case DType::float32: kernel<float>(args, begin_item, end_item); break;                    \
-    case DType::float64: FUSED_OPS_FLOAT64(kernel, entry, args, begin_item, end_item); break; \
-    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break;              \
-    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                \
+#define FUSED_OPS_DISPATCH(kernel, entry)                                                             \
+  switch (args.dtype) {                                                                               \
+    case DType::float32: kernel<float>(args, begin_item, end_item); break;                            \
+    case DType::float64: FUSED_OPS_FLOAT64_VECTORS(kernel, entry, args, begin_item, end_item); break; \
+    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break;                      \
+    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                        \
   }
 
 // The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines; unset
