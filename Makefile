@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test models check bench sanitize lint types cuda-compile gpu-report clean
+.PHONY: demo test models check bench sanitize lint types clang-check cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 # Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
@@ -48,6 +48,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Every C++ source must be correct, and without a warning, to clang as well; says so where there is none.
+clang-check: $(STAMP)
+	$(BIN)/python .ci/clang_check
 
 # Every CUDA source must compile for sm_80, sm_90 and sm_100, without spilling; needs nvcc but no GPU and no torch. On a
 # machine without nvcc there is nothing to compile with, and that is said. Prints registers and spills of each kernel.

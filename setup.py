@@ -6,7 +6,7 @@ Environment:
     FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built if they can be.
     TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; by default those that torch was built for.
     FUSED_OPS_SANITIZE=address|undefined|thread  build for a sanitizer (see .ci/sanitize).
-    CXX, CPPFLAGS, CXXFLAGS  the compiler and flags to add; MAX_JOBS: compilations at a time (default: processors).
+    CXX  the compiler; CPPFLAGS, CXXFLAGS: flags to add; MAX_JOBS: compilations at a time (default: processors).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from setuptools.errors import CCompilerError
 ROOT = Path(__file__).parent
 LIBRARY = "fused_ops._C"
 ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
+COLD = ("csrc/batch_norm/cpu/keep_output.cpp",)  # what few calls reach, where the ordinary optimisation is enough
 if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["DEFAULT"] = ["-Os"]  # no processor that trains needs it, and at -O3 it is the largest of the three
     ISA_FLAGS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["AVX512"] = [
         *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
@@ -56,8 +58,13 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 LINK_FLAGS: list[str] = []
-if os.environ.get("FUSED_OPS_SANITIZE"):
-    LINK_FLAGS = SANITIZERS[os.environ["FUSED_OPS_SANITIZE"]]
+if sys.platform == "linux":  # exports nothing, and drops the names of functions that are local to a file
+    LINK_FLAGS = ["-Wl,--version-script=csrc/exports.map", "-Wl,--discard-all"]
+COMMON_FLAGS += shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
+SANITIZE = os.environ.get("FUSED_OPS_SANITIZE")
+if SANITIZE:
+    LINK_FLAGS = SANITIZERS[SANITIZE]
+    ISA_FLAGS["DEFAULT"] = []
     sanitize = ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG", *LINK_FLAGS]
     COMMON_FLAGS, KERNEL_FLAGS = COMMON_FLAGS + sanitize, KERNEL_FLAGS + sanitize
 
@@ -202,8 +209,20 @@ def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
     units = []
     for isa, flags in ISA_FLAGS.items():
         command = [*cxx, *COMMON_FLAGS, *KERNEL_FLAGS, f"-DFUSED_OPS_ISA={isa}", *flags]
-        units += [Unit(s, object_of(objects / isa, s), command, versions) for s in sources("*/cpu/*.cpp")]
+        for s in sources("*/cpu/*.cpp"):
+            cold = ["-O2"] if s in COLD and not SANITIZE and "-Os" not in flags else []
+            units.append(Unit(s, object_of(objects / isa, s), [*command, *cold], versions))
     return units
+
+
+def binding_units(objects: Path, cxx: list[str], include: list[str], torch_version: str, cuda: bool) -> list[Unit]:
+    """Each csrc/<op>/*.cpp, those for CUDA only where its kernels are built. Torch's headers are the system's, without the
+    path that they have here."""
+    found = [flag for folder in include for flag in ("-isystem", folder, f"-ffile-prefix-map={folder}/=")]
+    command = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if cuda else []), *found]
+    versions = [compiler_version(cxx[0]), torch_version]
+    wanted = [s for s in sources("*/*.cpp") if cuda or not s.endswith("_cuda.cpp")]
+    return [Unit(s, object_of(objects, s), command, versions) for s in wanted]
 
 
 class BuildLibrary(build_ext):
@@ -231,7 +250,8 @@ class BuildLibrary(build_ext):
         units = extension.units(objects)
         compile_units(units)
         extension.extra_objects = [str(unit.output) for unit in units]
-        self.force = True  # linking takes a second, and whether it is needed is not told by times alone
+        # linking takes a second, and whether it is needed is not told by times alone
+        self.force = self.compiler.force = True
         super().build_extensions()
 
 
@@ -269,11 +289,7 @@ def native_extension() -> dict[str, object]:
             nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
             versions = [compiler_version(nvcc[0])]
             found += [Unit(s, object_of(objects / "cuda", s), nvcc, versions) for s in cuda_sources]
-        include = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
-        binding = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if with_cuda else []), *include]
-        versions = [compiler_version(cxx[0]), torch.__version__]
-        files = [s for s in sources("*/*.cpp") if with_cuda or not s.endswith("_cuda.cpp")]
-        return found + [Unit(s, object_of(objects, s), binding, versions) for s in files]
+        return found + binding_units(objects, cxx, extension.include_dirs, torch.__version__, with_cuda)
 
     extension.units = units
     return {

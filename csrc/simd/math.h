@@ -9,12 +9,29 @@
 #include <type_traits>
 
 #include "core/dtype.h"
-#if defined(__F16C__)
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 header leaves operands undefined on purpose, and GCC 12 warns of each (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 #ifndef FUSED_OPS_ISA
 #define FUSED_OPS_ISA DEFAULT
+#endif
+
+// float64 serves checks of gradients and has one copy of its kernels, the DEFAULT one's: FUSED_OPS_FLOAT64 calls
+// `kernel`<double> there, and elsewhere `entry`, the function of the contract that this is in.
+#if defined(__AVX2__)
+#define FUSED_OPS_FLOAT64(kernel, entry, ...) ::fused_ops::DEFAULT::entry(__VA_ARGS__)
+#else
+#define FUSED_OPS_FLOAT64(kernel, entry, ...) kernel<double>(__VA_ARGS__)
 #endif
 
 namespace fused_ops {

@@ -3,9 +3,6 @@
 #include <cstring>
 
 #include "simd/vector.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

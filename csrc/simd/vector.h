@@ -4,9 +4,6 @@
 #include <cstring>
 
 #include "simd/math.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

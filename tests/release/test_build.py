@@ -203,6 +203,7 @@ def small_copy(tmp_path):
         (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "torch" / name).write_text(text)
     shutil.copy(ROOT / "setup.py", tree)
+    shutil.copy(ROOT / "csrc" / "exports.map", tree / "csrc")
     refuses = tmp_path / "refuses"
     refuses.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "this compiler knows no C++17" >&2; exit 1; }\n')
     refuses.chmod(0o755)
@@ -255,7 +256,11 @@ def test_the_library_is_what_the_sources_are_now(small_copy):
 
     first = built(r"(\d) of \1")
     assert built(r"0 of \d") == first
-    (tree / "csrc" / "op" / "binding.cpp").write_text('extern "C" { int second = 1; }\n')
-    assert built(r"1 of \d") != first
+    (tree / "csrc" / "op" / "binding.cpp").write_text('__attribute__((visibility("default"))) int second = 1;\n')
+    second = built(r"1 of \d")
+    assert second != first
     (tree / "csrc" / "op" / "cpu" / "kernel.cpp").unlink()
-    assert built(r"0 of 1") != first
+    third = built(r"0 of 1")
+    assert third != second
+    (tree / "csrc" / "exports.map").write_text("{ global: *; };")
+    assert built(r"0 of 1") != third

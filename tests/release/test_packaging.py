@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import fused_ops.core.library
@@ -237,3 +238,12 @@ def test_check_command_fails_when_an_op_is_wrong(run_python, tmp_path):
     result = run_python("-c", code, check=False)
     assert result.returncode == 1
     assert "cross_entropy" in result.stdout and "FAILED" in result.stdout and "gradgradcheck: " in result.stdout
+
+
+def test_the_library_tells_nothing_of_the_machine_that_built_it_and_exports_nothing(built):
+    library = Path(zipfile.ZipFile(built[1]).extract("fused_ops/_C.so", built[0] / "unpacked"))
+    assert [line for line in symbols("-DC", "--defined-only", library) if line.strip()] == []
+    content = library.read_bytes()
+    for folder in (built[0], ROOT, Path(sys.prefix), Path(torch.__file__).parent, Path.home()):
+        assert str(folder).encode() not in content, folder
+    assert len(content) <= 2_600_000

@@ -39,7 +39,7 @@ void grad_run(const BatchNormBackward& a, const GradRun<T>& values, int64_t offs
   const bool frozen = a.frozen;
   int64_t before = a.stream ? values_before_line(to ? to : residual, n) : 0;
   bool stream = a.stream && (!to || !residual || values_before_line(residual, n) == before);
-  if (before && (!std::is_same_v<Coefficient, Spread<T>> || kBefore == Before::given || reads_bits(kBefore)))
+  if (before && (!std::is_same_v<Coefficient, Spread<T>> || kBefore == Before::buffered || reads_bits(kBefore)))
     stream = false;
   if (!stream) before = 0;
   if (a.stream && (before || (n - before) % L::kSize)) {  // to write a part of a line is to read it
@@ -66,27 +66,28 @@ void grad_run(const BatchNormBackward& a, const GradRun<T>& values, int64_t offs
   for_each_line<T, kBefore>(run, before, n, c, body);
 }
 
+// A run whose h goes through a buffer. Where its outputs do not begin a line of memory, its first values are one by
+// themselves, so that the others can be streamed.
+template <class T, class Coefficient>
+void grad_buffered(const BatchNormBackward& a, int64_t offset, int64_t n, const uint8_t* mask,
+                   const BackwardCoefficients<Coefficient>& c, int64_t ahead, int64_t soon) {
+  alignas(kLineBytes) acc_t<T> h[kPadded];
+  const void* out = a.grad_input ? a.grad_input : a.grad_residual;
+  int64_t first = a.stream ? values_before_line(static_cast<const T*>(out) + offset, n) : 0;
+  if (!std::is_same_v<Coefficient, Spread<T>> || (mask && first % 8)) first = 0;
+  for (int64_t i = 0, count = first ? first : n; i < n; i += count, count = n - i) {
+    const GradRun<T> run(a, offset + i, mask ? mask + i / 8 : nullptr, h, ahead, soon);
+    buffer_before<T>(a, run, offset + i, count, c, h);
+    grad_run<T, Before::buffered>(a, run, offset + i, count, c);
+  }
+}
+
 template <class T, class Coefficient>
 inline void grad_at(const BatchNormBackward& a, Before before, int64_t offset, int64_t n, const uint8_t* mask,
                     const BackwardCoefficients<Coefficient>& c, int64_t ahead, int64_t soon) {
-  using A = acc_t<T>;
-  GradRun<T> run{static_cast<const T*>(a.input) + offset,
-                 static_cast<const T*>(a.grad_output) + offset,
-                 mask,
-                 nullptr,
-                 static_cast<A>(a.slope),
-                 ahead,
-                 soon,
-                 inverse_slope<T>(a)};
-  if (before == Before::given) {
-    alignas(kLineBytes) A h[kPadded];
-    buffer_before<T>(a, offset, n, c, h);
-    run.given = h;
-    return grad_run<T, Before::given>(a, run, offset, n, c);
-  }
-#define FUSED_OPS_CALL(kind) grad_run<T, kind>(a, run, offset, n, c);
-  FUSED_OPS_BEFORE(before, FUSED_OPS_CALL)
-#undef FUSED_OPS_CALL
+  if (before == Before::buffered) return grad_buffered<T>(a, offset, n, mask, c, ahead, soon);
+  const GradRun<T> run(a, offset, mask, nullptr, ahead, soon);
+  with_before<T>(before, [&](auto kind) { grad_run<T, decltype(kind)::value>(a, run, offset, n, c); });
 }
 
 template <class T>
@@ -138,7 +139,7 @@ void grad_planes(const BatchNormBackward& a, Before before, int64_t item) {
 
 template <class T>
 void grad_input(const BatchNormBackward& a, int64_t begin, int64_t end) {
-  const Before before = before_of(a);
+  const Before before = before_of<T>(a);
   const bool columns = a.layout.columns();
   for (int64_t k = begin; k < end; ++k) {  // columns from the end, which the first pass has left in the cache
     const int64_t item = columns ? begin + (end - 1 - k) : k;
@@ -153,7 +154,7 @@ void grad_input(const BatchNormBackward& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void batch_norm_grad_input(const BatchNormBackward& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grad_input)
+  FUSED_OPS_DISPATCH(grad_input, batch_norm_grad_input)
 }
 
 }  // namespace FUSED_OPS_ISA

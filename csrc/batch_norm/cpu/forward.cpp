@@ -35,7 +35,7 @@ struct Affine {
 // sign.
 template <class T, Activation kind, bool kResidual, class Coefficient>
 inline FUSED_OPS_INLINE Line<T> applied(Line<T> z, const Line<T>& r, const Affine<Coefficient>& c, int64_t at,
-                                        acc_t<T> slope, typename LineBits<T>::Word* bits) {
+                                        typename LineBits<T>::Word* bits) {
   using V = typename Line<T>::V;
   for (int k = 0; k < Line<T>::kVectors; ++k) {
     const int64_t i = at + k * Line<T>::kLane;
@@ -46,26 +46,24 @@ inline FUSED_OPS_INLINE Line<T> applied(Line<T> z, const Line<T>& r, const Affin
   if (bits) *bits = LineBits<T>::positive(z);
   for (int k = 0; k < Line<T>::kVectors; ++k) {
     if constexpr (kind == Activation::relu) z.v[k] = z.v[k] <= 0 ? V{} : z.v[k];  // NaN stays
-    if constexpr (kind == Activation::leaky_relu) z.v[k] = z.v[k] > 0 ? z.v[k] : z.v[k] * slope;
   }
   return z;
 }
 
 // `count` < kSize values at i.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-FUSED_OPS_OF_PARTS void apply_part(const Run<T>& run, const Affine<Coefficient>& c, int64_t i, int64_t count,
-                                   acc_t<T> slope) {
+FUSED_OPS_OF_PARTS void apply_part(const Run<T>& run, const Affine<Coefficient>& c, int64_t i, int64_t count) {
   const Line<T> x = Line<T>::load_part(run.x + i, count);
   const Line<T> r = kResidual ? Line<T>::load_part(run.residual + i, count) : x;
   typename LineBits<T>::Word bits = 0;
   constexpr bool kMayMask = kResidual && kind != Activation::none;
-  applied<T, kind, kResidual>(x, r, c, i, slope, kMayMask ? &bits : nullptr).store_part(run.y + i, count);
+  applied<T, kind, kResidual>(x, r, c, i, kMayMask ? &bits : nullptr).store_part(run.y + i, count);
   if (kMayMask && run.mask) LineBits<T>::store(bits, count, run.mask + i / 8);
 }
 
-// Activations that are a comparison: a line never leaves the registers.
+// No activation, or relu: a line never leaves the registers.
 template <class T, Activation kind, bool kResidual, class Coefficient>
-void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc_t<T> slope) {
+void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients) {
   using L = Line<T>;
   constexpr bool kMayMask = kResidual && kind != Activation::none;  // else the backward rebuilds the sign from x
   const Affine<Coefficient> c = coefficients;                       // no store to y can change a copy
@@ -78,7 +76,7 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
   int64_t i = 0;
   if (before) {
     stream = std::is_same_v<Coefficient, Spread<T>> && (!mask || before % 8 == 0);
-    if (stream) apply_part<T, kind, kResidual>(run, c, 0, before, slope), i = before;
+    if (stream) apply_part<T, kind, kResidual>(run, c, 0, before), i = before;
   }
   if (run.stream && (before || (n - i) % L::kSize)) prefetch(y + soon), prefetch(y + n - 1 + soon);
   for (; i + L::kSize <= n; i += L::kSize) {
@@ -86,7 +84,7 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
     prefetch(x + i + ahead);
     if (kResidual) prefetch(r + i + soon);
     const L in = L::load(x + i), extra = kResidual ? L::load(r + i) : in;
-    const L z = applied<T, kind, kResidual>(in, extra, c, i, slope, mask ? &bits : nullptr);
+    const L z = applied<T, kind, kResidual>(in, extra, c, i, mask ? &bits : nullptr);
     if (mask) LineBits<T>::store(bits, L::kSize, mask + i / 8);
     if (stream)
       z.template store<true>(y + i);
@@ -96,26 +94,29 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients, acc
   if (i == n) return;
   prefetch_part(x + i + ahead);
   if (kResidual) prefetch_part(r + i + soon);
-  apply_part<T, kind, kResidual>(run, c, i, n - i, slope);
+  apply_part<T, kind, kResidual>(run, c, i, n - i);
 }
 
-// The others: a run of z in a buffer, then the activation over it.
-template <class T, bool kResidual, class Coefficient>
+// The others, and float64, which is for checks of gradients: a run of z in a buffer, then the activation over it.
+template <class T, class Coefficient>
 void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation activation, acc_t<T> slope) {
   using L = Line<T>;
   alignas(kLineBytes) acc_t<T> z[kPadded];
-  const T *x = run.x, *r = run.residual;
+  const T *x = run.x, *r = run.residual ? run.residual : x;
   int64_t i = 0;
-  const auto rebuild = [&](const L& in, const L& extra) FUSED_OPS_INLINE {
-    applied<T, Activation::none, kResidual>(in, extra, c, i, slope, nullptr).store_ordered(z + i);
+  const auto rebuild = [&](const L& in, const L& extra, int64_t count) FUSED_OPS_INLINE {
+    typename LineBits<T>::Word bits = 0, *wanted = run.mask ? &bits : nullptr;
+    const L line = run.residual ? applied<T, Activation::none, true>(in, extra, c, i, wanted)
+                                : applied<T, Activation::none, false>(in, extra, c, i, wanted);
+    line.store_ordered(z + i);
+    if (wanted) LineBits<T>::store(bits, count, run.mask + i / 8);
   };
   for (; i + L::kSize <= run.n; i += L::kSize) {
-    prefetch(x + i + run.ahead);
-    if (kResidual) prefetch(r + i + run.soon);
-    rebuild(L::load(x + i), L::load(kResidual ? r + i : x + i));
+    prefetch(x + i + run.ahead), prefetch(r + i + run.soon);
+    rebuild(L::load(x + i), L::load(r + i), L::kSize);
   }
   const int64_t whole = i, left = run.n - i;
-  if (left) rebuild(L::load_part(x + i, left), L::load_part(kResidual ? r + i : x + i, left));
+  if (left) rebuild(L::load_part(x + i, left), L::load_part(r + i, left), left);
   activate(activation, z, left ? whole + L::kSize : whole, slope);
   const bool stream = run.stream && values_before_line(run.y, run.n) == 0;
   for (i = 0; i < whole; i += L::kSize) {
@@ -128,31 +129,36 @@ void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation 
   if (left) L::load_ordered(z + whole).store_part(run.y + whole, left);
 }
 
-template <class T, bool kResidual, class Coefficient>
-inline void apply_run(const BatchNormForward& a, const Run<T>& run, const Affine<Coefficient>& c) {
-  const acc_t<T> slope = static_cast<acc_t<T>>(a.slope);
-  switch (a.activation) {
-    case Activation::none: return apply_lines<T, Activation::none, kResidual>(run, c, slope);
-    case Activation::relu: return apply_lines<T, Activation::relu, kResidual>(run, c, slope);
-    case Activation::leaky_relu: return apply_lines<T, Activation::leaky_relu, kResidual>(run, c, slope);
-    default: return apply_buffered<T, kResidual>(run, c, a.activation, slope);
-  }
+template <class T, Activation kind, class Coefficient>
+inline void apply_lines(const Run<T>& run, const Affine<Coefficient>& c) {
+  if (run.residual) return apply_lines<T, kind, true>(run, c);
+  apply_lines<T, kind, false>(run, c);
 }
 
 template <class T, class Coefficient>
 inline void apply_at(const BatchNormForward& a, int64_t offset, int64_t n, uint8_t* mask, const Affine<Coefficient>& c,
                      int64_t ahead, int64_t soon) {
-  Run<T> run{static_cast<const T*>(a.input) + offset,
-             nullptr,
-             static_cast<T*>(a.output) + offset,
-             mask,
-             n,
-             a.stream,
-             ahead,
-             soon};
-  if (!a.residual) return apply_run<T, false>(a, run, c);
-  run.residual = static_cast<const T*>(a.residual) + offset;
-  apply_run<T, true>(a, run, c);
+  const auto run_of = [&](int64_t i, int64_t count) {
+    const T* residual = a.residual ? static_cast<const T*>(a.residual) + offset + i : nullptr;
+    return Run<T>{static_cast<const T*>(a.input) + offset + i,
+                  residual,
+                  static_cast<T*>(a.output) + offset + i,
+                  mask ? mask + i / 8 : nullptr,
+                  count,
+                  a.stream,
+                  ahead,
+                  soon};
+  };
+  if constexpr (!std::is_same_v<T, double>) {
+    if (a.activation == Activation::none) return apply_lines<T, Activation::none>(run_of(0, n), c);
+    if (a.activation == Activation::relu) return apply_lines<T, Activation::relu>(run_of(0, n), c);
+  }
+  // What lies before the first whole line of y is a run of its own, so that the others can be streamed.
+  int64_t first = a.stream ? values_before_line(static_cast<T*>(a.output) + offset, n) : 0;
+  if (!std::is_same_v<Coefficient, Spread<T>> || (mask && first % 8)) first = 0;
+  const acc_t<T> slope = static_cast<acc_t<T>>(a.slope);
+  if (first) apply_buffered<T>(run_of(0, first), c, a.activation, slope);
+  if (first < n) apply_buffered<T>(run_of(first, n - first), c, a.activation, slope);
 }
 
 template <class T>
@@ -211,7 +217,9 @@ void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void batch_norm_apply(const BatchNormForward& args, int64_t begin_item, int64_t end_item) { FUSED_OPS_DISPATCH(apply) }
+void batch_norm_apply(const BatchNormForward& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH(apply, batch_norm_apply)
+}
 
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

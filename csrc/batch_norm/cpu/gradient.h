@@ -7,31 +7,28 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-// Where h comes from: g itself; g where z, a bit of the forward's or the output, which is read instead of x, says so;
-// or a buffer that holds it.
-enum class Before { plain, relu, leaky_relu, relu_bits, leaky_relu_bits, given, kept_leaky_relu };
+// Where h comes from. What trains most models is made in registers: g itself, or g where z, or a bit of the forward's,
+// is positive. Everything else, and float64, which is for checks of gradients, goes through a buffer that holds h.
+enum class Before { plain, relu, relu_bits, buffered };
 
+template <class T>
 inline Before before_of(const BatchNormBackward& a) {
+  if (std::is_same_v<T, double>) return Before::buffered;
   if (a.activation == Activation::none) return Before::plain;
-  if (a.kept) return Before::kept_leaky_relu;
-  const bool relu = a.activation == Activation::relu, leaky = a.activation == Activation::leaky_relu;
-  if (a.mask && relu) return Before::relu_bits;
-  if (a.mask && leaky) return Before::leaky_relu_bits;
-  if (!a.residual && relu) return Before::relu;
-  if (!a.residual && leaky) return Before::leaky_relu;
-  return Before::given;
+  if (a.activation != Activation::relu) return Before::buffered;
+  return a.mask ? Before::relu_bits : a.residual ? Before::buffered : Before::relu;
 }
 
-#define FUSED_OPS_BEFORE(before, call)                                 \
-  switch (before) {                                                    \
-    case Before::plain: call(Before::plain) break;                     \
-    case Before::relu: call(Before::relu) break;                       \
-    case Before::leaky_relu: call(Before::leaky_relu) break;           \
-    case Before::relu_bits: call(Before::relu_bits) break;             \
-    case Before::leaky_relu_bits: call(Before::leaky_relu_bits) break; \
-    case Before::given: call(Before::given) break;                     \
-    case Before::kept_leaky_relu: call(Before::kept_leaky_relu) break; \
+// f(before, as an integral_constant), for what before_of<T>() may give.
+template <class T, class F>
+inline void with_before(Before before, const F& f) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (before == Before::plain) return f(std::integral_constant<Before, Before::plain>());
+    if (before == Before::relu) return f(std::integral_constant<Before, Before::relu>());
+    if (before == Before::relu_bits) return f(std::integral_constant<Before, Before::relu_bits>());
   }
+  f(std::integral_constant<Before, Before::buffered>());
+}
 
 template <class Coefficient>
 struct BackwardCoefficients {
@@ -39,18 +36,23 @@ struct BackwardCoefficients {
 };
 
 template <class T>
-acc_t<T> inverse_slope(const BatchNormBackward& a) {
-  return static_cast<acc_t<T>>(a.kept ? 1 / a.slope : 0);
-}
-
-template <class T>
 struct GradRun {
   const T *x, *g;
   const uint8_t* mask;
-  const acc_t<T>* given;  // in the order of lines
-  acc_t<T> slope;         // of leaky_relu
-  int64_t ahead, soon;    // what is prefetched with each line lies so many values behind it; parts of lines to write
-  acc_t<T> inverse_slope;
+  const acc_t<T>* h;    // the buffer, in the order of lines
+  acc_t<T> below;       // factor of a negative x: 1, or where x is a kept output of leaky_relu, its slope's inverse
+  int64_t ahead, soon;  // what is prefetched with each line lies so many values behind it; parts of lines to write
+
+  GradRun(const BatchNormBackward& a, int64_t offset, const uint8_t* mask, const acc_t<T>* h, int64_t ahead,
+          int64_t soon)
+      : x(static_cast<const T*>(a.input) + offset),
+        g(static_cast<const T*>(a.grad_output) + offset),
+        mask(mask),
+        h(h),
+        below(static_cast<acc_t<T>>(a.kept ? 1 / a.slope : 1)),
+        ahead(ahead),
+        soon(soon) {}
+  GradRun() = default;
 
   inline FUSED_OPS_INLINE void prefetch_line(int64_t i) const { prefetch(x + i + ahead), prefetch(g + i + ahead); }
 };
@@ -62,34 +64,28 @@ inline FUSED_OPS_INLINE Line<T> grad_before(const Line<T>& x, Line<T> h, const G
                                             int64_t at) {
   using L = Line<T>;
   using V = typename L::V;
-  if constexpr (kBefore == Before::given) return L::load_ordered(run.given + at);
-  if constexpr (kBefore == Before::kept_leaky_relu)
-    for (int k = 0; k < L::kVectors; ++k) h.v[k] = x.v[k] > 0 ? h.v[k] : h.v[k] * run.slope;
+  if constexpr (kBefore == Before::buffered) return L::load_ordered(run.h + at);
   for (int k = 0; k < L::kVectors; ++k) {
     if constexpr (kBefore == Before::relu_bits) h.v[k] = LineBits<T>::select(bits, k, V{}, h.v[k]);
-    if constexpr (kBefore == Before::leaky_relu_bits) h.v[k] = LineBits<T>::select(bits, k, h.v[k] * run.slope, h.v[k]);
-    if constexpr (kBefore == Before::relu || kBefore == Before::leaky_relu) {
+    if constexpr (kBefore == Before::relu) {
       const int64_t i = at + k * L::kLane;
       const V z = (x.v[k] - c.mean.at(i)) * c.scale.at(i) + c.shift.at(i);
-      if constexpr (kBefore == Before::relu)
-        h.v[k] = z <= 0 ? V{} : h.v[k];
-      else
-        h.v[k] = z > 0 ? h.v[k] : h.v[k] * run.slope;
+      h.v[k] = z <= 0 ? V{} : h.v[k];
     }
   }
   return h;
 }
 
 constexpr bool rebuilds(Before before) {  // z, from the forward's coefficients
-  return before == Before::relu || before == Before::leaky_relu || before == Before::given;
+  return before == Before::relu || before == Before::buffered;
 }
-constexpr bool reads_bits(Before before) { return before == Before::relu_bits || before == Before::leaky_relu_bits; }
+constexpr bool reads_bits(Before before) { return before == Before::relu_bits; }
 
 // x of a line that was read: of a kept output, what the activation was given.
 template <class T, Before kBefore>
 inline FUSED_OPS_INLINE Line<T> input_of(Line<T> x, const GradRun<T>& run) {
-  if constexpr (kBefore == Before::kept_leaky_relu)
-    for (auto& v : x.v) v = v > 0 ? v : v * run.inverse_slope;
+  if constexpr (kBefore == Before::buffered)
+    for (auto& v : x.v) v = v > 0 ? v : v * run.below;
   return x;
 }
 
@@ -139,29 +135,40 @@ inline FUSED_OPS_INLINE void for_each_line(const GradRun<T>& run, int64_t i, int
 
 // h of a run of n values, in the order of lines, for any activation; 0 behind them.
 template <class T, class Coefficient>
-void buffer_before(const BatchNormBackward& a, int64_t offset, int64_t n, const BackwardCoefficients<Coefficient>& c,
-                   acc_t<T>* h) {
+void buffer_before(const BatchNormBackward& a, const GradRun<T>& run, int64_t offset, int64_t n,
+                   const BackwardCoefficients<Coefficient>& c, acc_t<T>* h) {
   using L = Line<T>;
   using A = acc_t<T>;
+  using V = typename L::V;
   alignas(kLineBytes) A g[kPadded];
-  const T* x = static_cast<const T*>(a.input) + offset;
-  const T* r = a.residual ? static_cast<const T*>(a.residual) + offset : x;
-  const T* from = static_cast<const T*>(a.grad_output) + offset;
-  const auto line = [&](L z, const L& g_line, const L& extra, int64_t i) FUSED_OPS_INLINE {
+  const T *x = run.x, *r = a.residual ? static_cast<const T*>(a.residual) + offset : x;
+  const A slope = static_cast<A>(a.slope);
+  const bool relu = a.activation == Activation::relu;
+  const bool known = a.kept || run.mask;  // z's sign is, which is all that the derivative depends on
+  const auto line = [&](L z, L from, const L& extra, int64_t i, int64_t count) FUSED_OPS_INLINE {
+    if (known) {
+      const auto bits = run.mask ? LineBits<T>::load(run.mask + i / 8, count) : 0;
+      for (int k = 0; k < L::kVectors; ++k) {
+        const V low = relu ? V{} : from.v[k] * slope;
+        from.v[k] = a.kept ? (z.v[k] > 0 ? from.v[k] : low) : LineBits<T>::select(bits, k, low, from.v[k]);
+      }
+      return from.store_ordered(h + i);
+    }
     for (int k = 0; k < L::kVectors; ++k) {
       const int64_t at = i + k * L::kLane;
       const auto shift = a.residual ? c.shift.at(at) + extra.v[k] : c.shift.at(at);
       z.v[k] = (z.v[k] - c.mean.at(at)) * c.scale.at(at) + shift;
+      if (relu) z.v[k] = z.v[k] <= 0 ? V{} : from.v[k];
     }
-    z.store_ordered(h + i), g_line.store_ordered(g + i);
+    z.store_ordered(h + i), from.store_ordered(g + i);
   };
   int64_t i = 0;
-  for (; i + L::kSize <= n; i += L::kSize) line(L::load(x + i), L::load(from + i), L::load(r + i), i);
+  for (; i + L::kSize <= n; i += L::kSize) line(L::load(x + i), L::load(run.g + i), L::load(r + i), i, L::kSize);
   if (i < n) {
-    line(L::load_part(x + i, n - i), L::load_part(from + i, n - i), L::load_part(r + i, n - i), i);
+    line(L::load_part(x + i, n - i), L::load_part(run.g + i, n - i), L::load_part(r + i, n - i), i, n - i);
     i += L::kSize;
   }
-  times_derivative(a.activation, h, g, i, static_cast<A>(a.slope));
+  if (!known && !relu) times_derivative(a.activation, h, g, i, slope);
 }
 
 }  // namespace FUSED_OPS_ISA

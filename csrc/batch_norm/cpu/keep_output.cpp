@@ -34,7 +34,7 @@ inline float log1p_(float x) {
   const float log_m = 2.0f * s + 2.0f * s * (z * poly);
   return e * 0.693145751953125f + (e * 1.42860682030941723e-6f + (log_m + lost / u));
 }
-inline double log1p_(double x) { return std::log1p(x); }
+[[maybe_unused]] inline double log1p_(double x) { return std::log1p(x); }
 
 // One coefficient for a whole run, where columns have an array of them.
 template <class A>
@@ -273,25 +273,26 @@ void grads(const BatchNormInplace& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define FUSED_OPS_DISPATCH(kernel)                                               \
-  switch (args.dtype) {                                                          \
-    case DType::float32: kernel<float>(args, begin_item, end_item); break;       \
-    case DType::float64: kernel<double>(args, begin_item, end_item); break;      \
-    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break; \
-    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;   \
+// kernel<T>(args, begin_item, end_item), in the function `entry` of the contract.
+#define FUSED_OPS_DISPATCH(kernel, entry)                                                     \
+  switch (args.dtype) {                                                                       \
+    case DType::float32: kernel<float>(args, begin_item, end_item); break;                    \
+    case DType::float64: FUSED_OPS_FLOAT64(kernel, entry, args, begin_item, end_item); break; \
+    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break;              \
+    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                \
   }
 
 void batch_norm_keep_count(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(keep_count)
+  FUSED_OPS_DISPATCH(keep_count, batch_norm_keep_count)
 }
 void batch_norm_keep_copy(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(keep_copy)
+  FUSED_OPS_DISPATCH(keep_copy, batch_norm_keep_copy)
 }
 void batch_norm_inplace_sums(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(sums)
+  FUSED_OPS_DISPATCH(sums, batch_norm_inplace_sums)
 }
 void batch_norm_inplace_grads(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grads)
+  FUSED_OPS_DISPATCH(grads, batch_norm_inplace_grads)
 }
 
 }  // namespace FUSED_OPS_ISA

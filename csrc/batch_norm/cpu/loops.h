@@ -24,12 +24,10 @@ constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));  // of 
 
 // Rows of a tile that are summed together: the more, the fewer loads and stores of their sums; the fewer, the more they
 // are read in the order of memory, which reads faster what is not in the cache. No bit depends on it.
+// float64, which is for checks of gradients, has one path: row by row.
 constexpr int kMostRows = 4;
 template <class T>
-inline int64_t rows_together(const ChannelLayout& l) {
-  const int64_t bytes = l.numel() * static_cast<int64_t>(sizeof(T));
-  return sizeof(T) == 2 || bytes < kCacheBytes ? kMostRows : kMostRows / 2;
-}
+constexpr int kRowsTogether = std::is_same_v<T, double> ? 1 : kMostRows;
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
@@ -188,26 +186,27 @@ struct Tile {
 };
 
 // Calls add(k, items, n) for the rows of [begin, end) that count: k of them together (an integral_constant, as the
-// kernels are made for each), n values of each, and of each the item that make(r, n, i) gives, the i-th of those
-// waiting. Returns how many rows count.
-template <class T, class Item, class Make, class Add>
+// kernels are made for each), kMost at most, n values of each, and of each the item that make(r, n, i) gives, the i-th
+// of those waiting. Returns how many rows count.
+template <class T, class Item, int kMost = kRowsTogether<T>, class Make, class Add>
 inline int64_t for_rows_together(const ChannelLayout& l, const Tile& t, int64_t begin, int64_t end, const Make& make,
                                  const Add& add) {
   using One = std::integral_constant<int, 1>;
-  Item items[kMostRows];
-  const int64_t together = rows_together<T>(l);
+  constexpr bool kMayHalve = kMost > 1 && sizeof(T) > 2;
+  Item items[kMost];
+  const bool halve = kMayHalve && l.numel() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
   int64_t waiting = 0, counted = 0;
   t.for_each_step(begin, end, [&](int64_t r, int64_t count, int64_t n) {
     if (l.valid && !l.valid[r]) return;
     counted += count;
     items[waiting] = make(r, n, waiting);
-    if (n < t.width) return add(One(), items + waiting, n);  // the last step, of fewer rows
-    if (++waiting < together) return;
+    if (kMost == 1 || n < t.width) return add(One(), items + waiting, n);  // of fewer rows: the last step
+    if (++waiting < (halve ? kMost / 2 : kMost)) return;
     waiting = 0;
-    if (together == kMostRows)
-      add(std::integral_constant<int, kMostRows>(), items, n);
-    else
-      add(std::integral_constant<int, kMostRows / 2>(), items, n);
+    if constexpr (kMayHalve) {
+      if (halve) return add(std::integral_constant<int, kMost / 2>(), items, n);
+    }
+    if constexpr (kMost > 1) add(std::integral_constant<int, kMost>(), items, n);
   });
   for (int64_t k = 0; k < waiting; ++k) add(One(), items + k, t.width);
   return counted;
@@ -296,12 +295,20 @@ struct TileSums {
   }
 };
 
-#define FUSED_OPS_DISPATCH(kernel)                                               \
-  switch (args.dtype) {                                                          \
-    case DType::float32: kernel<float>(args, begin_item, end_item); break;       \
-    case DType::float64: kernel<double>(args, begin_item, end_item); break;      \
-    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break; \
-    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;   \
+// kernel<double> in these passes is compiled with vectors, but once: AVX-512 calls AVX2's.
+#if defined(__AVX512F__)
+#define FUSED_OPS_FLOAT64_VECTORS(kernel, entry, ...) ::fused_ops::AVX2::entry(__VA_ARGS__)
+#else
+#define FUSED_OPS_FLOAT64_VECTORS(kernel, entry, ...) kernel<double>(__VA_ARGS__)
+#endif
+
+// kernel<T>(args, begin_item, end_item), in the function `entry` of the contract.
+#define FUSED_OPS_DISPATCH(kernel, entry)                                                             \
+  switch (args.dtype) {                                                                               \
+    case DType::float32: kernel<float>(args, begin_item, end_item); break;                            \
+    case DType::float64: FUSED_OPS_FLOAT64_VECTORS(kernel, entry, args, begin_item, end_item); break; \
+    case DType::bfloat16: kernel<bfloat16_t>(args, begin_item, end_item); break;                      \
+    case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                        \
   }
 
 // The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines; unset

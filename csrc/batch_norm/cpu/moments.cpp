@@ -221,7 +221,7 @@ void moments(const BatchNormForward& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void batch_norm_moments(const BatchNormForward& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(moments)
+  FUSED_OPS_DISPATCH(moments, batch_norm_moments)
 }
 
 }  // namespace FUSED_OPS_ISA

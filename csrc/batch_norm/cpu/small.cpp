@@ -46,11 +46,10 @@ void save(DType dtype, const double* __restrict from, int64_t n, void* to) {
   });
 }
 
-// The coefficients of the kernels: kRows accumulators a channel.
-template <int kRows>
+// The coefficients of the kernels: five accumulators a channel, of which the forward needs three.
 struct Coefficients {
   bool wide;
-  alignas(64) double memory[kRows][kSmallChannels];
+  alignas(64) double memory[5][kSmallChannels];
 
   explicit Coefficients(DType dtype) : wide(dtype == DType::float64) {}
   // Row i: doubles, or floats in its first half.
@@ -77,16 +76,15 @@ struct Coefficients {
 
 constexpr int64_t kKeptBytes = 16384;  // of h that is kept between the two passes
 
-// h = g * activation'(z) of a float or double input, where the two passes would each compute it. False if it is left to
-// them: it is cheap, z's sign is known, or h is too large for a buffer on the stack.
-template <class T>
-bool keep_before(const BatchNormBackward& a, T* __restrict h) {
+// h = g * activation'(z) of a float32 input, where the two passes would each compute it. False if it is left to them:
+// it is cheap, z's sign is known, or h is too large for a buffer on the stack.
+bool keep_before(const BatchNormBackward& a, float* __restrict h) {
   const bool sign = a.activation == Activation::relu || a.activation == Activation::leaky_relu;
   const int64_t n = a.layout.numel(), channels = a.layout.channels;
-  if (a.activation == Activation::none || sign || n * static_cast<int64_t>(sizeof(T)) > kKeptBytes) return false;
-  const T *x = static_cast<const T*>(a.input), *r = static_cast<const T*>(a.residual);
-  const T *mean = static_cast<const T*>(a.mean), *scale = static_cast<const T*>(a.scale);
-  const T* shift = static_cast<const T*>(a.shift);
+  if (a.activation == Activation::none || sign || n * static_cast<int64_t>(sizeof(float)) > kKeptBytes) return false;
+  const float *x = static_cast<const float*>(a.input), *r = static_cast<const float*>(a.residual);
+  const float *mean = static_cast<const float*>(a.mean), *scale = static_cast<const float*>(a.scale);
+  const float* shift = static_cast<const float*>(a.shift);
   for (int64_t at = 0; at < n; at += channels) {
     if (r) {
 #pragma omp simd
@@ -96,7 +94,7 @@ bool keep_before(const BatchNormBackward& a, T* __restrict h) {
       for (int64_t c = 0; c < channels; ++c) h[at + c] = (x[at + c] - mean[c]) * scale[c] + shift[c];
     }
   }
-  times_derivative(a.activation, h, static_cast<const T*>(a.grad_output), n, static_cast<T>(a.slope));
+  times_derivative(a.activation, h, static_cast<const float*>(a.grad_output), n, static_cast<float>(a.slope));
   return true;
 }
 
@@ -105,7 +103,7 @@ bool keep_before(const BatchNormBackward& a, T* __restrict h) {
 void batch_norm_small_forward(const BatchNormForward& given, const SmallForward& s) {
   BatchNormForward args = given;
   const int64_t n = args.layout.channels;
-  Coefficients<3> coefficients(args.dtype);
+  Coefficients coefficients(args.dtype);
   args.mean = coefficients.memory[0], args.scale = coefficients.memory[1], args.shift = coefficients.memory[2];
   double weight[kSmallChannels], bias[kSmallChannels], running[2][kSmallChannels], lost[kSmallChannels];
   load(s.params, s.weight, 1, n, weight), load(s.params, s.bias, 0, n, bias);
@@ -144,18 +142,16 @@ void batch_norm_small_forward(const BatchNormForward& given, const SmallForward&
 void batch_norm_small_backward(const BatchNormBackward& given, const SmallBackward& s) {
   BatchNormBackward args = given;
   const int64_t n = args.layout.channels;
-  Coefficients<5> coefficients(args.dtype);
+  Coefficients coefficients(args.dtype);
   args.mean = coefficients.memory[0], args.scale = coefficients.memory[1], args.shift = coefficients.memory[2];
   args.grad_mean = coefficients.memory[3], args.grad_slope = coefficients.memory[4];
   args.exact_mean = s.mean, args.repeat = 1;
   double weight[kSmallChannels], bias[kSmallChannels], lost[kSmallChannels];
   load(s.params, s.weight, 1, n, weight), load(s.params, s.bias, 0, n, bias);
   coefficients.write_affine(s.mean, s.invstd, weight, bias, n, lost);
-  alignas(64) char kept[kKeptBytes];
-  const bool keeps = args.dtype == DType::float32   ? keep_before(args, reinterpret_cast<float*>(kept))
-                     : args.dtype == DType::float64 ? keep_before(args, reinterpret_cast<double*>(kept))
-                                                    : false;
-  if (keeps) args.grad_output = kept, args.activation = Activation::none;
+  alignas(64) float kept[kKeptBytes / sizeof(float)];
+  if (args.dtype == DType::float32 && keep_before(args, kept))
+    args.grad_output = kept, args.activation = Activation::none;
   if (s.reduces) {
     Partial partials[kSmallChannels];
     args.partials = partials;

@@ -14,24 +14,23 @@ template <class T, Before kBefore>
 Partial plane_sums(const BatchNormBackward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
-  const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
   const int64_t channel = item / l.parts();
   const auto of = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
   const BackwardCoefficients<Spread<T>> c{of(a.mean), of(a.scale), of(a.shift), Spread<T>(0), Spread<T>(0)};
-  alignas(kLineBytes) A given[kBefore == Before::given ? kPadded : 1];
+  alignas(kLineBytes) A h[kBefore == Before::buffered ? kPadded : 1];
   ProductSums<T> sums(a.exact_mean[channel]);
   int64_t count = 0;
   for_each_run(l, item, true, [&](const PlaneRun& at) {
-    const int64_t offset = at.offset, n = at.n;
-    const uint8_t* mask = reads_bits(kBefore) ? a.mask + at.mask_byte(l, channel) : nullptr;
-    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given);
-    const GradRun<T> run{x + offset, g + offset,         mask, given, static_cast<A>(a.slope), at.ahead,
-                         at.soon,    inverse_slope<T>(a)};
+    const bool masked = kBefore == Before::buffered ? a.mask != nullptr : reads_bits(kBefore);
+    const uint8_t* mask = masked ? a.mask + at.mask_byte(l, channel) : nullptr;
+    const GradRun<T> run(a, at.offset, mask, h, at.ahead, at.soon);
+    if constexpr (kBefore == Before::buffered) buffer_before<T>(a, run, at.offset, at.n, c, h);
     auto lanes = sums.lanes();
-    for_each_line<T, kBefore>(
-        run, 0, n, c, [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t) FUSED_OPS_INLINE { lanes.step(h, v); });
-    sums.set(lanes, n);
-    count += n;
+    for_each_line<T, kBefore>(run, 0, at.n, c,
+                              [&](const Line<T>& v, const Line<T>& h, int64_t, int64_t)
+                                  FUSED_OPS_INLINE { lanes.step(h, v); });
+    sums.set(lanes, at.n);
+    count += at.n;
   });
   Partial result{0, 0, count};
   sums.take(&result.a, &result.b);
@@ -71,8 +70,8 @@ struct ColumnProducts {
         if constexpr (Sums::kWiden) {
           constexpr bool kPlain = kWhole && kBefore == Before::plain;
           const DoublePair h = kPlain ? widen_at(runs[r].g + at + k * L::kLane) : widen(line.h.v[k]);
-          const DoublePair x = kWhole && kBefore != Before::kept_leaky_relu ? widen_at(runs[r].x + at + k * L::kLane)
-                                                                            : widen(line.x.v[k]);
+          const DoublePair x =
+              kWhole && kBefore != Before::buffered ? widen_at(runs[r].x + at + k * L::kLane) : widen(line.x.v[k]);
           add(2 * k, h.low, x.low), add(2 * k + 1, h.high, x.high);
         } else {
           add(k, line.h.v[k], line.x.v[k]);
@@ -96,28 +95,30 @@ template <class T, Before kBefore>
 int64_t add_tile_rows(const BatchNormBackward& a, const Tile& t, int64_t begin, int64_t end,
                       const BackwardCoefficients<Ordered<T>>& c, ColumnProducts<T>& columns) {
   using A = acc_t<T>;
+  constexpr int kMost = kBefore == Before::buffered ? 1 : kRowsTogether<T>;
   const ChannelLayout& l = a.layout;
-  const T *x = static_cast<const T*>(a.input), *g = static_cast<const T*>(a.grad_output);
-  alignas(kLineBytes) A given[kMostRows][kBefore == Before::given ? kTile + 16 : 1];
-  const auto run_of = [&](int64_t r, int64_t n, int64_t i) {
+  alignas(kLineBytes) A h[kBefore == Before::buffered ? kPadded : 1];
+  const auto run_of = [&](int64_t r, int64_t n, int64_t) {
     const int64_t offset = r * l.channels + t.column;
     const uint8_t* mask = a.mask ? a.mask + r * ((l.channels + 7) / 8) + t.column / 8 : nullptr;
-    if constexpr (kBefore == Before::given) buffer_before<T>(a, offset, n, c, given[i]);
-    return GradRun<T>{x + offset, g + offset, mask, given[i], static_cast<A>(a.slope), 0, 0, inverse_slope<T>(a)};
+    const GradRun<T> run(a, offset, mask, h, 0, 0);
+    if constexpr (kBefore == Before::buffered) buffer_before<T>(a, run, offset, n, c, h);
+    return run;
   };
-  return for_rows_together<T, GradRun<T>>(l, t, begin, end, run_of, [&](auto k, const GradRun<T>* runs, int64_t n) {
-    columns.template add_rows<decltype(k)::value, kBefore>(runs, n, c);
-  });
+  return for_rows_together<T, GradRun<T>, kMost>(l, t, begin, end, run_of,
+                                                 [&](auto k, const GradRun<T>* runs, int64_t n) {
+                                                   columns.template add_rows<decltype(k)::value, kBefore>(runs, n, c);
+                                                 });
 }
 
-template <class T, Before kBefore>
-void tile_sums(const BatchNormBackward& a, int64_t item) {
+template <class T>
+void tile_sums(const BatchNormBackward& a, Before before, int64_t item) {
   using A = acc_t<T>;
   using S = typename TileSums<T>::S;
   const ChannelLayout& l = a.layout;
   const Tile t(l, item, !a.mask || l.channels % 8 == 0);
   const auto values = [&](const void* from) {
-    return TileValues<T>(t, static_cast<const A*>(from) + t.column, rebuilds(kBefore));
+    return TileValues<T>(t, static_cast<const A*>(from) + t.column, rebuilds(before));
   };
   const TileValues<T> mean = values(a.mean), scale = values(a.scale), shift = values(a.shift);
   const BackwardCoefficients<Ordered<T>> c{Ordered<T>(mean.values), Ordered<T>(scale.values), Ordered<T>(shift.values),
@@ -134,7 +135,9 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   double sum[kTile], dot[kTile];
   const int64_t fold = sizeof(T) == 2 ? kRowsPerFold * t.fused : t.rows();  // rows that are summed in float
   for (int64_t begin = t.row_begin; begin < t.row_end; begin += fold) {
-    counted += add_tile_rows<T, kBefore>(a, t, begin, std::min(begin + fold, t.row_end), c, columns);
+    const int64_t end = std::min(begin + fold, t.row_end);
+    with_before<T>(
+        before, [&](auto kind) { counted += add_tile_rows<T, decltype(kind)::value>(a, t, begin, end, c, columns); });
     columns.sums.fold(t);
   }
   columns.sums.take(t, sum, dot);
@@ -146,27 +149,21 @@ void tile_sums(const BatchNormBackward& a, int64_t item) {
   }
 }
 
-template <class T, Before kBefore>
-void sums(const BatchNormBackward& a, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    if (a.layout.columns())
-      tile_sums<T, kBefore>(a, item);
-    else
-      a.partials[item] = plane_sums<T, kBefore>(a, item);
-  }
-}
-
 template <class T>
 void grad_sums(const BatchNormBackward& a, int64_t begin, int64_t end) {
-#define FUSED_OPS_CALL(kind) sums<T, kind>(a, begin, end);
-  FUSED_OPS_BEFORE(before_of(a), FUSED_OPS_CALL)
-#undef FUSED_OPS_CALL
+  const Before before = before_of<T>(a);
+  for (int64_t item = begin; item < end; ++item) {
+    if (a.layout.columns())
+      tile_sums<T>(a, before, item);
+    else
+      with_before<T>(before, [&](auto kind) { a.partials[item] = plane_sums<T, decltype(kind)::value>(a, item); });
+  }
 }
 
 }  // namespace
 
 void batch_norm_grad_sums(const BatchNormBackward& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grad_sums)
+  FUSED_OPS_DISPATCH(grad_sums, batch_norm_grad_sums)
 }
 
 }  // namespace FUSED_OPS_ISA

@@ -77,7 +77,7 @@ class PackedRows {
 
  private:
   // AVX-512 loads no byte that its masks leave out; the others would read behind the last row.
-  static bool is_direct(bool packed, int64_t count) {
+  static bool is_direct([[maybe_unused]] bool packed, [[maybe_unused]] int64_t count) {
 #if defined(__AVX512F__)
     return std::is_same_v<T, float> && packed && count % kWidth == 0;
 #else

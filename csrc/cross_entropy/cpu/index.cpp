@@ -174,7 +174,7 @@ int64_t backward_rows(const CrossEntropyBackward& a, int64_t begin, int64_t end)
 BlockResult cross_entropy_forward_rows(const CrossEntropyForward& args, int64_t begin_row, int64_t end_row) {
   switch (args.dtype) {
     case DType::float32: return forward_rows<float>(args, begin_row, end_row);
-    case DType::float64: return forward_rows<double>(args, begin_row, end_row);
+    case DType::float64: return FUSED_OPS_FLOAT64(forward_rows, cross_entropy_forward_rows, args, begin_row, end_row);
     case DType::bfloat16: return forward_rows<bfloat16_t>(args, begin_row, end_row);
     case DType::float16: return forward_rows<float16_t>(args, begin_row, end_row);
   }
@@ -199,7 +199,7 @@ int64_t cross_entropy_bad_target(const Targets& targets, int64_t begin, int64_t 
 int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin_row, int64_t end_row) {
   switch (args.dtype) {
     case DType::float32: return backward_rows<float>(args, begin_row, end_row);
-    case DType::float64: return backward_rows<double>(args, begin_row, end_row);
+    case DType::float64: return FUSED_OPS_FLOAT64(backward_rows, cross_entropy_backward, args, begin_row, end_row);
     case DType::bfloat16: return backward_rows<bfloat16_t>(args, begin_row, end_row);
     case DType::float16: return backward_rows<float16_t>(args, begin_row, end_row);
   }

@@ -77,8 +77,9 @@ double grads_of(const float* u, float* out, int64_t n, float high, float low, co
   });
 }
 
-double grads_of(const double* u, double* out, int64_t n, double high, double low, const Factors<double>& k,
-                const Shares<double>& q, bool, int64_t except) {
+// Of float64, which only the DEFAULT kernels call.
+[[maybe_unused]] double grads_of(const double* u, double* out, int64_t n, double high, double low,
+                                 const Factors<double>& k, const Shares<double>& q, bool, int64_t except) {
   double s[kLanes] = {}, sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double log_p = (u[i] - high) - low, p = exp_(log_p);
@@ -318,7 +319,7 @@ class LaneWalk {
   alignas(64) float grad_[kLaneClasses * kWidth];
 };
 
-template <class A, class Walk>
+template <class A, class Walk = RowWalk<A>>
 int64_t backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
   Walk walk(args);
   Rows<A> state(args);
@@ -357,8 +358,8 @@ int64_t index_alone_backward(const CrossEntropyRowsBackward& args, int64_t begin
 int64_t cross_entropy_rows_backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
   if (is_index_alone(args.rows) && args.grad_nll && !args.grad_lse) return index_alone_backward(args, begin, end);
   if (fits_lanes(args.rows)) return backward<float, LaneWalk>(args, begin, end);
-  if (args.rows.dtype == DType::float64) return backward<double, RowWalk<double>>(args, begin, end);
-  return backward<float, RowWalk<float>>(args, begin, end);
+  if (args.rows.dtype != DType::float64) return backward<float>(args, begin, end);
+  return FUSED_OPS_FLOAT64(backward, cross_entropy_rows_backward, args, begin, end);
 }
 
 }  // namespace FUSED_OPS_ISA

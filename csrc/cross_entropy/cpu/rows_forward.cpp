@@ -120,7 +120,7 @@ struct LaneWalk {
   }
 };
 
-template <class A, class Walk>
+template <class A, class Walk = RowWalk<A>>
 int64_t forward(const CrossEntropyRowsForward& args, int64_t begin, int64_t end) {
   Walk walk{args.rows};
   const Finish<A> finish{args};
@@ -162,8 +162,8 @@ int64_t index_alone_forward(const CrossEntropyRowsForward& args, int64_t begin, 
 int64_t cross_entropy_rows_forward(const CrossEntropyRowsForward& args, int64_t begin, int64_t end) {
   if (is_index_alone(args.rows)) return index_alone_forward(args, begin, end);
   if (fits_lanes(args.rows)) return forward<float, LaneWalk>(args, begin, end);
-  if (args.rows.dtype == DType::float64) return forward<double, RowWalk<double>>(args, begin, end);
-  return forward<float, RowWalk<float>>(args, begin, end);
+  if (args.rows.dtype != DType::float64) return forward<float>(args, begin, end);
+  return FUSED_OPS_FLOAT64(forward, cross_entropy_rows_forward, args, begin, end);
 }
 
 }  // namespace FUSED_OPS_ISA
