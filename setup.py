@@ -216,8 +216,10 @@ def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
 
 
 def binding_units(objects: Path, cxx: list[str], include: list[str], torch_version: str, cuda: bool) -> list[Unit]:
-    """Each csrc/<op>/*.cpp, those for CUDA only where its kernels are built. Torch's headers are the system's, without the
-    path that they have here."""
+    """Each csrc/<op>/*.cpp, those for CUDA only where its kernels are built.
+
+    Torch's headers are the system's, without the path that they have here.
+    """
     found = [flag for folder in include for flag in ("-isystem", folder, f"-ffile-prefix-map={folder}/=")]
     command = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if cuda else []), *found]
     versions = [compiler_version(cxx[0]), torch_version]

@@ -38,14 +38,6 @@ def check_derivatives(function, sample):
     assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-def skip_without(isa):
-    """Skips where the processor lacks an instruction set: our kernels then take a lesser one, PyTorch's die of it."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        flags = next((line.split() for line in file if line.startswith("flags")), [])
-    if isa.lower() != "default" and isa.lower().replace("avx512", "avx512bw") not in flags:
-        pytest.skip(f"this processor has no {isa}")
-
-
 def _fingerprint(values):
     """What tells whether a tensor's memory was written to, of those that are plain and small."""
     found = []

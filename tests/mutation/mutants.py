@@ -829,8 +829,8 @@ NATIVE = [
     ),
     Mutant(
         "csrc/batch_norm/cpu/gradient.h",
-        "h.v[k] = z > 0 ? h.v[k] : h.v[k] * run.slope;",
-        "h.v[k] = z > 0 ? h.v[k] : h.v[k] + run.slope;",
+        "const V low = relu ? V{} : from.v[k] * slope;",
+        "const V low = relu ? V{} : from.v[k] + slope;",
         "bn",
         "leaky_relu'",
     ),
