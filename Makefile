@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test models check bench sanitize lint types clang-check cuda-compile gpu-report clean
+.PHONY: demo test test-slow models check bench sanitize lint types clang-check cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 # Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
@@ -21,8 +21,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 demo: $(STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
+# Each core runs tests of its own. TESTS="tests/batch_norm -k relu" for some of them.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+
+# The half of the matrix of PyTorch's systems that compiles something in every cell (tests/contracts/test_seams.py).
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(TESTS)
 
 # What the tests of other people's models and of the examples need besides; without it they are skipped, with the reason.
 models:

@@ -212,17 +212,17 @@ def test_a_missing_or_broken_library_is_one_warning(library, run_python, tmp_pat
 
 
 def test_import_is_light(run_python):
-    """What import fused_ops loads on top of import torch is its own few files."""
+    """What import fused_ops loads on top of import torch is its own few files, and where torch keeps flop formulas."""
     code = (
         "import sys, torch; before = set(sys.modules); import fused_ops;"
         "print(*sorted(name for name in set(sys.modules) - before if not name.startswith('fused_ops')))"
     )
-    assert run_python("-c", code).stdout.split() == []
+    assert set(run_python("-c", code).stdout.split()) <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
 
 def test_command_line(run_python, tmp_path):
-    said = run_python("-m", "fused_ops", "info", cwd=tmp_path).stdout
-    assert fused_ops.__version__ in said and "cross_entropy_backward" in said and "cuda" in said
+    said = run_python("-m", "fused_ops", "info", "-v", cwd=tmp_path).stdout
+    assert fused_ops.__version__ in said and "cross_entropy_backward" in said
     assert run_python("-m", "fused_ops", "nonsense", check=False).returncode == 2
     assert run_python("-m", "fused_ops", check=False).returncode == 2
 
