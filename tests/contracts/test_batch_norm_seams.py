@@ -250,8 +250,7 @@ def test_unneeded_gradients_are_not_computed(needed):
     loss = torch.compile(call.__call__, backend="eager", fullgraph=True)(*given).sin().sum()
     with _RecordRawOps() as recorder:
         close(torch.autograd.grad(loss, wanted), expected)
-    ((op, arguments, _),) = recorder.calls
-    assert op._opname == "batch_norm_grad"
+    ((op, arguments, _),) = [c for c in recorder.calls if c[0]._opname == "batch_norm_grad"]
     assert arguments[-1] == sum(bit for bit, n in ((1, "input"), (2, "residual"), (4, "weight")) if n in needed)
     computed = [g.numel() > 0 for g in op(*arguments)]
     assert computed == [n in needed for n in ("input", "residual", "weight", "weight")]

@@ -262,7 +262,7 @@ def test_a_traced_module_is_saved_and_trains(options):
 @pytest.mark.parametrize("module", [fused_ops.CrossEntropyLoss(), fused_ops.LinearCrossEntropyLoss(3, 4)])
 def test_scripting_says_what_to_do(module):
     for given in (module, torch.nn.Sequential(module)):
-        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace, or torch\.export"):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace or torch\.export"):
             torch.jit.script(given)
 
 

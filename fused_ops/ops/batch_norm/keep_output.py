@@ -190,10 +190,10 @@ def available(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     return (
         torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and first is not None
         and not (first.is_meta or is_fake(first))
         and any(t is not None and t.requires_grad for t in tensors)
-        and not torch.compiler.is_compiling()
         and not transforms_active()
         and forward_ad._current_level < 0
         and not is_tracing()
