@@ -45,6 +45,7 @@ def _fingerprint(values):
         plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided
         plain = plain and 0 < t.numel() <= 1 << 16 and not t.is_neg()
         plain = plain and not torch._C._functorch.is_legacy_batchedtensor(t)
+        plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         if plain and t.untyped_storage().nbytes():
             with torch.no_grad():
                 found.append(

@@ -47,7 +47,7 @@ class patch(TorchFunctionMode):
         unknown = [name for name in names if name not in _OURS]
         if unknown:
             raise ValueError(f"patch: expected names of {sorted(_OURS)}, got {unknown[0]!r}")
-        self._serves = {getattr(F, name): _OURS[name] for name in names or _OURS}
+        self._serves = {getattr(F, name): (_OURS[name], *_parameters(_OURS[name])) for name in names or _OURS}
         self._active = False
 
     def __enter__(self) -> Any:
@@ -64,15 +64,12 @@ class patch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ours = self._serves.get(func)
-        if ours is None or not _takes(ours, args, kwargs):
-            return func(*args, **kwargs)
-        return ours(*args, **kwargs)
-
-
-def _takes(ours: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    names = _PARAMETERS[ours]
-    return len(args) <= names[0] and names[1].issuperset(kwargs)
+        found = self._serves.get(func)
+        if found is not None:
+            ours, positional, names = found
+            if len(args) <= positional and all(name in names for name in kwargs):
+                return ours(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[int, frozenset[str]]:
@@ -80,6 +77,3 @@ def _parameters(function: Callable[..., Any]) -> tuple[int, frozenset[str]]:
     found = inspect.signature(function).parameters
     positional = [p for p in found.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return len(positional), frozenset(found)
-
-
-_PARAMETERS = {function: _parameters(function) for function in _OURS.values()}

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fused_ops.core.library import _fragment, register
-from fused_ops.core.torch_private import is_tracing, levels, transforms_active
+from fused_ops.core.torch_private import dispatch_modes, forward_ad, is_tracing, levels, transforms_active
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -31,6 +32,17 @@ def needs_formulas() -> bool:
         return True
     # Autograd drops the tangent of a Function's ``jvp`` at all but the innermost forward level.
     return bool(transforms_active()) and (levels("Jvp") > 1 or functionalizing())
+
+
+def in_graph() -> bool:
+    """Whether the call becomes a part of a graph: of torch.compile, torch.export or make_fx.
+
+    A transform that make_fx traces needs the Functions, and leaves nothing in the graph that it is to follow.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    plain = not transforms_active() and forward_ad._current_level < 0
+    return plain and bool(dispatch_modes()) and get_proxy_mode() is not None
 
 
 def functionalizing() -> bool:
@@ -67,9 +79,39 @@ def register_graph_op(
     op = register(schema, implementation, fake, native=False)
     implementations[op] = implementation
     if backward is not None:
-        name = schema.split("(", 1)[0]
-        torch.library.register_autograd(f"fused_ops::{name}", backward, setup_context=setup_context, lib=_fragment)
+        name = f"fused_ops::{schema.split('(', 1)[0]}"
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_Guarded())
     return op
+
+
+class _Guarded:
+    """Stands for the library where an autograd formula is registered, and puts ``_refuse_transforms`` before it."""
+
+    ns = _fragment.ns
+
+    @staticmethod
+    def impl(name: str, kernel: Callable[..., Any], key: str, **options: Any) -> None:
+        def guarded(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0 or transforms_active():
+                _refuse_transforms(name, args)
+            return kernel(keyset, *args, **kwargs)
+
+        _fragment.impl(name, guarded, key, **options)
+
+
+def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
+    """Raises where PyTorch would drop a tangent without a word, and where it has no rule for a gradient."""
+    tensors = [t for t in args if isinstance(t, Tensor) and t.is_floating_point()]
+    if transforms_active() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        what = "torch.func cannot differentiate"
+    elif torch._C._is_fwd_grad_enabled() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        what = "forward-mode AD cannot follow"
+    else:
+        return
+    raise NotImplementedError(
+        f"{what} fused_ops::{name} of a graph that is made already: use the transform inside of what torch.compile, "
+        "torch.export or make_fx is given"
+    )
 
 
 def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

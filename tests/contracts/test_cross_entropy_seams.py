@@ -6,6 +6,7 @@ import torch._dynamo.utils
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_ops
 from fused_ops import cross_entropy
@@ -262,3 +263,55 @@ def test_patch_leaves_loss_parallel_alone(mesh):
     right.backward()
     torch.testing.assert_close(loss.full_tensor() if hasattr(loss, "full_tensor") else loss, right)
     torch.testing.assert_close(parts.grad.full_tensor(), y.grad)
+
+
+CALLED = {
+    "ce": lambda x: cross_entropy(x, torch.arange(6)),
+    "smoothing": lambda x: cross_entropy(x, torch.arange(6), label_smoothing=0.1),
+    "lce": lambda x: fused_ops.linear_cross_entropy(x, x.exp(), torch.arange(6), chunk_rows=2),
+    "bn": lambda x: fused_ops.batch_norm(x, None, None, None, None, True),
+}
+MADE = {
+    "compiled": lambda f, x: torch.compile(f, backend="eager"),
+    "exported": lambda f, x: torch.export.export(Applied(f), (x,)).module(),
+    "make_fx": lambda f, x: make_fx(f)(x),
+}
+
+
+class Applied(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("name", CALLED)
+def test_a_graph_drops_no_tangent(name, made):
+    """PyTorch's engine would: an op with an autograd formula has none for forward mode."""
+    x = logits(6)
+    graph = MADE[made](CALLED[name], x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode AD cannot follow fused_ops::"):
+            graph(dual)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_what_make_fx_traced_without_gradients_has_them(name):
+    graph = make_fx(CALLED[name])(logits(6))
+    x = logits(6).requires_grad_()
+    found, right = (torch.autograd.grad(f(x).sin().sum(), x) for f in (graph, CALLED[name]))
+    torch.testing.assert_close(found, right)
+    with pytest.raises(NotImplementedError, match=r"torch\.func cannot differentiate fused_ops::"):
+        torch.func.grad(lambda y: graph(y).sum())(x.detach())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_patch_around_what_was_compiled(backend):
+    x, target = logits(), indices()
+    compiled = torch.compile(lambda y: F.cross_entropy(y, target), backend=backend)
+    with fused_ops.patch():
+        torch.testing.assert_close(compiled(x), F.cross_entropy(x, target))

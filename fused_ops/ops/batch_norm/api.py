@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.core.graph import in_graph, needs_formulas, no_script
 from fused_ops.core.integers import as_int64
 from fused_ops.core.torch_private import graph_task_id, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
@@ -291,7 +291,7 @@ def _with_statistics(
     args = input, residual, running, params, _checked(input, valid, options), momentum, options
     if needs_formulas():
         return formulas(*args)
-    return graph.batch_norm(*args) if torch.compiler.is_compiling() else _apply(*args)
+    return graph.batch_norm(*args) if in_graph() else _apply(*args)
 
 
 def _apply(

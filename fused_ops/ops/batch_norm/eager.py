@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from fused_ops.core.graph import in_graph
 from fused_ops.core.library import eager, register
 from fused_ops.core.memory_format import empty_output
 from fused_ops.core.torch_private import (
     call_backward_directly,
+    dispatch_modes,
     forward_ad,
     graph_task_id,
     has_torch_function,
@@ -166,6 +168,7 @@ def serves(
         and forward_ad._current_level < 0
         and not has_torch_function(input, running_mean, running_var, weight, bias)
         and not is_tracing()
+        and not (dispatch_modes() and in_graph())
     )
 
 

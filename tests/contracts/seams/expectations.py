@@ -30,7 +30,7 @@ _COUNTING = r"bn-(BatchNorm1d|BatchNorm2d, relu|BatchNorm3d|momentum=None|LazyBa
 
 REFUSALS = (
     Refusal(
-        rf"second derivative|linearize|vmap|per-sample gradients, vmap\(grad\)|functionalize|{_TRANSFORMS}",
+        rf"second derivative|vmap|per-sample gradients, vmap\(grad\)|functionalize|{_TRANSFORMS}",
         "ce-inplace_backward",
         RuntimeError,
         "inplace_backward=True",
