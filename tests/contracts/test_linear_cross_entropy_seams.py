@@ -285,3 +285,13 @@ def test_opcheck():
     of_grad = (*grads, *(t.detach() for t in leaves), target, None, None, None, *saved, -100, numbers, *cut, True, 31)
     for name, args in (("", of_sum), ("_rows", of_rows), ("_rows_grad", of_grad)):
         torch.library.opcheck(ops[f"linear_cross_entropy{name}"], args, test_utils=everything)
+
+
+def test_a_second_derivative_of_what_was_compiled_is_refused():
+    """As AOTAutograd refuses PyTorch's own; the gradients that the loss brings along are no constants."""
+    x, w = torch.randn(6, 5).double().requires_grad_(), torch.randn(7, 5).double().requires_grad_()
+    loss = torch.compile(lambda x, w: linear_cross_entropy(x, w, torch.arange(6)), backend="aot_eager", fullgraph=True)
+    value = loss(x, w)
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(value + gradient.square().sum(), x)

@@ -81,7 +81,8 @@ def _low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor
 def head_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any, shape: Shape) -> Head:
     """The matrices, in autocast's dtype where it is on."""
     in_features = input.size(-1)
-    tensors = [input.reshape(math.prod(shape.lead), in_features), linear_weight.flatten(0, -2)]
+    rows = input if input.dim() == 2 else input.reshape(math.prod(shape.lead), in_features)
+    tensors = [rows, linear_weight.flatten(0, -2)]
     tensors += [] if linear_bias is None else [linear_bias.reshape(-1)]
     scale = 1.0
     if lora is not None:

@@ -142,7 +142,8 @@ def _sum_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
         return *differentiable(run, tensors, row_scale, settings.unpack()[1], grad_loss, need), *none[5:]
     if needs & ~ctx.needs:  # a program that was exported with inputs of which no gradient was wanted
         gradients = sum_op(*tensors, row_scale, *settings, needs, ctx.nan_if_empty)[1:]
-    return *((g * grad_loss).to(g.dtype) if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
+    found = _scale_op(grad_loss, tensors[0], tensors[1], *gradients)
+    return *(g if n else None for g, n in zip(found, need, strict=True)), *none[5:]
 
 
 def differentiable(
@@ -162,6 +163,22 @@ def differentiable(
     return [next(new) if n else None for n in need]
 
 
+def _scale(grad_loss: Tensor, input: Tensor, linear_weight: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    return tuple((g * grad_loss).to(g.dtype) for g in gradients)
+
+
+def _fake_scale(grad_loss: Tensor, input: Tensor, linear_weight: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(g) for g in gradients)
+
+
+# It takes the matrices, which it does not read, so that AOTAutograd sees what the gradients depend on: else it would
+# take them for constants, and a second derivative would be wrong without a word instead of refused.
+_scale_op: Any = register_graph_op(
+    "linear_cross_entropy_scale(Tensor grad_loss, Tensor input, Tensor linear_weight, "
+    f"{_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scale,
+    _fake_scale,
+)
 sum_op: Any = register_graph_op(
     f"linear_cross_entropy({_HEAD}, {chunks._TENSORS}, Tensor row_scale, {_NUMBERS}, {_CUT}, int needs, "
     f"bool nan_if_empty) -> (Tensor loss, {_GRADIENTS})",
