@@ -8,7 +8,7 @@ from conftest import ROOT
 
 COMPILERS = [name for name in ("g++", "clang++", "clang++-19", "clang++-16") if shutil.which(name)]
 CODE = r"""
-#include "isa.h"
+#include "core/isa.h"
 #include <cstdio>
 using namespace fused_ops;
 
