@@ -21,9 +21,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 demo: $(STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
-# Each core runs tests of its own. TESTS="tests/batch_norm -k relu" for some of them.
+# TESTS="tests/batch_norm -k relu" for some of them.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest $(TESTS)
 
 # The half of the matrix of PyTorch's systems that compiles something in every cell (tests/contracts/test_seams.py).
 test-slow: $(STAMP)

@@ -17,7 +17,14 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fused_ops.core.library import _fragment, register
-from fused_ops.core.torch_private import dispatch_modes, forward_ad, is_tracing, levels, transforms_active
+from fused_ops.core.torch_private import (
+    dispatch_modes,
+    forward_ad,
+    forward_grad_enabled,
+    is_tracing,
+    levels,
+    transforms_active,
+)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -104,7 +111,7 @@ def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
     tensors = [t for t in args if isinstance(t, Tensor) and t.is_floating_point()]
     if transforms_active() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         what = "torch.func cannot differentiate"
-    elif torch._C._is_fwd_grad_enabled() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    elif forward_grad_enabled() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         what = "forward-mode AD cannot follow"
     else:
         return

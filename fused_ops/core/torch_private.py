@@ -71,6 +71,7 @@ class _ForwardLevels:
 transforms_active: Callable[[], bool] = _found("torch:_C._are_functorch_transforms_active", _are_old_functions_refused)
 is_tracing: Callable[[], bool] = _found("torch:_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 dispatch_modes: Callable[[], int] = _found("torch:_C._len_torch_dispatch_stack", lambda: 1)  # there may be one
+forward_grad_enabled: Callable[[], bool] = _found("torch:_C._is_fwd_grad_enabled", lambda: False)
 graph_task_id: Callable[[], int] = _found("torch:_C._current_graph_task_id", _task_of_the_engine)
 forward_ad: Any = _ForwardLevels() if _found("torch.autograd.forward_ad:_current_level", None) is None else _forward_ad
 any_global_hook: Callable[[], bool] = _found("torch.nn.modules.module:_has_any_global_hook", lambda: True)

@@ -83,7 +83,8 @@ def test_values_and_gradients(family, dtype, upstream):
                 errors.append(relative_errors(mine, other, right))
     if errors:  # sums of products, in which either may be the lucky one: the rule holds for them all together
         mine, other = torch.tensor(errors, dtype=torch.float64).T
-        assert mine.max() <= other.max() + 1 and mine.mean() <= other.mean()
+        more = 2 if family.endswith("in chunks") else 1  # a sum over chunks is rounded once more than one product is
+        assert mine.max() <= other.max() + more and mine.mean() <= other.mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

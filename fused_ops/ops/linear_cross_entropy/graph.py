@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core import torch_private
-from fused_ops.core.function import has_values
 from fused_ops.core.graph import as_tensor, register_graph_op
 from fused_ops.ops.cross_entropy import rows as rows_ops
 from fused_ops.ops.cross_entropy import rows_reference as rows
@@ -84,7 +83,13 @@ def _flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products
     """Multiplications and additions of ``products`` matrix products with each weight."""
     head, a = split(tensors)
     counted = head.input.size(0)
-    if a.indices is not None and a.indices.dim() == 1 and not statistics and has_values(a.indices):
+    if (
+        a.indices is not None
+        and a.indices.dim() == 1
+        and not statistics
+        and a.indices.is_cpu
+        and not torch_private.is_fake(a.indices)
+    ):
         counted = int(counts(a.indices, ignore_index).sum())
     low = 0 if head.low_weight is None else head.low_weight.numel()
     return 2 * counted * products * (head.weight.numel() + low)
