@@ -97,7 +97,9 @@ def raw_ops():
     """(module, name, raw op) of every raw op that a module of the package calls."""
 
     def op_of(value):
-        if isinstance(value, functools.partial) and value.args and hasattr(value.args[0], "schema"):  # library.eager
+        if (
+            isinstance(value, functools.partial) and value.args and hasattr(value.args[0], "schema")
+        ):  # without_overrides
             value = getattr(torch.ops.fused_ops, value.args[0].schema().name.split("::")[1]).default
         return value if isinstance(value, torch._ops.OpOverload) and value.namespace == "fused_ops" else None
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fused_ops.core.argument_checks import checked
-from fused_ops.core.torch_private import has_kernel, without_overrides
+from fused_ops.core.torch_private import has_kernel
 
 LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")
 
@@ -73,11 +72,6 @@ def register(
     if native:
         _registered.append(name)
     return packet.default  # type: ignore[no-any-return]
-
-
-def eager(op: Any) -> Callable[..., Any]:
-    """A raw op without what a call of it spends on ``__torch_function__``: for arguments that have none."""
-    return without_overrides(op)
 
 
 def isa() -> str | None:

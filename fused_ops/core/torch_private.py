@@ -124,7 +124,7 @@ has_kernel: Callable[[str, str], bool] = _found("torch:_C._dispatch_has_kernel_f
 
 
 def without_overrides(op: Any) -> Callable[..., Any]:
-    """An op without the search for ``__torch_function__``, or as it is."""
+    """An op without what a call of it spends on ``__torch_function__``, for arguments that have none; or as it is."""
     handle = getattr(op, "_handle", None)
     return op if _dispatch_call_boxed is None or handle is None else partial(_dispatch_call_boxed, handle)
 

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_ops.core.graph import in_graph
-from fused_ops.core.library import eager, register
+from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
 from fused_ops.core.torch_private import (
     call_backward_directly,
@@ -25,6 +25,7 @@ from fused_ops.core.torch_private import (
     increment_version,
     is_tracing,
     transforms_active,
+    without_overrides,
 )
 from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.ops.batch_norm.functions import _fake_act_backward, _grads
@@ -79,7 +80,7 @@ _backward_op: Any = register(
     reference.packed_backward,
     _fake_backward,
 )
-_forward, _backward = eager(_forward_op), eager(_backward_op)
+_forward, _backward = without_overrides(_forward_op), without_overrides(_backward_op)
 _is_grad_enabled = torch.is_grad_enabled
 _DEFAULTS = (0.1, 1e-5, 0, activations.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
 

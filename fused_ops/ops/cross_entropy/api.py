@@ -162,7 +162,8 @@ def cross_entropy(
             raise
         if small is not None:
             return small
-    if has_torch_function(input, target, weight) or any_dtensor(input, target, weight):
+    overridden = has_torch_function(input, target, weight)
+    if overridden or any_dtensor(input, target, weight):
         given: dict[str, Any] = {
             "weight": weight,
             "size_average": size_average,
@@ -183,7 +184,7 @@ def cross_entropy(
             "inplace_backward": inplace_backward,
             "return_outputs": return_outputs,
         }
-        if has_torch_function(input, target, weight):
+        if overridden:
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
         refuse(cross_entropy, own)
         return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]

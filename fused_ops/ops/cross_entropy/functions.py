@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_one, save
-from fused_ops.core.library import eager, register
+from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
 from fused_ops.core.torch_private import (
     call_backward_directly,
@@ -19,6 +19,7 @@ from fused_ops.core.torch_private import (
     has_torch_function,
     is_tracing,
     transforms_active,
+    without_overrides,
 )
 from fused_ops.ops.cross_entropy import reference
 from fused_ops.ops.cross_entropy.rows import refuse_inplace_transforms
@@ -63,7 +64,7 @@ _with_gradient_op: Any = register(
     reference.with_gradient,
     _fake_with_gradient,
 )
-_with_gradient = eager(_with_gradient_op)
+_with_gradient = without_overrides(_with_gradient_op)
 _backward_op = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
     "int ignore_index, int reduction) -> Tensor",

@@ -92,16 +92,14 @@ def _fake_forward(input: Tensor, *args: Any) -> Any:
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.ignore_index, numbers, ctx.statistics = inputs
-    _, lse, mass, target_weight, entropy, prediction, log_probability = output
-    fixed = (mass, target_weight, prediction)
-    ctx.mark_non_differentiable(*(fixed if ctx.statistics else (*fixed, entropy, log_probability)))
+    rows.mark_fixed(ctx, ctx.statistics, output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, numbers, lse, mass, entropy)
+    ctx.save_for_backward(*tensors, numbers, output[1], output[2], output[4])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
     *tensors, numbers, lse, mass, entropy = ctx.saved_tensors
-    g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if ctx.statistics else (None, None)))
+    g = rows.row_grads(ctx.statistics, grads)
     need = ctx.needs_input_grad
     needs = need[0] * _INPUT + need[2] * _PROBABILITIES + need[3] * _WEIGHT
     if not needs or all(grad is None for grad in g):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,18 @@ def refuse_inplace_transforms() -> None:
         )
 
 
+def mark_fixed(ctx: Any, statistics: bool, output: Sequence[Tensor]) -> None:
+    """Says which of the seven results have no gradient."""
+    _, _, mass, target_weight, entropy, prediction, log_probability = output
+    fixed = (mass, target_weight, prediction)
+    ctx.mark_non_differentiable(*(fixed if statistics else (*fixed, entropy, log_probability)))
+
+
+def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
+    """The upstream gradients of the results that are differentiable."""
+    return RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if statistics else (None, None)))
+
+
 class CrossEntropyRowsFunction(FusedFunction):
     """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, float64.
 
@@ -93,14 +106,12 @@ class CrossEntropyRowsFunction(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors, ctx.options, ctx.inplace_backward = inputs[:5], RowOptions(*inputs[5:10]), inputs[10]
-        _, lse, mass, target_weight, entropy, prediction, log_probability = output
-        fixed = (mass, target_weight, prediction)
-        ctx.mark_non_differentiable(*(fixed if ctx.options.statistics else (*fixed, entropy, log_probability)))
-        save(ctx, *tensors, lse, mass, entropy)
+        mark_fixed(ctx, ctx.options.statistics, output)
+        save(ctx, *tensors, output[1], output[2], output[4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        g = RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if ctx.options.statistics else (None, None)))
+        g = row_grads(ctx.options.statistics, grads)
         *tensors, lse, mass, entropy = ctx.saved_tensors
         a, o = RowArgs(*tensors), ctx.options
         found: list[Tensor | None] = [None] * 11

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_ops.core.function import FusedFunction, checked_saved, has_values, save
 from fused_ops.core.torch_private import forward_ad, transforms_active
+from fused_ops.ops.cross_entropy.rows import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import graph, reference
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
@@ -30,14 +31,14 @@ class LinearCrossEntropyRowsFunction(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.o, ctx.cut = RowOptions(*inputs[9:14]), Cut(*inputs[14:])
-        graph.mark_fixed(ctx, ctx.o.statistics, output)
+        mark_fixed(ctx, ctx.o.statistics, output)
         save(ctx, *inputs[:TENSORS], output[1], output[2], output[4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *tensors, lse, mass, entropy = checked_saved(ctx.saved_tensors, *grads)
         (head, a), o, cut = split(tensors), ctx.o, ctx.cut
-        g, needs = graph.row_grads(o.statistics, grads), graph.row_needs(ctx.needs_input_grad)
+        g, needs = row_grads(o.statistics, grads), graph.row_needs(ctx.needs_input_grad)
         if not needs or all(grad is None for grad in g):
             return (None,) * 17
         if transforms_active() or forward_ad._current_level >= 0 or graph.is_batched(*g):

@@ -214,21 +214,9 @@ def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.ignore_index, numbers, *ctx.cut, ctx.statistics = inputs[9:]
-    mark_fixed(ctx, ctx.statistics, output)
+    rows_ops.mark_fixed(ctx, ctx.statistics, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], output[1], output[2], output[4], numbers)
-
-
-def mark_fixed(ctx: Any, statistics: bool, output: Any) -> None:
-    """Says which results of rows have no gradient."""
-    _, _, mass, target_weight, entropy, prediction, log_probability = output
-    fixed = (mass, target_weight, prediction)
-    ctx.mark_non_differentiable(*(fixed if statistics else (*fixed, entropy, log_probability)))
-
-
-def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
-    """The upstream gradients of the results that are differentiable."""
-    return RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if statistics else (None, None)))
 
 
 def row_needs(need: Sequence[bool]) -> int:
@@ -238,7 +226,7 @@ def row_needs(need: Sequence[bool]) -> int:
 
 def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
     *tensors, lse, mass, entropy, numbers = ctx.saved_tensors
-    g, needs = row_grads(ctx.statistics, grads), row_needs(ctx.needs_input_grad)
+    g, needs = rows_ops.row_grads(ctx.statistics, grads), row_needs(ctx.needs_input_grad)
     none = (None,) * 15
     if not needs or all(grad is None for grad in g):
         return none
