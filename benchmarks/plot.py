@@ -74,6 +74,7 @@ def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
         found[f"speedup_{op}"] = lambda op=op: speedup_bars(timings, op)
     for op, sweep in dict.fromkeys((r["op"], r["sweep"]) for r in timings if r["sweep"]):
         found[f"sweep_{op}_{sweep.replace(' ', '_')}"] = lambda op=op, sweep=sweep: sweep_lines(timings, op, sweep)
+    found["models"] = lambda: model_bars(timings)
     found["memory"] = lambda: memory_bars(timings)
     found["memory_linear_cross_entropy"] = lambda: head_memory(timings)
     found["accuracy"] = lambda: error_chart(tables["accuracy"])
@@ -217,6 +218,41 @@ def _log_log(axes: Axes, xlabel: str, ylabel: str) -> None:
 def _order(rows: list[Row]) -> list[str]:
     return [p for p in COLOURS if any(r["provider"] == p for r in rows)]
 
+
+# ---- models ----
+
+
+def model_bars(timings: list[Row]) -> Figure | None:
+    """A training step of each model before and after ``convert``: its peak memory, and its time."""
+    rows = most_threads([r for r in timings if r["op"] == "models" and r["provider"] in (TRUTH, OURS)])
+    names = list(dict.fromkeys(r["case"] for r in rows if r["status"] == "ok" and r["provider"] == OURS))
+    if not names:
+        return None
+    index = {(r["case"], r["provider"]): r for r in rows}
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 1.1 + 0.5 * len(names)), sharey=True)
+    for axes, key, scale, title in zip(panels, ("extra_bytes", "ms"), (2**20, 1), _MODEL_TITLES, strict=True):
+        for i, name in enumerate(names):
+            before, after = (index[name, provider][key] / scale for provider in (TRUTH, OURS))
+            axes.barh(i - 0.2, before, 0.38, color="#b9bec4")
+            axes.barh(i + 0.2, after, 0.38, color=COLOURS[OURS])
+            axes.text(before, i - 0.2, f" {before:.0f}", va="center", fontsize=8, color="#555555")
+            axes.text(after, i + 0.2, f" {after:.0f}", va="center", fontsize=8, color=COLOURS[OURS], weight="bold")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.12)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    colours = {"PyTorch": "#b9bec4", "after fused_ops.convert(model, loss=criterion)": COLOURS[OURS]}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncol=2, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+_MODEL_TITLES = ("peak memory of a training step, MiB", "time of a training step, ms")
 
 # ---- memory and errors ----
 
