@@ -28,11 +28,13 @@ def checked(sample):
     return function, inputs
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
-def test_derivatives(sample):
+def test_derivatives(sample, fast):
+    """All of the first derivatives, and of the second ones all or what a random direction sees of them."""
     function, inputs = checked(sample)
     assert gradcheck(function, inputs, check_forward_ad=True)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast)
 
 
 BEYOND_PACKED = ("residual", "valid", "groups", "inplace_activated")
@@ -51,6 +53,19 @@ def test_derivatives_by_the_functional_ops(sample, functional):
     function, inputs = checked(sample)
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+
+
+ONE_OPTION = [s.name.count(",") == 1 and "training" in s.name for s in PACKED]  # each layout, each activation
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, marks=() if one else pytest.mark.slow) for s, one in zip(PACKED, ONE_OPTION, strict=True)],
+    ids=lambda s: s.name,
+)
+def test_opcheck_of_the_functional_ops(sample, functional):
+    functional()
+    function, inputs = checked(sample)
     assert _opcheck(lambda *given: (function(*given),), inputs) is not False
 
 

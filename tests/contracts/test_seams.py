@@ -2,7 +2,7 @@
 
 ``seams/cases.py`` has the calls, ``seams/oracles.py`` the right answers in plain PyTorch, ``seams/systems.py`` the
 systems, ``seams/expectations.py`` what is refused and why. The cells that compile run for a few cases by default; the
-others are marked slow (``-m slow``). The table in docs/reliability.md is ``python -m tests.contracts.seams --write``.
+others are marked slow. The table in docs/reliability.md is ``python -m tests.contracts.seams --write``.
 """
 
 import json
@@ -148,7 +148,19 @@ def test_with_other_releases_of_torch():
         if subprocess.run([python, "-c", "import pytest"], capture_output=True).returncode:
             problems.append(f"{python}: has no pytest")
             continue
-        command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", "a_seam", __file__]
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "a_seam",
+            __file__,
+        ]
         result = subprocess.run(command, env=_environment(), capture_output=True, text=True)
         if result.returncode:
             problems.append(f"{python}:\n{result.stdout[-4000:]}")
