@@ -20,7 +20,9 @@ PLANS = {
     "eval": (False, (False, True, False)),
     "bf16": (True, (True, True)),
     "float64": (True, (True, True, False, True)),
+    "short": (True, (True, False)),  # float64 as well
 }
+FLOAT64 = ("float64", "short")
 ACTIVATIONS = {
     f"aten::{name}{end}"
     for name in ("relu", "relu6", "silu", "gelu", "leaky_relu", "hardtanh", "hardswish", "elu")
@@ -69,7 +71,7 @@ def seed(value: int) -> None:
 
 def run(case: Case, transform, mode: str, exact: bool = False) -> dict[str, object]:
     """Everything to be seen, by name; ``exact``: all of it in float64."""
-    double = exact or mode == "float64"
+    double = exact or mode in FLOAT64
     training, plan = PLANS[mode]
     model = build(case, double).train(training)
     seen: dict[str, object] = {}
@@ -204,10 +206,12 @@ def compare(case: Case, mode: str, found, reference) -> None:
     differing = [line for line in differing if not line.endswith(": ")]
     inexact = [key for key, value in expected.items() if isinstance(value, Tensor) and not equal(found.get(key), value)]
     if inexact:
-        eps = {"bf16": torch.finfo(torch.bfloat16).eps, "float64": 1e-11}.get(mode, torch.finfo(torch.float32).eps)
+        eps = {"bf16": torch.finfo(torch.bfloat16).eps, **dict.fromkeys(FLOAT64, 1e-11)}.get(
+            mode, torch.finfo(torch.float32).eps
+        )
         if case.rounds is not None:
             eps = max(eps, torch.finfo(case.rounds).eps)
-        exact = expected if mode == "float64" else run(case, reference, mode, exact=True)
+        exact = expected if mode in FLOAT64 else run(case, reference, mode, exact=True)
         scales = largest(exact)
         for key in inexact:
             difference = unlike(found.get(key), expected[key], exact.get(key), eps, scales[kind(key)])
