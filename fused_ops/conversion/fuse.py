@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fused_ops.conversion.hooks import hooked
 from fused_ops.ops.batch_norm.modules import _FusedBatchNorm
 
 Activation = tuple[str, float]  # its name and its slope or alpha
@@ -47,7 +48,6 @@ _IN_PLACE = frozenset(getattr(operator, f"i{name}") for name in dir(operator) if
 # What forward may ask that has another answer while it is traced, or that tracing would lose.
 _UNTRACEABLE = frozenset({"isinstance", "type", "checkpoint", "is_compiling", "is_fx_tracing", "is_tracing"})
 _OF_MODULES = frozenset(nn.Module().__dict__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NotTraceable(Exception):
@@ -70,11 +70,6 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", kind)  # past any __setattr__ that the classes have
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody watches what goes in or comes out of this module alone."""
-    return any(getattr(module, name) for name in _HOOKS)
 
 
 def _joins(bn: Any) -> bool:
