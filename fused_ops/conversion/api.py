@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_ops.conversion.fuse import NotTraceable, Rewritten, rewrite
-from fused_ops.conversion.head import HeadLinear, find_head, token_head
+from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
+from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.report import HEAD, Entry, Report, predict_bytes
 from fused_ops.conversion.sample import Sample, run_sample
 from fused_ops.core import library
@@ -33,6 +34,7 @@ def convert(
     model: nn.Module,
     *,
     loss: Callable[..., Any] | None = None,
+    head: nn.Module | str | None = None,
     fuse_activations: bool = True,
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     target: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -49,6 +51,9 @@ def convert(
             ``nn.CrossEntropyLoss``, ``F.cross_entropy``, a function that calls it, or the model's own
             (``model.loss_function`` of transformers). The linear head of the model and the loss then become
             ``linear_cross_entropy``; the training loop stays as it is. A loss that is a module is converted too.
+        head: The linear layer whose result is the logits, or its name in the model. Default: found by rules
+            (``get_output_embeddings``, an ``nn.Sequential`` that ends in one, known families); ``register_head`` adds
+            one.
         fuse_activations: Do the activation that follows a batch norm, and the residual that is added between them, in
             the same op. In an ``nn.Sequential`` the modules tell; any other module's own forward is traced with
             torch.fx and, where that works, replaced by one that does the same in fewer steps.
@@ -84,7 +89,7 @@ def convert(
     report = Report()
     for path, module in model.named_modules():
         _swap(path, module, report)
-    _join_head(model, loss, report)
+    _join_head(model, loss, head, report)
     if fuse_activations:
         for path, module in model.named_modules():
             _fuse(path, module, report)
@@ -105,7 +110,9 @@ def _check_arguments(model: object, loss: object, sample: object, target: object
         raise ValueError("convert: target goes with a loss and a sample")
 
 
-def _join_head(model: nn.Module, loss: Callable[..., Any] | None, report: Report) -> None:
+def _join_head(
+    model: nn.Module, loss: Callable[..., Any] | None, given: nn.Module | str | None, report: Report
+) -> None:
     """The model's linear head and the loss."""
     if isinstance(loss, nn.Module):
         for path, module in loss.named_modules():
@@ -114,20 +121,23 @@ def _join_head(model: nn.Module, loss: Callable[..., Any] | None, report: Report
         if callable(getattr(model, "loss_function", None)) and type(token_head(model)) is nn.Linear:
             report.notes.append("its own loss: to do without the logits, convert(model, loss=model.loss_function)")
         return
-    head, how = find_head(model)
-    path = next((name for name, module in model.named_modules() if module is head), "")
-    if type(head) is HeadLinear:
-        report.left.append(Entry(path, "Linear", "already converted"))
-    elif type(head) is nn.Linear and "forward" not in head.__dict__:
-        head.__class__ = HeadLinear
-        head.__dict__[_MARK] = True
-        report.replaced.append(Entry(path, "Linear"))
-        report.fused.append(Entry(path, HEAD))
-        if how:
-            report.notes.append(f"{path}: {how}")
-    else:
-        reason = how or f"what computes last is a {type(head).__name__}, not an nn.Linear"
-        report.notes.append(f"head and loss: not fused: {reason}")
+    head, why = find_head(model, given)
+    if head is None:
+        report.notes.append(f"head and loss: not fused: {why}")
+        return
+    record: HeadRecord | None = HeadRecord()
+    paths = {id(module): name for name, module in model.named_modules()}
+    for linear in linears_of(head):
+        path = paths.get(id(linear), "")
+        if isinstance(linear, HeadLinear):
+            report.left.append(Entry(path, "Linear", "already converted"))
+        else:
+            defer(linear, record)
+            linear.__dict__[_MARK] = True
+            report.replaced.append(Entry(path, "Linear"))
+            if record is not None:  # of LoRA's layers, the base
+                report.fused.append(Entry(path, HEAD))
+        record = None
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -154,7 +164,7 @@ def revert(model: nn.Module) -> list[str]:
             if kind not in _BACK:
                 raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
             module.__class__ = _BACK[kind]
-            for name in (_MARK, *_added(_BACK[kind])):
+            for name in (_MARK, RECORD, *_added(_BACK[kind])):
                 module.__dict__.pop(name, None)
             if _BACK[kind] in _LOSSES:
                 del module.class_mask
