@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, jit, nn
 
 from fused_ops.conversion import blocks as blocks  # its rules
-from fused_ops.conversion.head import HeadLinear, find_head, token_head
+from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
 from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
-from fused_ops.conversion.report import MARK, RECORD, Entry, Report, look_at, modules_of
+from fused_ops.conversion.records import HeadRecord
+from fused_ops.conversion.report import MARK, Entry, Report, look_at, modules_of
 from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
 from fused_ops.conversion.sample import check_sample, run_sample
 from fused_ops.core.torch_private import any_global_hook
@@ -40,6 +41,7 @@ def convert(
     model: nn.Module,
     *,
     loss: Callable[..., Any] | None = None,
+    head: nn.Module | str | None = None,
     fuse_activations: bool = True,
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     target: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -57,6 +59,9 @@ def convert(
             ``nn.CrossEntropyLoss``, ``F.cross_entropy``, a function that calls it, or the model's own
             (``model.loss_function`` of transformers). The linear head of the model and the loss then become
             ``linear_cross_entropy``; the training loop stays as it is. A loss that is a module is converted too.
+        head: The linear layer whose result is the logits, or its name in the model. Default: found by rules
+            (``get_output_embeddings``, an ``nn.Sequential`` that ends in one, known families); ``register_head`` adds
+            one.
         fuse_activations: Do the activation that follows a batch norm, and the residual that is added between them, in
             the same op: of neighbours in an ``nn.Sequential``, and in the blocks that there are rules for.
         sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments, labels included) on which
@@ -85,7 +90,7 @@ def convert(
         gradients, and where the head has hooks, the head is an ordinary linear layer.
     """
     _check_arguments(model, loss, sample, target)
-    plan = _plan(model, loss, fuse_activations)
+    plan = _plan(model, loss, head, fuse_activations)
     if plan.already and not plan.changes:
         raise RuntimeError("convert: this model is converted already; fused_ops.revert(model) turns it back")
     with _all_or_nothing([change.module for change in plan.changes]):
@@ -148,10 +153,14 @@ class _Change:
     module: nn.Module
     kind: type[nn.Module]
     entry: Entry
+    record: HeadRecord | None = None
 
     def apply(self) -> None:
         original = type(self.module)
-        become(self.module, self.kind)
+        if self.kind is HeadLinear:
+            defer(self.module, self.record)  # type: ignore[arg-type]
+        else:
+            become(self.module, self.kind)
         self.module.__dict__.update({MARK: True, **(_added(original) if self.kind in _BACK else {})})
         if original in _LOSSES:
             self.module.register_buffer("class_mask", None, persistent=False)
@@ -234,7 +243,7 @@ def _check_loss(loss: Any) -> None:
         raise TypeError(f"{expected}, got {getattr(inner, '__name__', kind.__name__)}")
 
 
-def _plan(model: nn.Module, loss: Any, fuse: bool) -> _Plan:
+def _plan(model: nn.Module, loss: Any, head: nn.Module | str | None, fuse: bool) -> _Plan:
     plan = _Plan()
     norms: set[int] = set()
     containers: list[tuple[str, nn.Module, Rule]] = []
@@ -248,7 +257,7 @@ def _plan(model: nn.Module, loss: Any, fuse: bool) -> _Plan:
         for path, module, rule in containers:
             _plan_container(plan, path, module, rule, norms)
     if loss is not None:
-        _plan_head(plan, model)
+        _plan_head(plan, model, head)
     elif callable(getattr(model, "loss_function", None)) and type(token_head(model)) is nn.Linear:
         plan.notes.append("its own loss: to do without the logits, convert(model, loss=model.loss_function)")
     return plan
@@ -310,21 +319,24 @@ def _plan_container(plan: _Plan, path: str, module: nn.Module, rule: Rule, norms
         plan.add(path, module, with_rule(type(module), rule), "by its rule")
 
 
-def _plan_head(plan: _Plan, model: nn.Module) -> None:
-    """The model's linear head."""
-    head, how = find_head(model)
-    path = next((name for name, module in modules_of(model) if module is head), "")
-    if type(head) is HeadLinear:
-        plan.already += 1
-        plan.left.append(Entry(path, "Linear", "already converted"))
-    elif type(head) is nn.Linear and not (reason := _why_not(head)):
-        plan.add(path, head, HeadLinear, "leaves its logits to the loss")
-        if how:
-            plan.notes.append(f"{path}: {how}")
-    else:
-        named = type(head).__name__
-        reason = (reason if type(head) is nn.Linear else how) or f"what computes last is a {named}, not an nn.Linear"
-        plan.notes.append(f"head and loss: not fused: {reason}")
+def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> None:
+    """The model's linear head, or the layers of one with LoRA."""
+    head, why = find_head(model, given)
+    linears = [] if head is None else linears_of(head)
+    for linear in linears:
+        why = why or (_why_not(linear) if type(linear) is nn.Linear else "")
+    if head is None or why:
+        plan.notes.append(f"head and loss: not fused: {why}")
+        return
+    record: HeadRecord | None = HeadRecord()
+    paths = {id(module): path for path, module in modules_of(model)}
+    for linear in linears:
+        if isinstance(linear, HeadLinear):
+            plan.already += 1
+        else:
+            plan.add(paths.get(id(linear), ""), linear, HeadLinear, "leaves its logits to the loss")
+            plan.changes[-1].record = record
+        record = None  # of LoRA's layers, the base has it
 
 
 __all__ = ["Report", "convert", "revert"]
