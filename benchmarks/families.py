@@ -221,8 +221,8 @@ _BART = {
     "decoder_start_token_id": 1, "forced_eos_token_id": None,
 }  # fmt: skip
 _WHISPER = {
-    **_BART, "max_position_embeddings": None, "num_mel_bins": 8, "max_source_positions": lambda small: 20 if small else 200,
-    "max_target_positions": 64, "begin_suppress_tokens": None, "suppress_tokens": None,
+    **_BART, "max_position_embeddings": None, "num_mel_bins": 8,
+    "max_source_positions": lambda small: 20 if small else 200, "max_target_positions": 64, "begin_suppress_tokens": None, "suppress_tokens": None,
 }  # fmt: skip
 _GPT2 = {
     "hidden_size": None, "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
