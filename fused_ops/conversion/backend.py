@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fused_ops.conversion import backend_run
@@ -128,7 +129,8 @@ def _checkpoint_as_eager(part: fx.GraphModule, node: fx.Node) -> None:
     """
     body = _body(part, node)
     buffers = {n for n in written_inputs(body.graph) if "_buffers_" in str(n.target)}
-    for buffer in buffers:
+    all_ours = not body.graph.find_nodes(op="call_function", target=F.batch_norm)
+    for buffer in buffers if all_ours else ():
         for user in buffer.users:
             if str(buffer.target).endswith(_COUNTER) and user.target == "add_" and user.args == (buffer, 1):
                 user.op, user.target = "call_function", backend_run.count_batch

@@ -14,6 +14,7 @@ from fused_ops.core.torch_private import HigherOrder, is_plain_fake, storage_id,
 
 _READERS = frozenset(("item", "size", "stride", "dim", "numel"))  # methods that write nothing
 _STATISTICS = frozenset(("running_mean", "running_var"))  # written by ops whose schemas do not say so
+_MANY = 1 << 62
 _LIMIT = 4096  # nodes between two that are looked at; more are a block
 
 
@@ -67,6 +68,13 @@ def storages(*values: Any) -> frozenset[int]:
 def is_plain(*nodes: Any) -> bool:
     """Whether each is None or a strided tensor without a class of its own."""
     return all(node is None or is_plain_fake(value(node)) for node in nodes)
+
+
+def numel(node: fx.Node) -> int:
+    """How many values, in the call that is compiled for; a large number where nobody knows."""
+    found = value(node).numel()
+    hint = found if isinstance(found, int) else found.node.hint
+    return _MANY if hint is None else int(hint)
 
 
 def why_not_over(between: Iterable[fx.Node], reads: frozenset[int], writes: frozenset[int]) -> str:

@@ -21,6 +21,7 @@ from fused_ops.conversion.backend_effects import (
     between,
     is_plain,
     name_of,
+    numel,
     storages,
     uses,
     value,
@@ -30,6 +31,10 @@ from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+
+# On the CPU; below, PyTorch's own is as fast (forward and backward, one thread, AVX-512), and logits are no burden.
+SMALL_VALUES = 1 << 15
+SMALL_LOGITS_BYTES = 1 << 20
 
 _signature = inspect.signature(F.cross_entropy)
 _RESHAPES = frozenset(("view", "reshape", "flatten", torch.reshape, torch.flatten))
@@ -49,7 +54,6 @@ class _Logits:
     scale: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))  # factors and divisors
     cap: tuple[list[Any], list[Any]] | None = None  # those behind the tanh
     bias: fx.Node | None = None
-    steps: list[str] = field(default_factory=list)
 
     @property
     def linear(self) -> fx.Node:
@@ -79,6 +83,9 @@ def fuse_cross_entropies(graph: fx.Graph, record: GraphRecord, why_not_ours: Cal
         if reason := why_not_ours(value(call["input"])):
             record.left[f"cross_entropy: {reason}"] += 1
             continue
+        if value(node).device.type == "cpu" and numel(call["input"]) < SMALL_VALUES:
+            record.left[f"cross_entropy: of less than {SMALL_VALUES:,} values, at which PyTorch's is as fast"] += 1
+            continue
         try:
             found = _logits_of(node, call)
         except _NotFused as error:
@@ -87,8 +94,8 @@ def fuse_cross_entropies(graph: fx.Graph, record: GraphRecord, why_not_ours: Cal
             node.target = cross_entropy
             record.fused["cross_entropy"] += 1
             continue
-        _replace(graph, node, call, found)
-        record.fused[" + ".join(["linear", *reversed(found.steps), "cross_entropy"])] += 1
+        names = _replace(graph, node, call, found)
+        record.fused[" + ".join(["linear", *names, "cross_entropy"])] += 1
 
 
 # --- Which logits -----------------------------------------------------------------------------------------------------
@@ -135,7 +142,6 @@ def _step(found: _Logits, node: fx.Node) -> None:
         if found.cap is not None or found.bias is not None:
             raise _NotFused("tanh lies between them, and once is not all that does")
         found.cap, found.scale = found.scale, ([], [])
-        found.steps.append("softcap")
     elif target in ADD or target in ("add", "add_"):
         _bias(found, node)
     elif target in _CASTS:
@@ -163,8 +169,6 @@ def _scale(found: _Logits, node: fx.Node) -> None:
     if found.bias is not None:
         raise _NotFused("its logits are scaled before a bias is added")
     found.scale[divides].append(number)
-    if "scale" not in found.steps[-1:]:
-        found.steps.append("scale")
 
 
 def _bias(found: _Logits, node: fx.Node) -> None:
@@ -179,7 +183,6 @@ def _bias(found: _Logits, node: fx.Node) -> None:
     if found.bias is not None:
         raise _NotFused("two biases are added")
     found.bias = other
-    found.steps.append("bias")
 
 
 def _leads_to_linear(node: fx.Node) -> bool:
@@ -197,6 +200,8 @@ def _leads_to_linear(node: fx.Node) -> bool:
 def _check(found: _Logits, loss: fx.Node, call: dict[str, Any]) -> None:
     """Raises where the pieces do not make a call of linear_cross_entropy."""
     linear = found.linear
+    if numel(linear) * value(linear).itemsize <= SMALL_LOGITS_BYTES:
+        raise _NotFused(f"the logits are of less than {SMALL_LOGITS_BYTES >> 20} MiB")
     if not is_plain(*linear.args, *linear.kwargs.values()) or value(linear).dim() < 2:
         raise _NotFused("the linear layer's arguments are not plain tensors")
     if found.bias is not None and len(_linear_arguments(linear)) > 2 and _linear_arguments(linear)[2] is not None:
@@ -287,7 +292,8 @@ def _linear_arguments(linear: fx.Node) -> list[Any]:
 # --- The loss without them --------------------------------------------------------------------------------------------
 
 
-def _replace(graph: fx.Graph, loss: fx.Node, call: dict[str, Any], found: _Logits) -> None:
+def _replace(graph: fx.Graph, loss: fx.Node, call: dict[str, Any], found: _Logits) -> list[str]:
+    """Rewrites the loss; returns what is done to the logits, besides."""
     with graph.inserting_before(loss):
         input, weight, *rest = _linear_arguments(found.linear)
         features = value(input).size(-1)
@@ -314,6 +320,8 @@ def _replace(graph: fx.Graph, loss: fx.Node, call: dict[str, Any], found: _Logit
     loss.replace_all_uses_with(new)
     for old in (loss, *found.chain):
         graph.erase_node(old)
+    names = {"logit_scale": "scale", "softcap": "softcap"}
+    return [*(["bias"] if found.bias else []), *(name for option, name in names.items() if option in given)]
 
 
 def _of_rows(graph: fx.Graph, node: fx.Node, input: fx.Node, features: Any) -> fx.Node:

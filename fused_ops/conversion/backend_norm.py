@@ -17,6 +17,8 @@ from fused_ops.conversion.backend_effects import (
     ADD,
     between,
     is_plain,
+    name_of,
+    numel,
     only_user,
     storages,
     value,
@@ -25,6 +27,11 @@ from fused_ops.conversion.backend_effects import (
 from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
 from fused_ops.core.memory_format import empty_output
+
+# Where a call of Python costs more than the kernels save, forward and backward on one thread (AVX-512): PyTorch's own
+# batch norm (and activation) is as fast at 20,000 to 50,000 values, its addition and activation at about 200,000.
+SMALL_VALUES = 1 << 15
+SMALL_RESIDUAL_VALUES = 1 << 18
 
 _signature = inspect.signature(F.batch_norm)
 
@@ -50,6 +57,24 @@ _ACTIVATIONS: dict[Any, _Activation] = {
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"), _Activation("sigmoid")),
     F.hardswish: _Activation("hardswish", _INPLACE),
 }
+
+
+_OTHER_ACTIVATIONS = frozenset(
+    (
+        "gelu",
+        "relu6",
+        "hardtanh",
+        "mish",
+        "hardsigmoid",
+        "softplus",
+        "selu",
+        "celu",
+        "prelu",
+        "rrelu",
+        "logsigmoid",
+        "glu",
+    )
+)
 
 
 class _Behind(NamedTuple):
@@ -89,6 +114,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, record: GraphRecord, why_not_ours: 
         return "its arguments are not plain tensors"
     if reason := why_not_ours(value(call["input"])):
         return reason
+    if value(node).device.type == "cpu" and numel(node) < SMALL_VALUES:
+        return f"of less than {SMALL_VALUES:,} values, at which PyTorch's is as fast"
     behind, reason = _what_follows(node, tensors, bool(call["training"]))
     record.fused[behind.label] += 1
     last = behind.nodes[-1] if behind.nodes else node
@@ -128,6 +155,9 @@ def _what_follows(node: fx.Node, tensors: list[Any], training: bool) -> tuple[_B
     reads = storages(*(value(t) for t in tensors))
     writes = storages(*(value(t) for t in tensors[1:3])) if training else frozenset()
     for behind in found:
+        if behind.residual and value(node).device.type == "cpu" and numel(node) < SMALL_RESIDUAL_VALUES:
+            reason = f"of less than {SMALL_RESIDUAL_VALUES:,} values, at which an addition costs nothing"
+            continue
         blocked = _why_not(node, behind, reads, writes)
         if not blocked:
             return behind, reason
@@ -159,6 +189,8 @@ def _candidates(node: fx.Node) -> tuple[list[_Behind], str]:
     activation = _activation(user)
     if activation is not None:
         return [_Behind((user,), None, *activation), _Behind()], ""
+    if name_of(user).rstrip("_") in _OTHER_ACTIVATIONS:
+        return [_Behind()], f"not with {name_of(user)}, which it does not have"
     residual, reason = _residual(node, user)
     if residual is None:
         return [_Behind()], reason
