@@ -7,6 +7,7 @@ once, when this module is imported, so that a call costs what torch's own costs.
 from __future__ import annotations
 
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -115,6 +116,25 @@ has_torch_function: Callable[..., bool] = _found(
     "torch:_C._has_torch_function_variadic", lambda *values: overrides.has_torch_function(values)
 )
 increment_version: Callable[[Any], None] = _found("torch:_C._increment_version", graph.increment_version)
+# Makes whoever takes the address of a tensor without memory raise, C++ included; without it they get 0.
+refuse_data_pointer: Callable[[Tensor], None] = _found("torch:_C._set_throw_on_mutable_data_ptr", lambda tensor: None)
+
+# ---- who shards weights
+
+
+def sharding_states() -> tuple[Any, ...] | None:
+    """What fully_shard keeps of each module that it was given; None where there may be some that cannot be found.
+
+    Not looked up when this module is imported: that would import fully_shard, which takes seconds.
+    """
+    if "torch.distributed.fsdp._fully_shard" not in sys.modules:
+        return ()
+    kind = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "FSDPState", None)
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
+    if kind is None or known is None:
+        return None
+    return tuple(state for state in (reference() for reference in list(known.values())) if isinstance(state, kind))
+
 
 # ---- ops and Functions
 
