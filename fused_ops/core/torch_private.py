@@ -199,3 +199,37 @@ tree_leaves: Callable[..., list[Any]] = _found("torch.utils._pytree:tree_leaves"
 tree_flatten: Callable[..., tuple[list[Any], Any]] = _found("torch.utils._pytree:tree_flatten", _flatten)
 tree_unflatten: Callable[..., Any] = _found("torch.utils._pytree:tree_unflatten", _unflatten)
 legacy_reduction: Callable[..., str] = _found("torch.nn._reduction:legacy_get_string", _reduction_of)
+
+# ---- the graphs of Dynamo, when one is there
+
+BACKEND_REGISTRY = "torch._dynamo.backends.registry"  # the module that knows torch.compile's backends
+HigherOrder: Any = _found("torch._ops:HigherOrderOperator", ())
+set_versions: Callable[[Any, Any], None] = _found(
+    "torch:_C._autograd._unsafe_set_version_counter", lambda tensors, versions: None
+)
+
+
+def lookup_backend(backend: Any) -> Any:
+    """The backend of torch.compile of that name; a callable as it is."""
+    return _found(f"{BACKEND_REGISTRY}:lookup_backend", None)(backend)
+
+
+def inductor_options(mode: str) -> dict[str, Any]:
+    """The options of Inductor that a mode of torch.compile stands for."""
+    return dict(_found("torch._inductor:list_mode_options", lambda mode: {})(mode))
+
+
+def checkpoint_operator() -> Any:
+    """What activation checkpointing is in a graph."""
+    return _found("torch._higher_order_ops.wrap:tag_activation_checkpoint", None)
+
+
+def is_plain_fake(value: Any) -> bool:
+    """Whether it is a fake strided tensor that stands for one without a class of its own."""
+    kind = _found("torch._subclasses.fake_tensor:FakeTensor", None)
+    return type(value) is kind and value.layout is torch.strided
+
+
+def storage_id(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too; without this name all of them may."""
+    return getattr(tensor.untyped_storage(), "_cdata", 0)
