@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import resolve_name
 
-from fused_ops.core.torch_private import tree_map_only
-from fused_ops.ops.cross_entropy.api import cross_entropy
-from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+from fused_ops.conversion.records import HeadRecord
+from fused_ops.core.torch_private import refuse_data_pointer, tree_leaves, tree_map_only
+from fused_ops.distributed.fsdp import is_pre_backward_hook
 
-_HALF = (torch.bfloat16, torch.float16)
+_CONVERT = "convert without loss, or fused_ops.revert the model"
+_PAST_PYTHON = "code in C++ or a custom autograd.Function used them"
 
 
 class HeadTensors(NamedTuple):
@@ -24,108 +26,146 @@ class HeadTensors(NamedTuple):
 
     input: Tensor  # (..., in_features)
     weight: Tensor  # (classes, in_features)
-    bias: Tensor | None  # (classes,)
-
-    def versions(self) -> tuple[int, ...]:
-        """Tells whether one has been written to."""
-        return tuple(-1 if t is None or t.is_inference() else t._version for t in self)
+    bias: Tensor | None = None  # (classes,)
+    low_input: Tensor | None = None  # (..., rank): LoRA's, with low_weight added to the logits
+    low_weight: Tensor | None = None  # (classes, rank)
 
 
-@dataclass
-class _State:
+class Carried(NamedTuple):
+    """What has been asked of the linear layer's result z, for the loss to do.
+
+    ``u = z * times / over``, then, if ``bounded``, ``cap * tanh(u)``; then, if ``sign`` is not 0, ``sign * log_softmax``.
+    """
+
+    times: float = 1.0
+    over: float = 1.0
+    bounded: bool = False
+    cap: float = 1.0
+    sign: int = 0
+
+
+@dataclass(eq=False)
+class State:
+    """Of logits that are not there: how to compute them, and what a loss without them needs."""
+
     head: HeadTensors
-    versions: tuple[int, ...]
-    moved: bool  # the classes are dimension 1, not the last
-    origin: tuple[DeferredLogits, Callable[[Tensor], Tensor]] | None  # what these are a view or a cast of
+    twin: Tensor  # on meta: the shape, the strides and the dtype of the logits
+    compute: Callable[..., Tensor]  # of the settled parents and of ``own``
+    own: tuple[Tensor, ...]  # differentiable tensors that compute takes besides its parents
+    watched: tuple[tuple[Tensor, int], ...]  # the tensors that computing them reads, and their versions
+    record: HeadRecord | None = None
+    parents: tuple[State, ...] = ()
+    carried: Carried = Carried()
+    moved: bool = False  # the classes are dimension 1, not the last
     real: Tensor | None = None
-    children: list[weakref.ref[DeferredLogits]] = field(default_factory=list)
+    aliases: tuple[Tensor, ...] = ()  # of own, once settled: a gradient with respect to one is partial
+    consumed: bool = False  # a loss has been computed from these, or from what was made of them, without them
+    outputs: Any = None  # of the rows, for whoever asks for more than one of them
+    hooks: list[Any] = field(default_factory=list)  # of FSDP, which want to know when the backward begins
+    losses: list[weakref.ref[Tensor]] = field(default_factory=list)
+    children: list[weakref.ref[State]] = field(default_factory=list)
+    with_grad: bool = field(default_factory=torch.is_grad_enabled)
+
+    def line(self) -> list[State]:
+        """This and all that it was made of."""
+        return list(dict.fromkeys((self, *(state for parent in self.parents for state in parent.line()))))
+
+    def check(self) -> None:
+        """Raises where the logits cannot be what they would have been."""
+        for tensor, version in self.watched:
+            if version_of(tensor) != version or _is_freed(tensor):
+                raise RuntimeError(
+                    "convert(loss=...) has put off computing these logits, and their head's weight or input was "
+                    "changed in place or freed since (by optimizer.step(), say): use them before that, or "
+                    f"{_CONVERT}"
+                )
+
+    def settle(self, reason: str) -> Tensor:
+        """The logits as an ordinary tensor with its graph, computed at the first call."""
+        if self.real is None:
+            self.check()
+            parents = [parent.settle("") for parent in self.parents]
+            if self.real is None:  # a parent settles its children
+                with _as_made(self):
+                    self.aliases = tuple(t.view_as(t) for t in self.own)
+                    self.real = self.compute(*parents, *self.aliases)
+                for hook in self.hooks:
+                    self.real.register_hook(hook)
+                for child in self.children:
+                    if (found := child()) is not None:
+                        found.settle("")
+        if reason and self.record is not None:
+            self.record.computed[reason] += 1
+            self.record = None  # counted once
+        return self.real
 
 
 class DeferredLogits(Tensor):
     """``linear(input, weight, bias)``: the shape and the dtype are known, the values are found when needed.
 
-    ``F.cross_entropy`` of them, or of what view, reshape, flatten, a choice of rows, ``float()`` or a swap of the
-    classes to dimension 1 makes of them, is ``fused_ops.linear_cross_entropy``. Everything else computes the logits,
-    once, with their graph, and goes on with those: from then on this is an ordinary tensor in all but its type.
+    ``F.cross_entropy`` of them, or of what the functions of ``deferred_ops`` make of them (other views of the rows, a
+    choice of rows, float32, a scale, a soft cap, a bias, LoRA's low-rank term, ``log_softmax``), is
+    ``fused_ops.linear_cross_entropy``. Everything else computes the logits, once, with their graph, and goes on with
+    those: from then on this is an ordinary tensor in all but its type.
     """
 
-    _state: _State
+    _state: State
 
     @classmethod
-    def of(cls, head: HeadTensors) -> DeferredLogits:
+    def of(cls, head: HeadTensors, record: HeadRecord | None = None, also_watched: Sequence[Tensor] = ()) -> Tensor:
         """The logits of a head."""
-        return _deferred(head, head.input.dtype, False, None)
+        own = tuple(t for t in head if t is not None)
+        shape = (*head.input.shape[:-1], head.weight.size(0))
+        twin = torch.empty(shape, dtype=head.input.dtype, device="meta")
+        watched = tuple((t, version_of(t)) for t in (*own, *also_watched))
+        return cls.with_state(State(head, twin, F.linear, own, watched, record))
 
-    def settle(self) -> Tensor:
-        """The logits as an ordinary tensor with its graph, computed at the first call."""
-        state = self._state
-        if state.real is None:
-            if state.origin is not None:
-                real = state.origin[1](state.origin[0].settle())
-            else:
-                self._check_versions()
-                with _as_made(state.head.input):
-                    real = F.linear(*state.head)
-            if state.real is None:  # a parent settles its children
-                state.real = real
-            for child in state.children:
-                if (found := child()) is not None:
-                    found.settle()
-        return state.real
+    @classmethod
+    def with_state(cls, state: State) -> Tensor:
+        """As autograd and Python see it."""
+        logits: DeferredLogits = _Defer.apply(state, *(t for one in state.line() for t in one.own))
+        logits._state = state
+        return logits
 
-    def _check_versions(self) -> None:
-        if self._state.versions != self._state.head.versions():
-            raise RuntimeError(
-                "convert(loss=...) has put off computing these logits, and their head's weight or input was changed in "
-                "place since (by optimizer.step(), say): use them before that, or convert without loss"
-            )
-
-    def _child(self, input: Tensor, dtype: torch.dtype, moved: bool, view: Callable[[Tensor], Tensor]) -> Tensor:
-        state = self._state
-        child = _deferred(state.head._replace(input=input), dtype, moved, (self, view))
-        state.children.append(weakref.ref(child))
-        return child
-
-    def cross_entropy(self, target: Any, weight: Tensor | None = None, **options: Any) -> Any:
-        """The loss without the logits, or NotImplemented where it needs them.
+    def derive(self, compute: Callable[..., Tensor], twin: Tensor, **changes: Any) -> Tensor:
+        """What ``compute`` makes of these, with another head or carried along.
 
         Args:
-            target: Class indices, or class probabilities of (rows, classes) logits.
-            weight: (classes,), the factor of each class.
-            **options: Of ``F.cross_entropy`` or ``fused_ops.cross_entropy``.
+            compute: Of these logits, of those in ``others``, and of ``own``.
+            twin: The result's shape, strides and dtype, on meta.
+            **changes: Of ``head``, ``carried`` and ``moved``, those that are others than here; ``others``, further
+                parents; ``own``, tensors that compute takes and may differentiate; ``reads``, that it reads.
         """
-        state, head = self._state, self._state.head
-        options.pop("inplace_backward", None)
-        legacy = options.pop("size_average", None), options.pop("reduce", None)
-        if state.real is not None or legacy != (None, None) or not isinstance(target, Tensor):
-            return NotImplemented
-        lead = head.input.shape[:-1]
-        indices = not target.is_floating_point() and target.shape == lead and (len(lead) == 1 or state.moved)
-        if indices:
-            options.setdefault("ignore_index", -100)
-        elif target.shape != self.shape or len(lead) != 1 or options.pop("ignore_index", -100) >= 0:
-            return NotImplemented
-        self._check_versions()
-        if options.get("loss_dtype") is None:
-            wide = self.dtype in _HALF and torch.is_autocast_enabled(self.device.type)
-            options["loss_dtype"] = torch.float32 if wide else self.dtype
-        with torch.autocast(self.device.type, enabled=False):
-            return linear_cross_entropy(
-                head.input, head.weight, target, linear_bias=head.bias, weight=weight, **options
-            )
+        mine = self._state
+        reads, own = changes.pop("reads", ()), changes.pop("own", ())
+        parents = (mine, *(other._state for other in changes.pop("others", ())))
+        kept = {"head": mine.head, "carried": mine.carried, "moved": mine.moved, "record": mine.record, **changes}
+        watched = (
+            *(pair for parent in parents for pair in parent.watched),
+            *((t, version_of(t)) for t in (*reads, *own)),
+        )
+        child = State(twin=twin, compute=compute, own=own, watched=watched, parents=parents, **kept)
+        for parent in parents:
+            parent.children.append(weakref.ref(child))
+        return self.with_state(child)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA and args[0]._state.real is None:
             return Tensor.__torch_function__(func, (), args, kwargs)
-        handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(args[0], DeferredLogits) and args[0]._state.real is None:
-            wanted = torch.is_grad_enabled() or func is cross_entropy
-            result = handler(func, *args, **kwargs) if wanted else NotImplemented
-            if result is not NotImplemented:
-                return result
-        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.settle, (args, kwargs))
+        handler = LOSSES.get(func) or (HANDLERS.get(func) if torch.is_grad_enabled() else None)
+        if handler is not None and not torch.is_inference_mode_enabled():
+            deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
+            if deferred and all(a._state.real is None for a in deferred):
+                result = handler(func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if func in _ASK_FOR_GRADIENTS:
+            _refuse_if_too_late(name, args, kwargs)
+        reason = f"{name.removesuffix('.__get__')} used them"
+        args, kwargs = tree_map_only(DeferredLogits, lambda t: t._state.settle(reason), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -133,157 +173,128 @@ class DeferredLogits(Tensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """For what calls past ``__torch_function__``: ``Function.apply``. Autograd, above this, has ``_Defer``."""
-        args, kwargs = tree_map_only(DeferredLogits, lambda t: t.settle().detach(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(
+            DeferredLogits, lambda t: t._state.settle(_PAST_PYTHON).detach(), (args, kwargs or {})
+        )
         return func(*args, **kwargs)
 
 
 class _Defer(torch.autograd.Function):
-    """The linear layer as autograd sees it, with an output that has no memory."""
+    """The logits as autograd sees them: a function of the leaves, with an output that has no memory."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, moved: bool
-    ) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.moved = moved
-        shape = [*input.shape[:-1], weight.size(0)]
-        strides = list(torch.empty(shape, device="meta").stride())
-        for sizes in (shape, strides) if moved else ():
-            sizes.insert(1, sizes.pop())
-        return Tensor._make_wrapper_subclass(DeferredLogits, shape, strides=strides, dtype=dtype, device=input.device)
+    def forward(ctx: Any, state: State, *leaves: Tensor) -> Tensor:
+        ctx.state = state
+        twin, device = state.twin, state.head.input.device
+        logits = Tensor._make_wrapper_subclass(
+            DeferredLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=device
+        )
+        refuse_data_pointer(logits)
+        return logits
 
     @staticmethod
     def backward(ctx: Any, grad_logits: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
-        grad = (grad_logits.movedim(1, -1) if ctx.moved else grad_logits).to(input.dtype)
-        flat, (needs_input, needs_weight, needs_bias, *_) = grad.flatten(0, -2), ctx.needs_input_grad
-        return (
-            grad @ weight if needs_input else None,
-            flat.t() @ input.flatten(0, -2) if needs_weight else None,
-            flat.sum(0) if needs_bias else None,
-            None,
-            None,
-        )
+        """Through the settled logits: only what called past ``__torch_function__`` comes here."""
+        state, needs = ctx.state, ctx.needs_input_grad[1:]
+        real = state.settle(_PAST_PYTHON)
+        aliases = [alias for one in state.line() for alias in one.aliases]
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+        create = torch.is_grad_enabled()
+        grads = iter(torch.autograd.grad(real, wanted, grad_logits, retain_graph=True, create_graph=create))
+        return None, *(next(grads) if need else None for need in needs)
 
 
-def _deferred(head: HeadTensors, dtype: torch.dtype, moved: bool, origin: Any) -> DeferredLogits:
-    logits: DeferredLogits = _Defer.apply(*head, dtype, moved)
-    logits._state = _State(head, head.versions(), moved, origin)
-    return logits
+def version_of(tensor: Tensor) -> int:
+    """Tells whether it has been written to."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether its memory was given back, as sharding does with a weight."""
+    return tensor.numel() > 0 and tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0
 
 
 @contextlib.contextmanager
-def _as_made(like: Tensor) -> Any:
+def _as_made(state: State) -> Any:
     """The modes in which the head was called, whatever they are now; what is saved is no checkpoint's affair."""
     own = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(like.device.type, enabled=False), own:
+    off = torch.autocast(state.head.input.device.type, enabled=False)
+    with torch.inference_mode(False), torch.set_grad_enabled(state.with_grad), off, own:
         yield
 
 
-# --- What keeps them deferred ---------------------------------------------------------------------------------------
+def consume(state: State, loss: Tensor) -> None:
+    """Notes that a loss was computed without these logits; FSDP's hooks wait for its gradient instead of theirs."""
+    if state.record is not None:
+        state.record.fused += 1
+    for one in state.line():
+        one.consumed = True
+        one.losses.append(weakref.ref(loss))
+        for hook in one.hooks if loss.requires_grad else ():
+            loss.register_hook(hook)
 
 
-def _reshape(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    shape = func(torch.empty(logits.shape, device="meta"), *args, **kwargs).shape
-    state = logits._state
-    if state.moved or len(shape) < 2 or shape[-1] != logits.size(-1):
-        return NotImplemented
-    input = state.head.input
-    rows = input.reshape(*shape[:-1], input.size(-1))
-    return logits._child(rows, logits.dtype, False, lambda real: func(real, *args, **kwargs))
+# --- Questions about gradients ---------------------------------------------------------------------------------------
 
 
-def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-        return NotImplemented
-    return _reshape(func, logits, *args, **kwargs)
-
-
-def _swap_dimensions(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    if logits._state.moved or logits.dim() != 3:
-        return NotImplemented
-    probe = torch.empty((2, 3, 4), device="meta")
-    if func(probe, *args, **kwargs).shape != (2, 4, 3):
-        return NotImplemented
-    return logits._child(logits._state.head.input, logits.dtype, True, lambda real: func(real, *args, **kwargs))
-
-
-def _contiguous(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented if args or kwargs or logits._state.moved else logits
-
-
-def _cast(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    """To float32, which is what the loss is computed in anyway."""
-    if kwargs or args not in ((), (torch.float32,)) or (not args and func is not Tensor.float):
-        return NotImplemented
-    if logits.dtype == torch.float32:
-        return logits
-    if logits.dtype not in _HALF:
-        return NotImplemented
-    state = logits._state
-    return logits._child(state.head.input, torch.float32, state.moved, Tensor.float)
-
-
-def _choose_rows(func: Any, logits: DeferredLogits, index: Any) -> Any:
-    items = index if isinstance(index, tuple) else (index,)
-    if logits._state.moved or not _is_about_rows(items, logits.dim()):
-        return NotImplemented
-    input = logits._state.head.input[index]
-    if input.dim() < 2:
-        return NotImplemented
-    return logits._child(input, logits.dtype, False, lambda real: real[index])
-
-
-def _is_about_rows(items: tuple[Any, ...], dimensions: int) -> bool:
-    """Whether an index leaves the last dimension as it is."""
-    used, dots = 0, False
-    for item in items:
-        if isinstance(item, Tensor):
-            used += item.dim() if item.dtype in (torch.bool, torch.uint8) else 1
-        elif item is ...:
-            dots = True
-        elif isinstance(item, slice) or type(item) is int:
-            used += 1
-        else:
-            return False
-    full = isinstance(items[-1], slice) and items[-1] == slice(None) if items else False
-    if dots and items[-1] is not ...:
-        return full and used <= dimensions
-    return used < dimensions or (used == dimensions and full)
-
-
-def _cross_entropy(
-    func: Any,
-    logits: DeferredLogits,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    **options: Any,
-) -> Any:
-    more = {"size_average": size_average, "ignore_index": ignore_index, "reduce": reduce}
-    return logits.cross_entropy(target, weight, **more, **options)
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.cross_entropy: _cross_entropy,
-    cross_entropy: _cross_entropy,
-    **dict.fromkeys((Tensor.view,), _view),
-    **dict.fromkeys((Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
-    **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.permute, torch.permute), _swap_dimensions),
-    **dict.fromkeys((Tensor.movedim, torch.movedim, Tensor.mT.__get__), _swap_dimensions),  # type: ignore[attr-defined]
-    Tensor.contiguous: _contiguous,
-    Tensor.float: _cast,
-    Tensor.to: _cast,
-    Tensor.__getitem__: _choose_rows,
-}
-_METADATA = frozenset(
+_ASK_FOR_GRADIENTS = frozenset(
     (
-        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.is_complex),
-        *(
-            getattr(Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "grad_fn")
-        ),
+        *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
+        *(torch.autograd.grad, torch.autograd.backward),
+    )
+)
+
+
+def _refuse_if_too_late(name: str, args: Any, kwargs: Any) -> None:
+    """Of logits that a loss has done without, no gradient is ever computed."""
+    if name.startswith("torch.autograd."):
+        # backward(tensors, ..., inputs=), grad(outputs, inputs): what the gradients are of, not what is differentiated
+        args, kwargs = args[1:2] if name == "torch.autograd.grad" else (), {"inputs": kwargs.get("inputs")}
+    for logits in tree_leaves((args, kwargs)):
+        if isinstance(logits, DeferredLogits) and logits._state.consumed:
+            raise RuntimeError(
+                f"{name}: the loss of these logits was computed without them (convert(loss=...)), so they get no "
+                f"gradient: ask for it before the loss, or {_CONVERT}"
+            )
+
+
+def _register_hook(func: Any, logits: DeferredLogits, hook: Any) -> Any:
+    """FSDP's hook on what a module returns wants to know when the backward begins: a loss can tell it as well."""
+    if not is_pre_backward_hook(hook):
+        return NotImplemented
+    state = logits._state
+    state.hooks.append(hook)
+    for loss in state.losses:
+        if (found := loss()) is not None and found.requires_grad:
+            found.register_hook(hook)
+    return torch.utils.hooks.RemovableHandle({})
+
+
+LOSSES: dict[Any, Callable[..., Any]] = {}  # what does without the logits; filled by deferred_losses
+HANDLERS: dict[Any, Callable[..., Any]] = {Tensor.register_hook: _register_hook}  # and by deferred_ops
+
+_FLAGS = ("floating_point", "complex", "signed", "contiguous", "inference", "conj", "neg")
+_ATTRIBUTES = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "retains_grad", "itemsize", "nbytes"),
+    *(
+        "is_cpu",
+        "is_cuda",
+        "is_meta",
+        "is_mps",
+        "is_xpu",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_mkldnn",
+        "_base",
+    ),
+)
+METADATA = frozenset(
+    (
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.stride),
+        *(Tensor.element_size, Tensor.get_device),
+        *(getattr(Tensor, f"is_{name}") for name in _FLAGS),
+        *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+        *(torch.is_floating_point, torch.is_complex, torch.is_inference, torch.numel),
     )
 )

@@ -1,68 +1,175 @@
-"""The linear head of a model: found, and made to leave its logits to the loss."""
+"""The linear head of a model: found by rules, and made to leave its logits to the loss."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from fused_ops.conversion import deferred_losses, deferred_ops  # noqa: F401  # what deferred logits can do
 from fused_ops.conversion import report as limits
 from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors
-from fused_ops.conversion.fuse import NotTraceable, Rewritten, _arity, _become, _trace, hooked
+from fused_ops.conversion.hooks import hooked
+from fused_ops.conversion.records import HeadRecord
+from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
-from fused_ops.core.torch_private import any_global_hook, forward_ad, is_tracing, transforms_active
+from fused_ops.core.graph import in_graph
+from fused_ops.core.torch_private import any_global_hook, forward_ad, is_fake, is_tracing, transforms_active
+from fused_ops.distributed.fsdp import has_only_its_hooks, source_of
+
+RECORD = "_fused_ops_record"  # of a head, in its __dict__: a HeadRecord
 
 
 class HeadLinear(nn.Linear):
-    """``nn.Linear`` whose result, where it is going to be differentiated, is not computed before somebody needs it."""
+    """``nn.Linear`` whose result is not computed before somebody needs it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits."""
-        head = self._deferrable(input)
-        return super().forward(input) if head is None else DeferredLogits.of(head)
+        if torch.compiler.is_compiling() or type(input) is not Tensor:
+            return super().forward(input)
+        record = self.__dict__.get(RECORD)
+        reason = self._why_now(input)
+        if not reason:
+            shard, is_freed = source_of(self.weight)
+            reason = "fully_shard frees its weight after the forward (reshard_after_forward)" if is_freed else ""
+            if not reason:
+                return DeferredLogits.of(self._tensors(input), record, () if shard is None else (shard,))
+        if record is not None:
+            record.computed[reason] += 1
+        return super().forward(input)
 
     def _get_name(self) -> str:
         return "Linear"  # printed as it was
 
-    def _deferrable(self, input: Tensor) -> HeadTensors | None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(input) is not Tensor:
-            return None
-        weight, bias = self.weight, self.bias
-        if input.dim() < 2 or type(weight) not in (nn.Parameter, Tensor):
-            return None
-        tensors = [input, weight] if bias is None else [input, weight, bias]
+    def _tensors(self, input: Tensor) -> HeadTensors:
+        """As the layer will use them: in autocast's dtype where that is on."""
+        tensors = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
         if autocast_enabled(input):
             dtype = torch.get_autocast_dtype(input.device.type)
             tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-        if len({(t.dtype, t.device) for t in tensors}) > 1 or input.size(-1) != self.in_features:
-            return None  # which PyTorch has a message for
-        if math.prod(input.shape[:-1]) * self.out_features * tensors[0].element_size() <= limits.SMALL_BYTES:
-            return None
-        if not (input.requires_grad or weight.requires_grad) or _watched(self):
-            return None
-        return HeadTensors(tensors[0], tensors[1], None if bias is None else tensors[2])
+        return HeadTensors(*tensors)
+
+    def _why_now(self, input: Tensor) -> str:
+        """Why the logits are computed at once; empty if they need not be."""
+        if not torch.is_grad_enabled():
+            return "gradients were off"
+        if hooked(self) and not has_only_its_hooks(self):
+            return "the module has hooks"
+        if any_global_hook():
+            return "there are hooks of all modules"
+        if is_tracing() or in_graph() or transforms_active() or forward_ad._current_level >= 0:
+            return "a tracer, a transform of torch.func or forward-mode AD was active"
+        weight, bias = self.weight, self.bias
+        if any(
+            type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, *(() if bias is None else (bias,)))
+        ):
+            return "its weight is a subclass of Tensor"
+        if type(weight) is Tensor and weight._is_view():
+            return "its weight is a view of another tensor"
+        return self._why_not_worth_it(input)
+
+    def _why_not_worth_it(self, input: Tensor) -> str:
+        if input.dim() < 2:
+            return "there was one row"
+        dtype, on = input.dtype, autocast_enabled(input)
+        others = [t for t in (self.weight, self.bias) if t is not None]
+        fits = all((t.dtype == dtype or (on and dtype != torch.float64 != t.dtype)) for t in others)
+        if not fits or input.size(-1) != self.in_features or any(t.device != input.device for t in others):
+            return "input and weight do not fit"  # which PyTorch has a message for
+        size = torch.get_autocast_dtype(input.device.type).itemsize if on and dtype != torch.float64 else dtype.itemsize
+        if math.prod(input.shape[:-1]) * self.out_features * size <= limits.SMALL_BYTES:
+            return f"logits under {limits.SMALL_BYTES >> 20} MiB"
+        return ""
 
 
-def _watched(head: nn.Module) -> bool:
-    """Whether somebody other than the loss is to see the logits: hooks, a tracer, a transform."""
-    if hooked(head) or any_global_hook() or is_tracing():
-        return True
-    return bool(transforms_active()) or forward_ad._current_level >= 0
+# --- Which module it is ----------------------------------------------------------------------------------------------
+
+Finder = Callable[[nn.Module], "nn.Module | None"]
+_RULES: dict[str, str | Finder] = {}
 
 
-def find_head(model: nn.Module) -> tuple[nn.Module | None, str]:
-    """The linear layer whose result is what ``model`` returns (or scores tokens with), and how it was found or not."""
-    found = token_head(model)
-    if found is not None:
+def register_head(kind: type[nn.Module] | str, where: str | Finder) -> None:
+    """Tells ``convert(model, loss=...)`` where the models of a class have their linear head.
+
+    Args:
+        kind: The class itself (not its subclasses), or its "module:qualified name" where that is not imported yet.
+        where: The name of the submodule that computes the class scores, last of all, such as ``"fc"``; it may itself be
+            of a class with a rule, or an ``nn.Sequential``. Or a function of the model that returns the submodule.
+    """
+    _RULES[kind if isinstance(kind, str) else _name(kind)] = where
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def find_head(model: nn.Module, head: nn.Module | str | None = None) -> tuple[nn.Module | None, str]:
+    """The linear layer whose result is what a model scores classes or tokens with.
+
+    Nothing is run or read for it: it is named, or the model says so itself (``get_output_embeddings``), or there is a
+    rule for the model's class, or the model is an ``nn.Sequential`` that ends in it.
+
+    Args:
+        model: Any module.
+        head: The module, or its name in the model, where the caller knows.
+
+    Returns:
+        The head, and nothing more to say; or None, and why it was not found.
+
+    Raises:
+        ValueError: the model has no module ``head``.
+        TypeError: ``head`` is neither a module nor a name, or no linear layer that can leave its result to the loss.
+    """
+    if head is not None:
+        found = _named(model, head)
+        if not linears_of(found):
+            raise TypeError(f"convert: expected head to be an nn.Linear, got {type(found).__name__}")
         return found, ""
+    last, why = _by_rule(model)
+    if last is None or linears_of(last):
+        return last, why
+    return None, f"what computes last is {_article(type(last).__name__)}, not an nn.Linear"
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"
+
+
+def _named(model: nn.Module, head: nn.Module | str) -> nn.Module:
+    if isinstance(head, nn.Module):
+        if all(module is not head for module in model.modules()):
+            raise ValueError(f"convert: expected head to be a module of model, got a {type(head).__name__} that is not")
+        return head
+    if not isinstance(head, str):
+        raise TypeError(f"convert: expected head to be a module of model or its name, got {type(head).__name__}")
     try:
-        return _last(model), ""
-    except NotTraceable as error:
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            return None, "it has no linear layer"
-        return linear[-1], f"taken for the head as the last linear layer: {error}"
+        return model.get_submodule(head)
+    except AttributeError:
+        raise ValueError(f"convert: expected head to be the name of a module of model, got {head!r}") from None
+
+
+def _by_rule(module: nn.Module) -> tuple[nn.Module | None, str]:
+    """The module that computes last, as far as the rules lead."""
+    kind = type(module)
+    if linears_of(module):
+        return module, ""
+    rule = _RULES.get(_name(kind))
+    if rule is not None:
+        found = module.get_submodule(rule) if isinstance(rule, str) else rule(module)
+        return (None, f"{kind.__name__} has no head") if found is None else _by_rule(found)
+    if (tokens := token_head(module)) is not None:
+        return _by_rule(tokens)
+    if isinstance(module, nn.Sequential) and (original_of(kind) or kind).forward is nn.Sequential.forward:
+        inside = [child for child in module._modules.values() if type(child) is not nn.Identity]
+        return _by_rule(inside[-1]) if inside and inside[-1] is not None else (None, "it is an empty nn.Sequential")
+    if any(isinstance(child, nn.Linear) for child in module.modules()):
+        return (
+            None,
+            f'there is no rule for a {kind.__name__}: name its linear layer, convert(model, loss=..., head="...")',
+        )
+    return module, ""
 
 
 def token_head(model: nn.Module) -> nn.Module | None:
@@ -72,38 +179,62 @@ def token_head(model: nn.Module) -> nn.Module | None:
         found = get() if callable(get) else None
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Linear) else None
+    return found if isinstance(found, nn.Module) else None
 
 
-def _last(module: nn.Module) -> nn.Module:
-    """The module that computes last in a forward, at any depth."""
-    if isinstance(module, nn.Linear):
-        return module
-    if type(module).forward is nn.Sequential.forward and len(module._modules):
-        last = list(module._modules.values())[-1]
-        return module if last is None else _last(last)
-    if not any(isinstance(child, nn.Linear) for child in module.modules()):
-        return module
-    graph = _own_graph(module)
-    result = next(node for node in graph.nodes if node.op == "output").args[0]
-    while getattr(result, "op", "") == "call_method" and result.target in ("view", "reshape", "flatten", "float"):
-        result = result.args[0]
-    if getattr(result, "op", "") == "call_module":
-        return _last(module.get_submodule(str(result.target)))
-    if isinstance(result, (tuple, dict)):
-        raise NotTraceable("forward returns more than one tensor")
-    return module
+def linears_of(head: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose results a head is the sum of: itself, or the base and LoRA's second factors; or none.
+
+    What somebody else's subclass or a forward set on the instance computes is not known.
+    """
+    if type(head) in (nn.Linear, HeadLinear):
+        return [head] if "forward" not in head.__dict__ else []  # type: ignore[list-item]
+    if _name(type(head)) == "peft.tuners.lora.layer:Linear":
+        parts = [head.base_layer, *head.lora_B.values()]  # type: ignore[operator,list-item,union-attr]
+        found = [linear for part in parts for linear in linears_of(part)]  # type: ignore[arg-type]
+        return found if len(found) == len(parts) else []
+    return []
 
 
-def _own_graph(module: nn.Module) -> fx.Graph:
-    """Of the forward that the module had before convert rewrote it."""
-    now = type(module)
-    own: type[nn.Module] = now.__dict__["_fused_ops_original"] if isinstance(module, Rewritten) else now
-    _become(module, own)
-    try:
-        return _trace(module, _arity(own.forward), True)[0]
-    finally:
-        _become(module, now)
+def defer(linear: nn.Linear, record: HeadRecord | None = None) -> None:
+    """Makes a linear layer leave its result to the loss; the record counts what becomes of it."""
+    linear.__class__ = HeadLinear
+    if record is not None:
+        linear.__dict__[RECORD] = record
 
 
-__all__ = ["HeadLinear", "find_head", "token_head"]
+def undefer(linear: nn.Linear) -> None:
+    """Undoes ``defer``."""
+    linear.__class__ = nn.Linear
+    linear.__dict__.pop(RECORD, None)
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    """Of timm's models, which all have this method."""
+    found = model.get_classifier()  # type: ignore[operator]
+    return found if isinstance(found, nn.Module) else None
+
+
+_TORCHVISION = {
+    "fc": (
+        "resnet:ResNet",
+        "regnet:RegNet",
+        "googlenet:GoogLeNet",
+        "inception:Inception3",
+        "shufflenetv2:ShuffleNetV2",
+    ),
+    "classifier": (
+        *("alexnet:AlexNet", "vgg:VGG", "densenet:DenseNet", "mobilenetv2:MobileNetV2", "mobilenetv3:MobileNetV3"),
+        *("efficientnet:EfficientNet", "mnasnet:MNASNet", "convnext:ConvNeXt", "maxvit:MaxVit"),
+    ),
+    "heads": ("vision_transformer:VisionTransformer",),
+    "head": ("swin_transformer:SwinTransformer",),
+}
+for _attribute, _kinds in _TORCHVISION.items():
+    for _kind in _kinds:
+        register_head(f"torchvision.models.{_kind}", _attribute)
+for _wrapper in ("torch.nn.parallel.distributed:DistributedDataParallel", "torch.optim.swa_utils:AveragedModel"):
+    register_head(_wrapper, "module")
+register_head("peft.utils.other:ModulesToSaveWrapper", lambda m: m.modules_to_save[m.active_adapter])
+
+__all__ = ["HeadLinear", "defer", "find_head", "linears_of", "register_head", "token_head", "undefer"]

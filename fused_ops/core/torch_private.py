@@ -7,6 +7,7 @@ once, when this module is imported, so that a call costs what torch's own costs.
 from __future__ import annotations
 
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -115,6 +116,25 @@ has_torch_function: Callable[..., bool] = _found(
     "torch:_C._has_torch_function_variadic", lambda *values: overrides.has_torch_function(values)
 )
 increment_version: Callable[[Any], None] = _found("torch:_C._increment_version", graph.increment_version)
+# Makes whoever takes the address of a tensor without memory raise, C++ included; without it they get 0.
+refuse_data_pointer: Callable[[Tensor], None] = _found("torch:_C._set_throw_on_mutable_data_ptr", lambda tensor: None)
+
+# ---- who shards weights
+
+
+def sharding_states() -> tuple[Any, ...] | None:
+    """What fully_shard keeps of each module that it was given; None where there may be some that cannot be found.
+
+    Not looked up when this module is imported: that would import fully_shard, which takes seconds.
+    """
+    if "torch.distributed.fsdp._fully_shard" not in sys.modules:
+        return ()
+    kind = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "FSDPState", None)
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
+    if kind is None or known is None:
+        return None
+    return tuple(state for state in (reference() for reference in list(known.values())) if isinstance(state, kind))
+
 
 # ---- ops and Functions
 
@@ -179,3 +199,37 @@ tree_leaves: Callable[..., list[Any]] = _found("torch.utils._pytree:tree_leaves"
 tree_flatten: Callable[..., tuple[list[Any], Any]] = _found("torch.utils._pytree:tree_flatten", _flatten)
 tree_unflatten: Callable[..., Any] = _found("torch.utils._pytree:tree_unflatten", _unflatten)
 legacy_reduction: Callable[..., str] = _found("torch.nn._reduction:legacy_get_string", _reduction_of)
+
+# ---- the graphs of Dynamo, when one is there
+
+BACKEND_REGISTRY = "torch._dynamo.backends.registry"  # the module that knows torch.compile's backends
+HigherOrder: Any = _found("torch._ops:HigherOrderOperator", ())
+set_versions: Callable[[Any, Any], None] = _found(
+    "torch:_C._autograd._unsafe_set_version_counter", lambda tensors, versions: None
+)
+
+
+def lookup_backend(backend: Any) -> Any:
+    """The backend of torch.compile of that name; a callable as it is."""
+    return _found(f"{BACKEND_REGISTRY}:lookup_backend", None)(backend)
+
+
+def inductor_options(mode: str) -> dict[str, Any]:
+    """The options of Inductor that a mode of torch.compile stands for."""
+    return dict(_found("torch._inductor:list_mode_options", lambda mode: {})(mode))
+
+
+def checkpoint_operator() -> Any:
+    """What activation checkpointing is in a graph."""
+    return _found("torch._higher_order_ops.wrap:tag_activation_checkpoint", None)
+
+
+def is_plain_fake(value: Any) -> bool:
+    """Whether it is a fake strided tensor that stands for one without a class of its own."""
+    kind = _found("torch._subclasses.fake_tensor:FakeTensor", None)
+    return type(value) is kind and value.layout is torch.strided
+
+
+def storage_id(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too; without this name all of them may."""
+    return getattr(tensor.untyped_storage(), "_cdata", 0)

@@ -14,6 +14,13 @@ from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 
+class LowRank(NamedTuple):
+    """In the place of lora's (A, B, scale): what has been made of the input already, for the conversion of models."""
+
+    input: Tensor  # (..., rank)
+    weight: Tensor  # (classes, rank)
+
+
 class Shape(NamedTuple):
     lead: tuple[int, ...]  # of input without in_features
     classes: int
@@ -84,6 +91,9 @@ def head_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lo
     rows = input if input.dim() == 2 else input.reshape(math.prod(shape.lead), in_features)
     tensors = [rows, linear_weight.flatten(0, -2)]
     tensors += [] if linear_bias is None else [linear_bias.reshape(-1)]
+    if isinstance(lora, LowRank):
+        low = lora.input.reshape(rows.size(0), -1)
+        return Head(rows, tensors[1], tensors[2] if linear_bias is not None else None, low, lora.weight)
     scale = 1.0
     if lora is not None:
         a, b, scale = _low_rank(lora, shape, in_features)

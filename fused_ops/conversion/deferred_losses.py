@@ -1,0 +1,170 @@
+"""The losses that are found without a head's logits: cross-entropy, and what label smoothing makes of log_softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_ops.conversion.deferred_logits import LOSSES, DeferredLogits, consume, version_of
+from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+from fused_ops.ops.linear_cross_entropy.arguments import LowRank
+
+_HALF = (torch.bfloat16, torch.float16)
+_NONE = -(2**40)  # an ignore_index that no class index is
+
+
+def _loss(logits: DeferredLogits, target: Tensor, **options: Any) -> Any:
+    """Linear cross-entropy of the head, with what was carried along."""
+    state, head, carried = logits._state, logits._state.head, logits._state.carried
+    state.check()
+    scale = carried.times / carried.over
+    if carried.bounded:
+        scale, options["softcap"] = carried.times * carried.cap / carried.over, carried.cap
+    if scale != 1:
+        options["logit_scale"] = scale
+    if head.low_input is not None and head.low_weight is not None:
+        options["lora"] = LowRank(head.low_input, head.low_weight)
+    with torch.autocast(head.input.device.type, enabled=False):
+        result = linear_cross_entropy(head.input, head.weight, target, linear_bias=head.bias, **options)
+    consume(state, result if isinstance(result, Tensor) else result.loss)
+    return result
+
+
+def _are_indices(logits: DeferredLogits, target: Tensor) -> bool:
+    lead = logits._state.head.input.shape[:-1]
+    return not target.is_floating_point() and target.shape == lead and (len(lead) == 1 or logits._state.moved)
+
+
+def _cross_entropy(
+    func: Any,
+    logits: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Any:
+    """Of class indices, or of class probabilities of (rows, classes) logits."""
+    legacy = size_average is not None or reduce is not None
+    if legacy or not isinstance(logits, DeferredLogits) or type(target) is not Tensor or logits._state.carried.sign:
+        return NotImplemented
+    state = logits._state
+    carries = state.carried != type(state.carried)()
+    if carries and (options.get("softcap") is not None or options.get("logit_scale", 1.0) != 1.0):
+        return NotImplemented
+    if _are_indices(logits, target):
+        options["ignore_index"] = ignore_index
+    elif target.shape != state.twin.shape or target.dim() != 2 or ignore_index >= 0:
+        return NotImplemented
+    options.pop("inplace_backward", None)
+    if options.get("loss_dtype") is None:
+        wide = state.twin.dtype in _HALF and torch.is_autocast_enabled(state.head.input.device.type)
+        options["loss_dtype"] = torch.float32 if wide else state.twin.dtype
+    return _loss(logits, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing, **options)
+
+
+def _nll_loss(
+    func: Any,
+    log_probabilities: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    legacy = size_average is not None or reduce is not None
+    if legacy or not isinstance(log_probabilities, DeferredLogits) or type(target) is not Tensor:
+        return NotImplemented
+    state = log_probabilities._state
+    if state.carried.sign != 1 or not _are_indices(log_probabilities, target):
+        return NotImplemented
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+    return _loss(log_probabilities, target, loss_dtype=state.twin.dtype, **options)
+
+
+# --- What label smoothing by hand takes of the log-probabilities: one of each row, and the sum of each row -----------
+
+
+def _last_dimension(logits: DeferredLogits, dim: Any) -> bool:
+    n = logits._state.twin.dim()
+    return type(dim) is int and dim % n == n - 1 and not logits._state.moved and logits._state.carried.sign != 0
+
+
+def _rows(logits: DeferredLogits, target: Tensor | None) -> Any:
+    """The outputs of each row, computed once for a gather and a sum."""
+    state = logits._state
+    key = None if target is None else (target, version_of(target))
+    if state.outputs is None or (key is not None and not _same(key, state.outputs[0])):
+        head = state.head
+        lead = head.input.shape[:-1]
+        indices = (
+            torch.zeros(lead, dtype=torch.int64, device=head.input.device) if target is None else target.view(lead)
+        )
+        outputs = {"reduction": "none", "return_outputs": True, "loss_dtype": state.twin.dtype}
+        state.outputs = key, _loss(logits, indices, ignore_index=_NONE, **outputs)
+    return state.outputs[1]
+
+
+def _same(key: Any, other: Any) -> bool:
+    return other is not None and key[0] is other[0] and key[1] == other[1]
+
+
+def _gather(func: Any, logits: Any, dim: Any, index: Any, **options: Any) -> Any:
+    """One log-probability of each row."""
+    if options or not isinstance(logits, DeferredLogits) or type(index) is not Tensor or not torch.is_grad_enabled():
+        return NotImplemented
+    state = logits._state
+    shape = (*state.head.input.shape[:-1], 1)
+    if not _last_dimension(logits, dim) or index.shape != shape or index.dtype != torch.int64:
+        return NotImplemented
+    try:
+        loss = _rows(logits, index.contiguous()).loss
+    except IndexError:  # gather has another exception for it
+        return NotImplemented
+    return (loss * -float(state.carried.sign)).view(shape)
+
+
+def _sum(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Of each row's log-probabilities: the sum of its logits, which is one product, less classes * log-sum-exp."""
+    if not isinstance(logits, DeferredLogits) or not torch.is_grad_enabled():
+        return NotImplemented
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    state = logits._state
+    head, carried, dtype = state.head, state.carried, dtype or state.twin.dtype
+    if not _last_dimension(logits, dim) or carried.bounded or not dtype.is_floating_point:
+        return NotImplemented
+    lse = _rows(logits, None).lse
+    with torch.autocast(head.input.device.type, enabled=False):
+        total = _sum_of_product(head.input, head.weight, lse.dtype)
+        if head.low_input is not None and head.low_weight is not None:
+            total = total + _sum_of_product(head.low_input, head.low_weight, lse.dtype)
+        if head.bias is not None:
+            total = total + head.bias.sum(dtype=lse.dtype)
+    scale, classes = carried.times / carried.over, state.twin.size(-1)
+    found = carried.sign * (total * scale - classes * lse)
+    return (found.unsqueeze(-1) if keepdim else found).to(dtype)
+
+
+def _sum_of_product(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(input @ weight.T).sum(-1)``; the sum over the classes as a product, which adds 16-bit numbers in float32."""
+    return input.to(dtype) @ (weight.new_ones(weight.size(0)) @ weight).to(dtype)
+
+
+def _mean(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    found = _sum(func, logits, dim, keepdim, dtype=dtype)
+    return found if found is NotImplemented else found / logits._state.twin.size(-1)
+
+
+LOSSES[F.cross_entropy] = LOSSES[cross_entropy] = _cross_entropy
+LOSSES[F.nll_loss] = _nll_loss
+LOSSES[Tensor.gather] = LOSSES[torch.gather] = _gather
+LOSSES[Tensor.sum] = LOSSES[torch.sum] = _sum
+LOSSES[Tensor.mean] = LOSSES[torch.mean] = _mean

@@ -1,0 +1,52 @@
+"""What fully_shard does to a weight that a module's forward has used, and to what the module returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_ops.core.torch_private import sharding_states
+
+
+def _is_its(state: Any, hook: Any) -> bool:
+    while hook is not None:
+        if getattr(hook, "__self__", None) is state:
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
+
+
+def is_pre_backward_hook(hook: Any) -> bool:
+    """Whether it is fully_shard's, which returns the gradient as it is and only needs to know that there is one."""
+    owner = getattr(hook, "__self__", None)
+    if owner is None or getattr(hook, "__name__", "") != "_pre_backward":
+        return False
+    return any(state is owner for state in sharding_states() or ())
+
+
+def has_only_its_hooks(module: nn.Module) -> bool:
+    """Whether the hooks of a module are fully_shard's alone."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    states = sharding_states() or ()
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(any(_is_its(state, hook) for state in states) for hook in forward)
+
+
+def source_of(weight: Tensor) -> tuple[Tensor | None, bool]:
+    """The shard that a weight was gathered from, if it was, and whether its memory may be freed after the forward."""
+    states = sharding_states()
+    if states is None:
+        return None, torch.distributed.is_initialized()
+    for state in states:
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            for parameter in () if group is None else group.fsdp_params:
+                if getattr(parameter, "_unsharded_param", None) is weight:
+                    return parameter.sharded_param.to_local(), group.post_forward_mesh_info is not None
+    return None, False
+
+
+__all__ = ["has_only_its_hooks", "is_pre_backward_hook", "source_of"]
