@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ class HeadTensors(NamedTuple):
 class Carried(NamedTuple):
     """What has been asked of the linear layer's result z, for the loss to do.
 
-    ``u = z * times / over``, then, if ``bounded``, ``cap * tanh(u)``; then, if ``sign`` is not 0, ``sign * log_softmax``.
+    ``u = z * times / over``; then, if ``bounded``, ``cap * tanh(u)``; then, if ``sign`` is 1 or -1, that times the
+    ``log_softmax``.
     """
 
     times: float = 1.0
@@ -42,6 +44,9 @@ class Carried(NamedTuple):
     bounded: bool = False
     cap: float = 1.0
     sign: int = 0
+
+
+AS_IT_IS = Carried()
 
 
 @dataclass(eq=False)
@@ -55,7 +60,7 @@ class State:
     watched: tuple[tuple[Tensor, int], ...]  # the tensors that computing them reads, and their versions
     record: HeadRecord | None = None
     parents: tuple[State, ...] = ()
-    carried: Carried = Carried()
+    carried: Carried = AS_IT_IS
     moved: bool = False  # the classes are dimension 1, not the last
     real: Tensor | None = None
     aliases: tuple[Tensor, ...] = ()  # of own, once settled: a gradient with respect to one is partial
@@ -154,13 +159,9 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA and args[0]._state.real is None:
             return Tensor.__torch_function__(func, (), args, kwargs)
-        handler = LOSSES.get(func) or (HANDLERS.get(func) if torch.is_grad_enabled() else None)
-        if handler is not None and not torch.is_inference_mode_enabled():
-            deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
-            if deferred and all(a._state.real is None for a in deferred):
-                result = handler(func, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
+        result = _handled(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         if func in _ASK_FOR_GRADIENTS:
             _refuse_if_too_late(name, args, kwargs)
@@ -179,12 +180,24 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
 
+def _handled(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function can do without the logits; NotImplemented if it needs them."""
+    deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
+    if not deferred or any(a._state.real is not None for a in deferred) or torch.is_inference_mode_enabled():
+        return NotImplemented
+    result = ALWAYS[func](func, *args, **kwargs) if func in ALWAYS else NotImplemented
+    if result is NotImplemented and func in HANDLERS and torch.is_grad_enabled():
+        result = HANDLERS[func](func, *args, **kwargs)
+    return result
+
+
 class _Defer(torch.autograd.Function):
     """The logits as autograd sees them: a function of the leaves, with an output that has no memory."""
 
     @staticmethod
     def forward(ctx: Any, state: State, *leaves: Tensor) -> Tensor:
         ctx.state = state
+        ctx.set_materialize_grads(False)
         twin, device = state.twin, state.head.input.device
         logits = Tensor._make_wrapper_subclass(
             DeferredLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=device
@@ -193,9 +206,11 @@ class _Defer(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, grad_logits: Tensor) -> Any:
+    def backward(ctx: Any, grad_logits: Tensor | None) -> Any:
         """Through the settled logits: only what called past ``__torch_function__`` comes here."""
         state, needs = ctx.state, ctx.needs_input_grad[1:]
+        if grad_logits is None:
+            return None, *(None for _ in needs)
         real = state.settle(_PAST_PYTHON)
         aliases = [alias for one in state.line() for alias in one.aliases]
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
@@ -267,11 +282,30 @@ def _register_hook(func: Any, logits: DeferredLogits, hook: Any) -> Any:
     for loss in state.losses:
         if (found := loss()) is not None and found.requires_grad:
             found.register_hook(hook)
-    return torch.utils.hooks.RemovableHandle({})
+    return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
-LOSSES: dict[Any, Callable[..., Any]] = {}  # what does without the logits; filled by deferred_losses
-HANDLERS: dict[Any, Callable[..., Any]] = {Tensor.register_hook: _register_hook}  # and by deferred_ops
+def _grad_fn(func: Any, logits: DeferredLogits) -> Any:
+    """None where no gradient will come: DDP then hands on the logits as they are."""
+    return None if logits._state.consumed else NotImplemented
+
+
+def _clone(func: Any, logits: DeferredLogits) -> Any:
+    """DDP copies what a module returns, in a Function, for nothing but the loss that it returns as well."""
+    state = logits._state
+    if not state.consumed or torch.is_grad_enabled() or not _is_distributed():
+        return NotImplemented
+    return logits.derive(func, state.twin)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+# What does without the logits; deferred_ops and deferred_losses add to it.
+HANDLERS: dict[Any, Callable[..., Any]] = {Tensor.register_hook: _register_hook}
+ALWAYS: dict[Any, Callable[..., Any]] = {Tensor.clone: _clone}  # with gradients off too
+ALWAYS[Tensor.grad_fn.__get__] = _grad_fn  # type: ignore[union-attr]
 
 _FLAGS = ("floating_point", "complex", "signed", "contiguous", "inference", "conj", "neg")
 _ATTRIBUTES = (
