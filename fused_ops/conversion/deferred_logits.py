@@ -63,7 +63,7 @@ class State:
     carried: Carried = AS_IT_IS
     moved: bool = False  # the classes are dimension 1, not the last
     real: Tensor | None = None
-    aliases: tuple[Tensor, ...] = ()  # of own, once settled: a gradient with respect to one is partial
+    version: int = 0  # of real, when it was computed
     consumed: bool = False  # a loss has been computed from these, or from what was made of them, without them
     outputs: Any = None  # of the rows, for whoever asks for more than one of them
     hooks: list[Any] = field(default_factory=list)  # of FSDP, which want to know when the backward begins
@@ -92,8 +92,8 @@ class State:
             parents = [parent.settle("") for parent in self.parents]
             if self.real is None:  # a parent settles its children
                 with _as_made(self):
-                    self.aliases = tuple(t.view_as(t) for t in self.own)
-                    self.real = self.compute(*parents, *self.aliases)
+                    self.real = self.compute(*parents, *self.own)
+                self.version = version_of(self.real)
                 for hook in self.hooks:
                     self.real.register_hook(hook)
                 for child in self.children:
@@ -207,16 +207,43 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logits: Tensor | None) -> Any:
-        """Through the settled logits: only what called past ``__torch_function__`` comes here."""
+        """Only what called past ``__torch_function__`` comes here; the settled logits have a graph of their own."""
         state, needs = ctx.state, ctx.needs_input_grad[1:]
         if grad_logits is None:
             return None, *(None for _ in needs)
-        real = state.settle(_PAST_PYTHON)
-        aliases = [alias for one in state.line() for alias in one.aliases]
-        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        create = torch.is_grad_enabled()
-        grads = iter(torch.autograd.grad(real, wanted, grad_logits, retain_graph=True, create_graph=create))
+        state.check()
+        if state.real is not None and version_of(state.real) != state.version:
+            raise RuntimeError(
+                "a custom autograd.Function, or code in C++, was given logits that convert(loss=...) had put off "
+                f"computing, and they were changed in place: give it a clone of them, or {_CONVERT}"
+            )
+        if not state.parents:
+            return None, *_linear_grads(grad_logits, needs, *state.own)
+        with _as_made(
+            state
+        ):  # of aliases: a gradient with respect to one is partial, also where they depend on another
+            aliases = {one: tuple(t.view_as(t) for t in one.own) for one in state.line()}
+            real = _computed(state, aliases)
+        wanted = [a for a, need in zip((a for own in aliases.values() for a in own), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(real, wanted, grad_logits, create_graph=torch.is_grad_enabled()))
         return None, *(next(grads) if need else None for need in needs)
+
+
+def _computed(state: State, aliases: dict[State, tuple[Tensor, ...]]) -> Tensor:
+    """The logits once more, of other leaves."""
+    return state.compute(*(_computed(parent, aliases) for parent in state.parents), *aliases[state])
+
+
+def _linear_grads(
+    grad: Tensor, needs: Sequence[bool], input: Tensor, weight: Tensor, *bias: Tensor
+) -> list[Tensor | None]:
+    """Of a linear layer alone."""
+    flat = grad.flatten(0, -2)
+    return [
+        grad @ weight if needs[0] else None,
+        flat.t() @ input.flatten(0, -2) if needs[1] else None,
+        *(flat.sum(0) if needs[2] else None for _ in bias),
+    ]
 
 
 def version_of(tensor: Tensor) -> int:

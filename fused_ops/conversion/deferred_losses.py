@@ -28,7 +28,10 @@ def _loss(logits: DeferredLogits, target: Tensor, **options: Any) -> Any:
         options["logit_scale"] = scale
     if head.low_input is not None and head.low_weight is not None:
         options["lora"] = LowRank(head.low_input, head.low_weight)
-    with torch.autocast(head.input.device.type, enabled=False):
+    # Autocast was heeded by the head; on, it lets 16-bit logits be given class weights in float32.
+    device, dtype, weight = head.input.device.type, head.input.dtype, options.get("weight")
+    mixed = dtype in _HALF and weight is not None and weight.dtype == options.get("loss_dtype") == torch.float32
+    with torch.autocast(device, dtype if mixed else None, enabled=mixed):
         result = linear_cross_entropy(head.input, head.weight, target, linear_bias=head.bias, **options)
     consume(state, result if isinstance(result, Tensor) else result.loss)
     return result
@@ -66,7 +69,8 @@ def _cross_entropy(
     options.pop("inplace_backward", None)
     if options.get("loss_dtype") is None:
         wide = state.twin.dtype in _HALF and torch.is_autocast_enabled(state.head.input.device.type)
-        options["loss_dtype"] = torch.float32 if wide else state.twin.dtype
+        plain = torch.promote_types(state.twin.dtype, target.dtype) if target.is_floating_point() else state.twin.dtype
+        options["loss_dtype"] = torch.float32 if wide else plain
     return _loss(logits, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing, **options)
 
 

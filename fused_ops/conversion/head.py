@@ -64,10 +64,10 @@ class HeadLinear(nn.Linear):
             return "there are hooks of all modules"
         if is_tracing() or in_graph() or transforms_active() or forward_ad._current_level >= 0:
             return "a tracer, a transform of torch.func or forward-mode AD was active"
-        weight, bias = self.weight, self.bias
-        if any(
-            type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, *(() if bias is None else (bias,)))
-        ):
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:  # which must not be computed twice
+            return "its weight is computed from other parameters"
+        if any(type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, bias) if t is not None):
             return "its weight is a subclass of Tensor"
         if type(weight) is Tensor and weight._is_view():
             return "its weight is a view of another tensor"
@@ -87,7 +87,7 @@ class HeadLinear(nn.Linear):
         return ""
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_compiled(head: HeadLinear) -> None:
     """Called once, when the call is compiled."""
     if (record := head.__dict__.get(RECORD)) is not None:
