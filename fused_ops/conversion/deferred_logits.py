@@ -164,7 +164,7 @@ class DeferredLogits(Tensor):
             return result
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         if func in _ASK_FOR_GRADIENTS:
-            _refuse_if_too_late(name, args, kwargs)
+            _refuse_if_too_late(func, name, args, kwargs)
         reason = f"{name.removesuffix('.__get__')} used them"
         args, kwargs = tree_map_only(DeferredLogits, lambda t: t._state.settle(reason), (args, kwargs))
         return func(*args, **kwargs)
@@ -287,12 +287,14 @@ _ASK_FOR_GRADIENTS = frozenset(
 )
 
 
-def _refuse_if_too_late(name: str, args: Any, kwargs: Any) -> None:
+def _refuse_if_too_late(func: Any, name: str, args: Any, kwargs: Any) -> None:
     """Of logits that a loss has done without, no gradient is ever computed."""
-    if name.startswith("torch.autograd."):
-        # backward(tensors, ..., inputs=), grad(outputs, inputs): what the gradients are of, not what is differentiated
-        args, kwargs = args[1:2] if name == "torch.autograd.grad" else (), {"inputs": kwargs.get("inputs")}
-    for logits in tree_leaves((args, kwargs)):
+    asked = (args, kwargs)  # of grad and backward, what is differentiated may be such logits
+    if func is torch.autograd.grad:
+        asked = (args[1:2], {"inputs": kwargs.get("inputs")})
+    elif func is torch.autograd.backward:
+        asked = ((), {"inputs": kwargs.get("inputs")})
+    for logits in tree_leaves(asked):
         if isinstance(logits, DeferredLogits) and logits._state.consumed:
             raise RuntimeError(
                 f"{name}: the loss of these logits was computed without them (convert(loss=...)), so they get no "

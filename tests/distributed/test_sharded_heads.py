@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -148,3 +149,49 @@ if __name__ == "__main__":
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(worker, (port,), nprocs=2)
 """
+
+FREED = {"fully_shard frees its weight after the forward (reshard_after_forward)": 3}
+# name: (losses without the logits, why the others were not), of three steps
+EXPECTED = {
+    "root": (3, {}),
+    "root, loss in forward": (3, {}),
+    "root, freed": (0, FREED),
+    "root, freed, loss in forward": (0, FREED),
+    "root, kept": (3, {}),
+    "head": (3, {}),
+    "head, loss in forward": (3, {}),
+    "head, freed": (0, FREED),
+    "head, freed to some": (0, FREED),
+    "body": (3, {}),
+    "group": (3, {}),
+    "group, freed": (0, FREED),
+    "bf16": (3, {}),
+    "bf16, loss in forward": (3, {}),
+    "DDP": (3, {}),
+    "DDP, loss in forward": (3, {}),
+    "DDP, unused": (0, {"torch.Tensor.grad_fn used them": 3}),
+    "DDP, unused, loss in forward": (3, {}),
+    "DDP, static": (2, {"torch.Tensor.grad_fn used them": 1}),
+    "DDP, static, loss in forward": (3, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return [json.loads((folder / f"report{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_two_processes(name, reports):
+    """Losses, weights, logits that are looked at and their gradient; what is left of logits after a step."""
+    for report in reports:
+        apart, fused, computed, old = report[name]
+        assert apart == [] and (fused, computed) == EXPECTED[name]
+        assert "before that, or convert without loss" in old or (fused == 0 and old == "computed")
