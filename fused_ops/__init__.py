@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fused_ops.conversion.api import convert, revert
 from fused_ops.conversion.patch import patch
+from fused_ops.conversion.report import report
 from fused_ops.core import functionalize as _functionalize  # noqa: F401 (registers a rule)
 from fused_ops.ops.batch_norm.api import batch_norm
 from fused_ops.ops.batch_norm.fold import fold
@@ -46,6 +47,7 @@ __all__ = [
     "fold",
     "linear_cross_entropy",
     "patch",
+    "report",
     "revert",
 ]
 

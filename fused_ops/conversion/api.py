@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, jit, nn
 
-from fused_ops.conversion.fuse import NotTraceable, Rewritten, rewrite
+from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
+from fused_ops.conversion.hooks import hooked
+from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
 from fused_ops.conversion.records import HeadRecord
-from fused_ops.conversion.report import HEAD, Entry, Report, predict_bytes
-from fused_ops.conversion.sample import Sample, run_sample
-from fused_ops.core import library
+from fused_ops.conversion.report import MARK, Entry, Report, look_at, modules_of
+from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
+from fused_ops.conversion.sample import check_sample, run_sample
+from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm import modules as ours
 from fused_ops.ops.cross_entropy import modules as losses
 
@@ -26,8 +33,8 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: losses.CrossEntropyLoss}
 _SWAPS = _NORMS | _LOSSES
+_FORWARDS = {kind: kind.forward for kind in _SWAPS}  # somebody may replace that of a class
 _BACK = {**{new: old for old, new in _SWAPS.items()}, HeadLinear: nn.Linear}
-_MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
 
 
 def convert(
@@ -39,14 +46,15 @@ def convert(
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     target: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Report:
-    """Turns a model over to fused ops, in place; ``revert`` turns it back.
+    """Turns a model over to fused ops, in place; ``revert`` turns it back. All of it happens, or nothing.
 
-    Every ``nn.BatchNorm1d/2d/3d`` (lazy ones too) and ``nn.CrossEntropyLoss`` in it becomes this package's: the same
-    objects with the same parameters, buffers, hooks, mode, device and dtype, so that optimizers and other references to
-    them stay right. state_dict does not change.
+    Modules become others of the same parameters, buffers, hooks, mode, device and dtype, the same objects, so that
+    optimizers and other references to them stay right. state_dict does not change. No forward is run, traced or read:
+    what is fused is what a container or a rule (``fused_ops.conversion.rules``) makes certain, and whether it still
+    holds is looked at in each call.
 
     Args:
-        model: Any module; it may be one of these itself.
+        model: Any module; it may be a batch norm or a loss itself.
         loss: What the training loop applies to the model's output, if that is cross-entropy: an
             ``nn.CrossEntropyLoss``, ``F.cross_entropy``, a function that calls it, or the model's own
             (``model.loss_function`` of transformers). The linear head of the model and the loss then become
@@ -55,29 +63,26 @@ def convert(
             (``get_output_embeddings``, an ``nn.Sequential`` that ends in one, known families); ``register_head`` adds
             one.
         fuse_activations: Do the activation that follows a batch norm, and the residual that is added between them, in
-            the same op. In an ``nn.Sequential`` the modules tell; any other module's own forward is traced with
-            torch.fx and, where that works, replaced by one that does the same in fewer steps.
-        sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments) on which output and
-            gradients are compared before and after, on copies of the model, with the float64 truth; it also tells how
-            many bytes are saved.
+            the same op: of neighbours in an ``nn.Sequential``, and in the blocks that there are rules for.
+        sample: An input (a tensor, a tuple of arguments, or a mapping of keyword arguments, labels included) on which
+            a copy of the converted model runs forward and backward once, for the report to show what ran.
         target: What ``loss`` takes besides the output for the sample: a tensor, a tuple of arguments, or a mapping of
-            keyword arguments. The loss and its gradients are compared then. Default for a loss that is a module:
-            classes drawn at random.
+            keyword arguments. Default for a loss that is a module: classes drawn at random.
 
     Returns:
-        What was replaced, fused and left alone, and why; ``str()`` and ``rich.print()`` show it as a table.
+        What was replaced and what was left alone, and why; and, whenever it is shown, what has run so far, as
+        ``fused_ops.report(model)`` shows at any time. ``str()`` and ``rich.print()`` make tables of it.
 
     Raises:
-        TypeError: ``model`` is not a module, ``loss`` cannot be called, or does not take ``target`` besides the output.
+        TypeError: ``model`` is no module or is compiled or scripted already, or ``loss`` is no cross-entropy.
         ValueError: ``target`` without ``loss`` and ``sample``.
+        RuntimeError: everything that can be converted is already.
 
     Note:
-        Left alone: ``nn.SyncBatchNorm``, subclasses (also those that parametrizations and FSDP make: convert before
-        them), and modules with a forward of their own set on the instance. What is fused gives way to the separate
-        steps by itself where that is not the same: when the batch norm or the activation gets hooks or is replaced,
-        when the residual has another shape or dtype, when forward is called with other arguments than tensors, and
-        when an attribute that forward reads is set. Not noticed are changes inside such an attribute
-        (``self.config.x = 1``) and of globals: revert and convert again.
+        Left alone, with the reason: ``nn.SyncBatchNorm``, subclasses without a rule (also those that parametrizations
+        and FSDP make: convert before them), modules with hooks or with a forward set on the instance, and everything
+        while global hooks are set. What is fused gives way to the separate steps by itself when a module gets hooks or
+        is replaced, or when the residual has another shape, dtype or layout.
 
         With ``loss``, the head's result (where it is to be differentiated and is above 1 MiB) is a tensor whose values
         are computed when they are needed. Cross-entropy does not need them; ``output.argmax(-1)`` computes them, with
@@ -85,63 +90,23 @@ def convert(
         gradients, and where the head has hooks, the head is an ordinary linear layer.
     """
     _check_arguments(model, loss, sample, target)
-    before = None if sample is None else run_sample(model, Sample.of(sample, loss, target))
-    report = Report()
-    for path, module in model.named_modules():
-        _swap(path, module, report)
-    _join_head(model, loss, head, report)
-    if fuse_activations:
-        for path, module in model.named_modules():
-            _fuse(path, module, report)
-    _note_backend(model, report)
-    if before is not None:
-        after = run_sample(model, before.sample)  # with the loss as it is now
-        report.checks = before.compare(after)
-        predict_bytes(report, before.sizes)
+    plan = _plan(model, loss, head, fuse_activations)
+    if plan.already and not plan.changes:
+        raise RuntimeError("convert: this model is converted already; fused_ops.revert(model) turns it back")
+    with _all_or_nothing([change.module for change in plan.changes]):
+        for change in plan.changes:
+            change.apply()
+        PASSED.update(plan.passed)
+        report = Report(model, loss)
+        report.replaced, report.left = [c.entry for c in plan.changes], plan.left
+        report.notes += plan.notes
+        if sample is not None:
+            run_sample(model, sample, loss, target)
     return report
 
 
-def _check_arguments(model: object, loss: object, sample: object, target: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    if loss is not None and not callable(loss):
-        raise TypeError(f"convert: expected loss to be a module or a function, got {type(loss).__name__}")
-    if target is not None and (loss is None or sample is None):
-        raise ValueError("convert: target goes with a loss and a sample")
-
-
-def _join_head(
-    model: nn.Module, loss: Callable[..., Any] | None, given: nn.Module | str | None, report: Report
-) -> None:
-    """The model's linear head and the loss."""
-    if isinstance(loss, nn.Module):
-        for path, module in loss.named_modules():
-            _swap(f"loss.{path}" if path else "loss", module, report)
-    if loss is None:
-        if callable(getattr(model, "loss_function", None)) and type(token_head(model)) is nn.Linear:
-            report.notes.append("its own loss: to do without the logits, convert(model, loss=model.loss_function)")
-        return
-    head, why = find_head(model, given)
-    if head is None:
-        report.notes.append(f"head and loss: not fused: {why}")
-        return
-    record: HeadRecord | None = HeadRecord()
-    paths = {id(module): name for name, module in model.named_modules()}
-    for linear in linears_of(head):
-        path = paths.get(id(linear), "")
-        if isinstance(linear, HeadLinear):
-            report.left.append(Entry(path, "Linear", "already converted"))
-        else:
-            defer(linear, record)
-            linear.__dict__[_MARK] = True
-            report.replaced.append(Entry(path, "Linear"))
-            if record is not None:  # of LoRA's layers, the base
-                report.fused.append(Entry(path, HEAD))
-        record = None
-
-
 def revert(model: nn.Module) -> list[str]:
-    """Turns what ``convert`` turned over back into PyTorch's modules and their own forwards, in place.
+    """Turns what ``convert`` turned over back into PyTorch's modules and their own forwards, in place: all or nothing.
 
     Args:
         model: What was converted, or a part or a copy of it; a loss that was given to ``convert`` as well.
@@ -152,36 +117,67 @@ def revert(model: nn.Module) -> list[str]:
     Raises:
         RuntimeError: something has made classes of its own of converted modules since (fully_shard does).
     """
-    restored = []
-    for path, module in model.named_modules():
+    found: list[tuple[str, nn.Module, type[nn.Module]]] = []
+    for path, module in modules_of(model):
         kind = type(module)
-        if isinstance(module, Rewritten):
-            if Rewritten not in kind.__bases__:
-                raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
-            module.__class__ = kind._fused_ops_original
-            restored.append(path)
-        if _MARK in module.__dict__:
-            if kind not in _BACK:
-                raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
-            module.__class__ = _BACK[kind]
-            for name in (_MARK, RECORD, *_added(_BACK[kind])):
+        if isinstance(module, Converted):
+            back = original_of(kind)
+        elif MARK in module.__dict__:
+            back = _BACK.get(kind)
+        else:
+            continue
+        if back is None:
+            raise RuntimeError(f"revert: {path} was made a {kind.__name__} after the conversion; undo that first")
+        found.append((path, module, back))
+    with _all_or_nothing([module for _, module, _ in found]):
+        for _, module, back in found:
+            was = type(module)
+            become(module, back)
+            for name in (MARK, RUNS, RECORD, *(_added(back) if was in _BACK else ())):
                 module.__dict__.pop(name, None)
-            if _BACK[kind] in _LOSSES:
-                del module.class_mask
-            restored.append(path)
-    return restored
+            if back in _LOSSES:
+                module._buffers.pop("class_mask", None)
+                module._non_persistent_buffers_set.discard("class_mask")
+    return [path for path, _, _ in found]
 
 
-def _swap(path: str, module: nn.Module, report: Report) -> None:
-    kind = type(module)
-    if kind in _SWAPS and "forward" not in module.__dict__:
-        module.__class__ = _SWAPS[kind]
-        module.__dict__.update({_MARK: True, **_added(kind)})
-        if kind in _LOSSES:
-            module.register_buffer("class_mask", None, persistent=False)
-        report.replaced.append(Entry(path, kind.__name__))
-    elif reason := _why_not(module):
-        report.left.append(Entry(path, kind.__name__, reason))
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Makes a module one of another class, past any ``__setattr__`` that the classes have."""
+    object.__setattr__(module, "__class__", kind)
+
+
+@dataclass
+class _Change:
+    """One module that becomes another."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    entry: Entry
+    record: HeadRecord | None = None
+
+    def apply(self) -> None:
+        original = type(self.module)
+        if self.kind is HeadLinear:
+            defer(self.module, self.record)  # type: ignore[arg-type]
+        else:
+            become(self.module, self.kind)
+        self.module.__dict__.update({MARK: True, **(_added(original) if self.kind in _BACK else {})})
+        if original in _LOSSES:
+            self.module.register_buffer("class_mask", None, persistent=False)
+
+
+@dataclass
+class _Plan:
+    """What is to change, found without changing anything."""
+
+    changes: list[_Change] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    passed: dict[type[nn.Module], Callable[[Any], bool]] = field(default_factory=dict)
+    already: int = 0
+
+    def add(self, path: str, module: nn.Module, kind: type[nn.Module], what: str = "") -> None:
+        self.changes.append(_Change(module, kind, Entry(path, type(module).__name__, now=what)))
 
 
 def _added(kind: type[nn.Module]) -> dict[str, Any]:
@@ -191,51 +187,157 @@ def _added(kind: type[nn.Module]) -> dict[str, Any]:
     return losses._ADDED if kind in _LOSSES else ours.DEFAULTS
 
 
-def _why_not(module: nn.Module) -> str:
-    """Why a module that looks like one of those is left alone; empty for any other."""
-    if isinstance(module, (*_BACK, Rewritten)):
-        return "" if _MARK not in module.__dict__ else "already converted"
-    if type(module) in _SWAPS:
-        return "its forward is set on the instance"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "synchronises its statistics over processes, which the fused op does not"
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.CrossEntropyLoss)) and not isinstance(
-        module, nn.modules.instancenorm._InstanceNorm
-    ):
-        return "a subclass, whose meaning is its own"
-    return ""
-
-
-def _fuse(path: str, module: nn.Module, report: Report) -> None:
-    children = [child for child in module.children() if isinstance(child, ours._FusedBatchNorm)]
-    inside = [c for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict)) for c in m.children()]
-    if isinstance(module, Rewritten) or not any(_MARK in c.__dict__ for c in (*children, *inside)):
-        return
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return
-    apart: dict[str, str] = {}
+@contextlib.contextmanager
+def _all_or_nothing(modules: list[nn.Module]) -> Iterator[None]:
+    """Puts the modules back as they are now where something inside raises."""
+    before = [(m, type(m), dict(m.__dict__), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
     try:
-        fusions = rewrite(module, apart)
-    except NotTraceable as error:
-        report.notes.append(f"{path or type(module).__name__}: nothing fused with its batch norms: {error}")
-        return
-    for bn, name in apart.items():
-        where = f"{path}.{bn}" if path else bn
-        report.notes.append(f"{where}: not fused with the {name} behind it: batch_norm has no such activation")
-    for fusion in fusions:
-        name = f"{path}.{fusion.bn}" if path else fusion.bn
-        report.fused.append(Entry(name, fusion.then, residual=fusion.residual, activation=fusion.activation))
+        yield
+    except BaseException:
+        for module, kind, state, buffers, not_persistent in before:
+            become(module, kind)
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(not_persistent)
+        raise
 
 
-def _note_backend(model: nn.Module, report: Report) -> None:
-    if not report.replaced:
+# --- What is asked for ----------------------------------------------------------------------------------------------
+
+
+def _check_arguments(model: object, loss: object, sample: object, target: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, jit.ScriptModule):
+        raise TypeError("convert: expected model to be a module as it was written, got a scripted or traced one")
+    if type(model).__name__ == "OptimizedModule" or model.__dict__.get("_compiled_call_impl") is not None:
+        raise TypeError("convert: expected model to be a module as it was written, got a compiled one: convert first")
+    _check_loss(loss)
+    if target is not None and (loss is None or sample is None):
+        raise ValueError("convert: target goes with a loss and a sample")
+    if sample is not None:
+        check_sample(loss, target)
+
+
+def _check_loss(loss: Any) -> None:
+    """Raises for what is known to be no cross-entropy. Of a user's own function or module nobody knows."""
+    expected = "convert: expected loss to be a cross-entropy (nn.CrossEntropyLoss, F.cross_entropy, or what calls it)"
+    if loss is None:
         return
-    devices = {p.device.type for p in model.parameters()} or {"cpu"}
-    for device in sorted(devices & {"cpu", "cuda"}):
-        served = {what for _, kind, what, _ in library.backends() if kind == device}
-        if "plain PyTorch" in served:
-            why = library.missing_reason or f"this build has no {device} kernels"
-            report.notes.append(f"on {device} the ops run as plain PyTorch, slower than fused: {why}")
+    if not callable(loss):
+        raise TypeError(f"{expected}, got {type(loss).__name__}")
+    inner = loss
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    kind = type(inner)
+    torchs_loss = kind.__module__ == nn.CrossEntropyLoss.__module__ and not issubclass(kind, nn.CrossEntropyLoss)
+    other = isinstance(inner, nn.Module) and (torchs_loss or kind.__module__.startswith("torch.nn.modules.act"))
+    names = ("cross_entropy", "linear_cross_entropy")
+    of_torch = (
+        getattr(inner, "__module__", None) in (F.__name__, "torch._C._nn")
+        or getattr(F, getattr(inner, "__name__", ""), None) is inner
+    )
+    if other or (of_torch and not isinstance(inner, nn.Module) and getattr(inner, "__name__", "") not in names):
+        raise TypeError(f"{expected}, got {getattr(inner, '__name__', kind.__name__)}")
+
+
+def _plan(model: nn.Module, loss: Any, head: nn.Module | str | None, fuse: bool) -> _Plan:
+    plan = _Plan()
+    norms: set[int] = set()
+    containers: list[tuple[str, nn.Module, Rule]] = []
+    named = list(modules_of(model))
+    if isinstance(loss, nn.Module):
+        known = {id(module) for _, module in named}
+        named += [(f"loss.{p}" if p else "loss", m) for p, m in modules_of(loss) if id(m) not in known]
+    for path, module in named:
+        _plan_module(plan, path, module, norms, containers)
+    if fuse:
+        for path, module, rule in containers:
+            _plan_container(plan, path, module, rule, norms)
+    if loss is not None:
+        _plan_head(plan, model, head)
+    elif callable(getattr(model, "loss_function", None)) and type(token_head(model)) is nn.Linear:
+        plan.notes.append("its own loss: to do without the logits, convert(model, loss=model.loss_function)")
+    return plan
+
+
+def _plan_module(
+    plan: _Plan,
+    path: str,
+    module: nn.Module,
+    norms: set[int],
+    containers: list[tuple[str, nn.Module, Rule]],
+) -> None:
+    kind = type(module)
+    if isinstance(module, (*_BACK, Converted)):
+        plan.already += MARK in module.__dict__
+        if kind in NORMS:
+            norms.add(id(module))
+        return
+    rule, reason = (None, "") if kind in _SWAPS else rule_of(kind)
+    if rule is not None and rule.kind == "passed":
+        plan.passed[kind] = rule.forward
+        return
+    if kind not in _SWAPS and rule is None:
+        if reason := reason or look_at(module):
+            plan.left.append(Entry(path, kind.__name__, reason))
+        return
+    if reason := _why_not(module):
+        if rule is None or rule.kind != "sequential":
+            plan.left.append(Entry(path, kind.__name__, reason))
+    elif rule is None or rule.kind in ("norm", "loss"):
+        plan.add(path, module, _SWAPS[kind] if rule is None else with_rule(kind, rule))
+        if kind not in _LOSSES:
+            norms.add(id(module))
+    else:
+        containers.append((path, module, rule))
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module of a class that is known is left alone; empty where it is not."""
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return "its forward is set on the instance"
+    if kind.forward is not _FORWARDS.get(kind, kind.forward):
+        return "the forward of its class was replaced"
+    lazy = module.__dict__.get("_initialize_hook")  # of a lazy module, which sets its own
+    if hooked(module) and (lazy is None or len(module._forward_pre_hooks) > 1 or module._forward_hooks):
+        return "it has hooks"
+    return "there are global hooks" if any_global_hook() else ""
+
+
+def _plan_container(plan: _Plan, path: str, module: nn.Module, rule: Rule, norms: set[int]) -> None:
+    """A container or a block, where it has a batch norm that something may be fused with."""
+    children: list[Any] = list(module._modules.values())
+    if rule.kind == "sequential":
+        places = [i for i, child in enumerate(children) if id(child) in norms]
+        if any(activation_of(child) for i in places for child in children[i + 1 :] if child is not None):
+            plan.add(path, module, with_rule(type(module), rule), "its batch norms with the activations behind them")
+    elif any(id(m) in norms for _, m in modules_of(module)):
+        plan.add(path, module, with_rule(type(module), rule), "by its rule")
+
+
+def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> None:
+    """The model's linear head, or the layers of one with LoRA."""
+    head, why = find_head(model, given)
+    linears = [] if head is None else linears_of(head)
+    for linear in linears:
+        why = why or (_why_not(linear) if type(linear) is nn.Linear else "")
+    if head is None or why:
+        plan.notes.append(f"head and loss: not fused: {why}")
+        return
+    record: HeadRecord | None = HeadRecord()
+    paths = {id(module): path for path, module in modules_of(model)}
+    for linear in linears:
+        if isinstance(linear, HeadLinear):
+            plan.already += 1
+        else:
+            plan.add(paths.get(id(linear), ""), linear, HeadLinear, "leaves its logits to the loss")
+            plan.changes[-1].record = record
+        record = None  # of LoRA's layers, the base has it
 
 
 __all__ = ["Report", "convert", "revert"]

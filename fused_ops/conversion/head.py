@@ -14,6 +14,7 @@ from fused_ops.conversion import report as limits
 from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors
 from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.records import HeadRecord
+from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import in_graph
 from fused_ops.core.torch_private import any_global_hook, forward_ad, is_fake, is_tracing, transforms_active
@@ -171,7 +172,7 @@ def _by_rule(module: nn.Module) -> tuple[nn.Module | None, str]:
         return (None, f"{kind.__name__} has no head") if found is None else _by_rule(found)
     if (tokens := token_head(module)) is not None:
         return _by_rule(tokens)
-    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+    if isinstance(module, nn.Sequential) and (original_of(kind) or kind).forward is nn.Sequential.forward:
         inside = [child for child in module._modules.values() if type(child) is not nn.Identity]
         return _by_rule(inside[-1]) if inside and inside[-1] is not None else (None, "it is an empty nn.Sequential")
     if any(isinstance(child, nn.Linear) for child in module.modules()):

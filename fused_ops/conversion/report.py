@@ -1,14 +1,26 @@
-"""What a conversion did, and how it is shown."""
+"""What a conversion did and what has run since, as it was counted; and how that is shown."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import jit, nn
+
+from fused_ops.conversion import records
+from fused_ops.conversion.hooks import hooked
+from fused_ops.conversion.neighbours import NORMS, RUNS, activation_of, passed
+from fused_ops.conversion.records import HeadRecord
+from fused_ops.conversion.rules import Converted
+from fused_ops.core import library
 
 SMALL_BYTES = 1 << 20  # logits that are no burden; as in linear_cross_entropy
-HEAD = "cross-entropy"  # what a linear head is fused with
+MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
+RECORD = "_fused_ops_record"  # in that of a head: its HeadRecord
 
 if TYPE_CHECKING:  # rich is loaded where a report is shown, not by import fused_ops
     from rich.console import RenderableType
@@ -20,124 +32,284 @@ class Entry:
     """One module."""
 
     path: str
-    what: str  # its class, or what was fused into it
+    what: str  # its class, or what ran in its op
     reason: str = ""  # why it was left alone
-    residual: bool = False
-    activation: bool = False
-    saved_bytes: int | None = None  # a training step, predicted; None without a sample
+    now: str = ""  # what became of it, where its new class does not tell
+    times: int = 0  # how often it ran
 
 
-@dataclass(frozen=True)
-class Check:
-    """The relative errors of one result before and after, against the same model in float64."""
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, by its first path; without calling anything that a class may have overridden."""
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if not isinstance(module, jit.ScriptModule):
+            children = [(f"{path}.{name}" if path else name, m) for name, m in module._modules.items() if m is not None]
+            todo += reversed(children)
 
-    name: str
-    before: float
-    after: float
-    allowed: float
 
-    @property
-    def ok(self) -> bool:
-        """Whether the conversion made it no worse than rounding explains."""
-        return self.after <= self.allowed
-
-
-@dataclass
 class Report:
-    """What ``convert`` did."""
+    """What ``convert`` did with a model, and what of it has run: counted where it runs, whenever it is asked.
 
-    replaced: list[Entry] = field(default_factory=list)
-    fused: list[Entry] = field(default_factory=list)
-    left: list[Entry] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
+    Attributes:
+        replaced: The modules that were replaced.
+        left: Those that look like it and were left alone, with the reason.
+        notes: Remarks.
+    """
+
+    def __init__(self, model: nn.Module, loss: Any = None) -> None:
+        self.replaced: list[Entry] = []
+        self.left: list[Entry] = []
+        self.notes: list[str] = _backend_notes(model)
+        self._model = weakref.ref(model)
 
     @property
-    def saved_bytes(self) -> int | None:
-        """Bytes that a training step reads and writes less, predicted; None without a sample."""
-        known = [entry.saved_bytes for entry in self.fused if entry.saved_bytes is not None]
-        return sum(known) if known or (not self.fused and self.checks) else None
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check of the sample passed (also if there was none)."""
-        return all(check.ok for check in self.checks)
+    def fused(self) -> list[Entry]:
+        """The batch norms that ran with what follows them in their op, and heads whose losses never saw the logits."""
+        model = self._model()
+        found: list[Entry] = []
+        for path, module in modules_of(model) if model is not None else ():
+            state = module.__dict__
+            if runs := state.get(RUNS):
+                times = sum(runs.values())
+                found.append(Entry(path, " or ".join(runs), times=times))
+            record = state.get(RECORD)
+            if isinstance(record, HeadRecord) and record.fused:
+                found.append(Entry(path, "cross-entropy", times=record.fused))
+        return found
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
-        return Group(*self._tables())
+        return Group(*self._parts())
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return _as_text(self)
 
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
-
-    def _tables(self) -> list[RenderableType]:
-        from rich.table import Table
+    def _parts(self) -> list[RenderableType]:
         from rich.text import Text
 
-        fused = {entry.path: entry for entry in self.fused}
-        table = Table("module", "was", "now", "bytes saved a step", title="convert", header_style="bold")
-        for entry in self.replaced:
-            joined = fused.get(entry.path)
-            now = "fused" if joined is None else f"fused with {joined.what}"
-            saved = "" if joined is None or joined.saved_bytes is None else f"{joined.saved_bytes:,}"
-            table.add_row(entry.path or "(the model)", entry.what, now, saved)
-        for entry in self.left:
-            table.add_row(entry.path or "(the model)", entry.what, f"left alone: {entry.reason}", "")
-        shown: list[RenderableType] = [table]
-        shown.append(Text(f"{len(self.replaced)} replaced, {len(fused)} of them fused, {len(self.left)} left alone"))
-        if self.saved_bytes is not None:
-            shown.append(Text(f"predicted: {self.saved_bytes / 1e6:.1f} MB a training step not read or written"))
-        shown += [Text(note, style="yellow") for note in self._grouped_notes()]
-        if self.checks:
-            shown.append(self._check_table())
-        return shown
+        parts: list[RenderableType] = []
+        if self.replaced:
+            parts.append(_table("convert", ("was", "now", "modules"), _by_kind(self.replaced)))
+        if self.left:
+            parts.append(_table("left alone", ("module", "why", "modules", "first"), _by_reason(self.left)))
+        if not parts:
+            parts.append(Text("convert: nothing to replace"))
+        parts += [Text(line) for line in self._ran()]
+        parts += [Text(note, style="yellow") for note in _grouped(self.notes)]
+        return parts
 
-    def _grouped_notes(self) -> list[str]:
-        """One line a reason, with the first module that has it."""
-        groups: dict[str, list[str]] = {}
-        for note in self.notes:
-            path, _, reason = note.partition(": ")
-            groups.setdefault(reason, []).append(path)
-        return [
-            f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
-            for reason, paths in groups.items()
-        ]
-
-    def _check_table(self) -> Table:
-        from rich.table import Table
-
-        table = Table("on the sample", "error before", "error after", "", title="against float64", header_style="bold")
-        worst = sorted(self.checks, key=lambda check: check.after / (check.allowed or 1.0), reverse=True)
-        for check in [c for c in worst if not c.ok] or worst[:5]:
-            verdict = "agrees" if check.ok else "DIFFERS"
-            table.add_row(check.name, f"{check.before:.1e}", f"{check.after:.1e}", verdict)
-        left_out = len(worst) - table.row_count
-        if left_out:
-            table.caption = f"and {left_out} more that agree better"
-        return table
+    def _ran(self) -> list[str]:
+        """What has run, in sentences."""
+        model = self._model()
+        if model is None:
+            return ["the model is gone, and what ran with it"]
+        lines = _norm_lines(model) + _head_lines(model)
+        return lines or ["ran: nothing that is counted yet"]
 
 
-def predict_bytes(report: Report, sizes: Mapping[str, int]) -> None:
-    """Fills in what each fusion saves, from the bytes of the batch norm's input.
+def report(model: nn.Module | None = None) -> Report | GraphReport:
+    """What has been converted in a model and what of it has run so far, or what the Dynamo backend has fused.
 
-    Alone, the activation reads and writes its tensor in the forward, reads two and writes one in the backward: five.
-    The addition alone reads two and writes one where the fused op reads one: two more; its gradient, which costs
-    nothing alone, is then written for the residual: one less where there is an activation.
+    Args:
+        model: A converted model, or a part or a copy of one. None: the graphs that
+            ``torch.compile(backend="fused_ops")`` has made in this process.
 
-    A head's logits are written once, read once and written once by log_softmax, whose backward is given a gradient
-    that was written, reads that and its output and writes one, which two products read: nine. In chunks: written,
-    turned into their gradient (read and written) and read by two products: five.
+    Returns:
+        What ``str()`` and ``rich.print()`` show as a table.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
-    for entry in report.fused:
-        size = sizes.get(entry.path)
-        if size is not None and entry.what == HEAD:
-            entry.saved_bytes = 4 * size if size > SMALL_BYTES else 0
-        elif size is not None:
-            entry.saved_bytes = size * (
-                5 * entry.activation + 2 * entry.residual - (entry.activation and entry.residual)
-            )
+    if model is None:
+        return GraphReport()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    made = Report(model)
+    for path, module in modules_of(model):
+        if MARK in module.__dict__:
+            made.replaced.append(Entry(path, type(module).__name__))
+        elif reason := look_at(module):
+            made.left.append(Entry(path, type(module).__name__, reason))
+    return made
+
+
+class GraphReport:
+    """The graphs that the backend was given, as they are when this is shown."""
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        if not records.GRAPHS:
+            return Text("no graph yet: torch.compile(model, backend='fused_ops')")
+        return Group(*(part for i, graph in enumerate(records.GRAPHS) for part in _graph_parts(i, graph)))
+
+    def __str__(self) -> str:
+        return _as_text(self)
+
+
+def _graph_parts(index: int, graph: records.GraphRecord) -> list[RenderableType]:
+    from rich.text import Text
+
+    rows = [(what, "fused", str(count)) for what, count in graph.fused.items()]
+    rows += [(what, "left", str(count)) for what, count in graph.left.items()]
+    title = f"graph {index}, run {graph.calls} times"
+    return [_table(title, ("what", "", "in the graph"), rows) if rows else Text(f"{title}: nothing of ours in it")]
+
+
+# --- What is looked at ----------------------------------------------------------------------------------------------
+
+
+def look_at(module: nn.Module) -> str:
+    """Why a module that looks like one of those convert knows is none of them; empty for any other."""
+    if isinstance(module, jit.ScriptModule):
+        return "scripted or traced: whatever is in it stays"
+    if MARK in module.__dict__ or isinstance(module, (*NORMS, Converted)):
+        return ""
+    if isinstance(module, nn.SyncBatchNorm):
+        return "synchronises its statistics over processes, which the fused op does not"
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.CrossEntropyLoss)
+    if isinstance(module, kinds) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return "not converted" if type(module).__module__.startswith("torch.nn") else "a subclass without a rule"
+    return ""
+
+
+def take_counts(module: nn.Module, copied: nn.Module) -> None:
+    """Adds what was counted on a copy of a module."""
+    state, other = module.__dict__, copied.__dict__
+    if runs := other.get(RUNS):
+        state[RUNS] = dict(Counter(state.get(RUNS, {})) + Counter(runs))
+    record = other.get(RECORD)
+    if isinstance(record, HeadRecord):
+        mine = state.setdefault(RECORD, HeadRecord())
+        mine.fused += record.fused
+        mine.computed += record.computed
+
+
+def _norm_lines(model: nn.Module) -> list[str]:
+    """How many batch norms ran with what, and where the others stand."""
+    norms: dict[int, nn.Module] = {}
+    reasons: Counter[str] = Counter()
+    places = _places(model)
+    ran: Counter[str] = Counter()
+    for _, module in modules_of(model):
+        if type(module) not in NORMS and not (isinstance(module, Converted) and isinstance(module, nn.BatchNorm2d)):
+            continue
+        norms[id(module)] = module
+        runs = module.__dict__.get(RUNS)
+        if runs:
+            ran.update(runs.keys())
+        else:
+            reasons[places.get(id(module), "alone")] += 1
+    if not norms:
+        return []
+    fused = len(norms) - sum(reasons.values())
+    with_what = ", ".join(f"{count} with {what}" for what, count in ran.most_common())
+    lines = [
+        f"ran: {fused} of {len(norms)} batch norms with what follows them in one op" + f" ({with_what})" * bool(ran)
+    ]
+    return lines + [f"  {count} on their own: {reason}" for reason, count in reasons.most_common()]
+
+
+def _places(model: nn.Module) -> dict[int, str]:
+    """By the id of a batch norm, what stands behind it as far as containers tell."""
+    found: dict[int, str] = {}
+    for _, parent in modules_of(model):
+        if isinstance(parent, jit.ScriptModule):
+            continue
+        children: list[Any] = [child for child in parent._modules.values() if child is not None]
+        for i, child in enumerate(children):
+            if type(child) in NORMS and id(child) not in found:
+                found[id(child)] = _place(parent, child, children[i + 1 :])
+    return found
+
+
+def _place(parent: nn.Module, norm: nn.Module, behind: list[nn.Module]) -> str:
+    if hooked(norm):
+        return "it has hooks"
+    if isinstance(parent, nn.Sequential) and type(parent).forward is not nn.Sequential.forward is None:
+        return ""
+    if isinstance(parent, nn.Sequential):
+        rest = [module for module in behind if not passed(module)]
+        if not rest:
+            return f"last in its {type(parent).__name__}"
+        if activation_of(rest[0]) is None:
+            return f"before {type(rest[0]).__name__}, which batch_norm does not do"
+        return "not run yet, or with inputs or modules that take the separate steps"
+    if isinstance(parent, Converted):
+        return f"in {type(parent).__name__}: not run yet, or last before something that is no activation"
+    return (
+        f"in {type(parent).__name__}, whose forward only Dynamo can follow: "
+        "torch.compile(model, backend='fused_ops') fuses there"
+    )
+
+
+def _head_lines(model: nn.Module) -> list[str]:
+    lines = []
+    for path, module in modules_of(model):
+        record = module.__dict__.get(RECORD)
+        if not isinstance(record, HeadRecord):
+            continue
+        if record.fused:
+            lines.append(f"ran: head {path}: logits never computed for {record.fused} losses")
+        lines += [
+            f"ran: head {path}: logits computed {count} times because {reason}"
+            for reason, count in record.computed.most_common()
+        ]
+    return lines
+
+
+def _backend_notes(model: nn.Module) -> list[str]:
+    """That a device has no kernels here."""
+    notes = []
+    devices = {p.device.type for p in model.parameters()} or {"cpu"}
+    for device in sorted(devices & {"cpu", "cuda"}):
+        served = {what for _, kind, what, _ in library.backends() if kind == device}
+        if "plain PyTorch" in served:
+            why = library.missing_reason or f"this build has no {device} kernels"
+            notes.append(f"on {device} the ops run as plain PyTorch, slower than fused: {why}")
+    return notes
+
+
+# --- How it is shown ------------------------------------------------------------------------------------------------
+
+
+def _by_kind(entries: list[Entry]) -> list[tuple[str, str, str]]:
+    groups = Counter((entry.what, entry.now or f"fused_ops' {entry.what}") for entry in entries)
+    return [(was, now, str(count)) for (was, now), count in groups.items()]
+
+
+def _by_reason(entries: list[Entry]) -> list[tuple[str, str, str, str]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        groups.setdefault((entry.what, entry.reason), []).append(entry.path or "(the model)")
+    return [(what, reason, str(len(paths)), paths[0]) for (what, reason), paths in groups.items()]
+
+
+def _grouped(notes: list[str]) -> list[str]:
+    """Each note once."""
+    return list(dict.fromkeys(notes))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
+    from rich.table import Table
+
+    table = Table(*columns, title=title, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _as_text(shown: Any) -> str:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(shown)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]

@@ -71,15 +71,15 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config), tokens()
 
 
-# name: (the model and a batch, modules replaced, of them fused)
+# name: (the model and a batch, batch norms replaced, what ran fused of them and of heads)
 MODELS = {
-    "ResNet, basic": (lambda: residual_network("basic"), 9, 4),
-    "ResNet, bottleneck": (lambda: residual_network("bottleneck"), 12, 7),
-    "RegNet": (reg_network, 9, 5),
+    "ResNet, basic": (lambda: residual_network("basic"), 9, 7),
+    "ResNet, bottleneck": (lambda: residual_network("bottleneck"), 12, 10),
+    "RegNet": (reg_network, 9, 7),
     "SegFormer": (segmentation, 1, 0),
     "MobileNetV2 with DeepLab": (mobile_segmentation, 55, 3),
-    "Llama": (llama, 1, 1),
-    "GPT-2": (gpt2, 1, 1),
+    "Llama": (llama, 0, 1),
+    "GPT-2": (gpt2, 0, 1),
 }
 
 
@@ -124,9 +124,9 @@ def test_gradients(name):
     with fused_ops.patch():
         difference = (gradient(exact, widened(batch)) - truth).norm()
     report = convert(model, sample=batch)
-    assert report.ok, str(report)
     assert list(model.state_dict()) == keys
-    assert (len(report.replaced), len(report.fused)) == MODELS[name][1:]
+    norms = sum("BatchNorm" in entry.what for entry in report.replaced)
+    assert (norms, len(report.fused)) == MODELS[name][1:]
     with fused_ops.patch():
         ours = gradient(model, batch)
     error, allowed = (ours - truth).norm(), (eager - truth).norm()
@@ -175,7 +175,7 @@ def test_language_models(build):
     kinds = [type(m) for m in model.modules()]
     assert "loss=model.loss_function" in str(fused_ops.convert(model))
     report = fused_ops.convert(model, loss=model.loss_function)
-    assert [(e.path, e.what) for e in report.fused] == [("lm_head", "cross-entropy")]
+    assert [(e.path, e.now) for e in report.replaced] == [("lm_head", "leaves its logits to the loss")]
     found = model(**batch)
     assert found.logits._state.real is None and found.loss.dtype == expected.loss.dtype
     torch.testing.assert_close(torch.autograd.grad(found.loss, list(model.parameters())), grads, rtol=1e-5, atol=1e-6)

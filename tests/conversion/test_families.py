@@ -1,0 +1,90 @@
+"""``convert`` and the backend change nothing of what other people's models do: one of each family, small, float64."""
+
+import pytest
+import torch
+from odd_models import check
+from odd_models.case import Case
+from test_odd_models import compiled, compiled_alone, has_backend
+from torch import nn
+
+import fused_ops
+from benchmarks.families import FAMILIES
+from fused_ops.conversion import report as limits
+
+# Of the backend, which compiles for seconds: those with other graphs than the rest.
+AT_ONCE = {("timm", "resnet18"), ("transformers", "ResNet"), ("transformers", "Gemma 2"), ("transformers", "BART")}
+
+
+class Trained(nn.Module):
+    """A model of a family with its own loss; returns the loss, and the logits after that."""
+
+    def __init__(self, family):
+        super().__init__()
+        self.model = family.build(True)
+        self.family = family
+
+    def forward(self, **batch):
+        output = self.model(**batch)
+        if self.family.targets is not None:
+            return output
+        return {"loss": output.loss, "logits": output.logits.detach().clone()}
+
+
+def converted(wrapper):
+    family, model = wrapper.family, wrapper.model
+    own = getattr(model, "loss_function", None) if family.heads else None
+    fused_ops.convert(model, loss=own)
+    return wrapper
+
+
+converted.in_place = True
+
+
+def compiled_inside(transform):
+    """The model is compiled, not what is around it."""
+
+    def wrap(wrapper):
+        call = transform(wrapper.model)
+        return lambda **batch: Trained.forward(_Around(wrapper.family, call), **batch)
+
+    return wrap
+
+
+class _Around:
+    def __init__(self, family, model):
+        self.family, self.model = family, model
+
+
+def case_of(family):
+    if family.missing:
+        pytest.skip(family.missing)
+    rounds = torch.float32 if family.heads else None  # their losses turn the logits to float32
+    return Case(family.name, lambda: Trained(family), lambda: family.batch(True), rounds=rounds)
+
+
+def _ids(family):
+    return f"{family.library}-{family.name}"
+
+
+@pytest.fixture(autouse=True)
+def _heads_of_any_size(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=_ids)
+def test_convert(family):
+    check(case_of(family), converted, "short")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if (f.library, f.name) in AT_ONCE else pytest.mark.slow, id=_ids(f)) for f in FAMILIES],
+)
+def test_backend(family):
+    if not has_backend():
+        pytest.skip("the backend is not registered")
+    case = case_of(family)
+    try:
+        check(case, compiled_inside(compiled), "short", reference=compiled_inside(compiled_alone))
+    finally:
+        torch._dynamo.reset()
