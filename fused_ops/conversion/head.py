@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class HeadLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor:
+        if torch.compiler.is_compiling():
+            _note_compiled(self)
             return super().forward(input)
         record = self.__dict__.get(RECORD)
         reason = self._why_now(input)
@@ -53,6 +55,8 @@ class HeadLinear(nn.Linear):
 
     def _why_now(self, input: Tensor) -> str:
         """Why the logits are computed at once; empty if they need not be."""
+        if type(input) is not Tensor:
+            return "its input is a subclass of Tensor, or is being traced"
         if not torch.is_grad_enabled():
             return "gradients were off"
         if hooked(self) and not has_only_its_hooks(self):
@@ -61,10 +65,10 @@ class HeadLinear(nn.Linear):
             return "there are hooks of all modules"
         if is_tracing() or in_graph() or transforms_active() or forward_ad._current_level >= 0:
             return "a tracer, a transform of torch.func or forward-mode AD was active"
-        weight, bias = self.weight, self.bias
-        if any(
-            type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, *(() if bias is None else (bias,)))
-        ):
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:  # which must not be computed twice
+            return "its weight is computed from other parameters"
+        if any(type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, bias) if t is not None):
             return "its weight is a subclass of Tensor"
         if type(weight) is Tensor and weight._is_view():
             return "its weight is a view of another tensor"
@@ -82,6 +86,13 @@ class HeadLinear(nn.Linear):
         if math.prod(input.shape[:-1]) * self.out_features * size <= limits.SMALL_BYTES:
             return f"logits under {limits.SMALL_BYTES >> 20} MiB"
         return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled(head: HeadLinear) -> None:
+    """Called once, when the call is compiled."""
+    if (record := head.__dict__.get(RECORD)) is not None:
+        record.computed["under torch.compile"] += 1
 
 
 # --- Which module it is ----------------------------------------------------------------------------------------------
@@ -190,8 +201,9 @@ def linears_of(head: nn.Module) -> list[nn.Linear]:
     if type(head) in (nn.Linear, HeadLinear):
         return [head] if "forward" not in head.__dict__ else []  # type: ignore[list-item]
     if _name(type(head)) == "peft.tuners.lora.layer:Linear":
-        parts = [head.base_layer, *head.lora_B.values()]  # type: ignore[operator,list-item,union-attr]
-        found = [linear for part in parts for linear in linears_of(part)]  # type: ignore[arg-type]
+        peft: Any = head
+        parts = [peft.base_layer, *peft.lora_B.values()]
+        found = [linear for part in parts for linear in linears_of(part)]
         return found if len(found) == len(parts) else []
     return []
 
@@ -215,6 +227,13 @@ def _classifier(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def _trained_copy(wrapper: nn.Module) -> nn.Module | None:
+    """Of what peft trains as a whole."""
+    copies: Any = wrapper.modules_to_save
+    found = copies[wrapper.active_adapter]
+    return found if isinstance(found, nn.Module) else None
+
+
 _TORCHVISION = {
     "fc": (
         "resnet:ResNet",
@@ -235,6 +254,6 @@ for _attribute, _kinds in _TORCHVISION.items():
         register_head(f"torchvision.models.{_kind}", _attribute)
 for _wrapper in ("torch.nn.parallel.distributed:DistributedDataParallel", "torch.optim.swa_utils:AveragedModel"):
     register_head(_wrapper, "module")
-register_head("peft.utils.other:ModulesToSaveWrapper", lambda m: m.modules_to_save[m.active_adapter])
+register_head("peft.utils.other:ModulesToSaveWrapper", _trained_copy)
 
 __all__ = ["HeadLinear", "defer", "find_head", "linears_of", "register_head", "token_head", "undefer"]
