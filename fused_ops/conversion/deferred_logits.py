@@ -259,9 +259,13 @@ def _is_freed(tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def _as_made(state: State) -> Any:
     """The modes in which the head was called, whatever they are now; what is saved is no checkpoint's affair."""
-    own = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    off = torch.autocast(state.head.input.device.type, enabled=False)
-    with torch.inference_mode(False), torch.set_grad_enabled(state.with_grad), off, own:
+    device = state.head.input.device.type
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # torch.func allows no such hooks, and has none
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(state.with_grad))
+        stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -319,10 +323,10 @@ def _grad_fn(func: Any, logits: DeferredLogits) -> Any:
     return None if logits._state.consumed else NotImplemented
 
 
-def _clone(func: Any, logits: DeferredLogits) -> Any:
+def _clone(func: Any, logits: DeferredLogits, **more: Any) -> Any:
     """DDP copies what a module returns, in a Function, for nothing but the loss that it returns as well."""
     state = logits._state
-    if not state.consumed or torch.is_grad_enabled() or not _is_distributed():
+    if more or not state.consumed or torch.is_grad_enabled() or not _is_distributed():
         return NotImplemented
     return logits.derive(func, state.twin)
 

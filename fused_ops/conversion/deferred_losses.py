@@ -139,18 +139,18 @@ def _gather(func: Any, logits: Any, dim: Any, index: Any, **options: Any) -> Any
     return (found * float(state.carried.sign)).to(state.twin.dtype).view(shape)
 
 
-def _sum(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _sum(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, **more: Any) -> Any:
     """Of each row's log-probabilities."""
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    if not _last_dimension(logits, dim) or not (dtype is None or dtype.is_floating_point):
+    if more or not _last_dimension(logits, dim) or not (dtype is None or dtype.is_floating_point):
         return NotImplemented
     state = logits._state
     found = _rows(logits, None).loss * (-float(state.carried.sign) * state.twin.size(-1))
     return (found.unsqueeze(-1) if keepdim else found).to(dtype or state.twin.dtype)
 
 
-def _mean(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    found = _sum(func, logits, dim, keepdim, dtype=dtype)
+def _mean(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+    found = _sum(func, logits, *args, **kwargs)
     return found if found is NotImplemented else found / logits._state.twin.size(-1)
 
 

@@ -153,11 +153,11 @@ def _number(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def _scale(divides: bool, func: Any, logits: Any, other: Any) -> Any:
+def _scale(divides: bool, func: Any, logits: Any, other: Any, **more: Any) -> Any:
     logits, other = (logits, other) if isinstance(logits, DeferredLogits) else (other, logits)
     factor, state = _number(other), logits._state
     carried = state.carried
-    if factor is None or (carried.bounded and factor < 0 and not carried.sign):
+    if more or factor is None or (carried.bounded and factor < 0 and not carried.sign):
         return NotImplemented
     if carried.sign:
         if abs(factor) != 1:
@@ -172,30 +172,32 @@ def _scale(divides: bool, func: Any, logits: Any, other: Any) -> Any:
     return logits.derive(lambda real: func(real, other), state.twin, carried=carried)
 
 
-def _multiply(func: Any, logits: Any, other: Any) -> Any:
-    return _scale(False, func, logits, other)
+def _multiply(func: Any, logits: Any, other: Any, **more: Any) -> Any:
+    return _scale(False, func, logits, other, **more)
 
 
-def _divide(func: Any, logits: Any, other: Any) -> Any:
-    return _scale(True, func, logits, other) if isinstance(logits, DeferredLogits) else NotImplemented
+def _divide(func: Any, logits: Any, other: Any, **more: Any) -> Any:
+    return _scale(True, func, logits, other, **more) if isinstance(logits, DeferredLogits) else NotImplemented
 
 
-def _negate(func: Any, logits: DeferredLogits) -> Any:
-    return _scale(False, lambda real, _: func(real), logits, -1.0)
+def _negate(func: Any, logits: DeferredLogits, **more: Any) -> Any:
+    return _scale(False, lambda real, _: func(real), logits, -1.0, **more)
 
 
-def _tanh(func: Any, logits: DeferredLogits) -> Any:
+def _tanh(func: Any, logits: DeferredLogits, **more: Any) -> Any:
     state = logits._state
-    if state.carried.bounded or state.carried.sign:
+    if more or state.carried.bounded or state.carried.sign:
         return NotImplemented
     return logits.derive(func, state.twin, carried=state.carried._replace(bounded=True))
 
 
-def _add(func: Any, a: Any, b: Any) -> Any:
+def _add(func: Any, logits: Any, other: Any, **more: Any) -> Any:
     """A bias, or LoRA's low-rank term."""
-    if isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits):
-        return _add_low_rank(func, a, b)
-    logits, other = (a, b) if isinstance(a, DeferredLogits) else (b, a)
+    if more:
+        return NotImplemented
+    if isinstance(logits, DeferredLogits) and isinstance(other, DeferredLogits):
+        return _add_low_rank(func, logits, other)
+    logits, other = (logits, other) if isinstance(logits, DeferredLogits) else (other, logits)
     state = logits._state
     classes = state.twin.size(-1)
     if type(other) not in (Tensor, torch.nn.Parameter) or state.moved or state.carried != AS_IT_IS:
