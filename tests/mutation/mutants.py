@@ -349,7 +349,7 @@ PYTHON = [
 NCPU, NBACK, NWALK, NACT, MOM = (
     f"csrc/batch_norm/cpu/{n}" for n in ("forward.cpp", "backward.cpp", "loops.h", "activation.h", "moments.h")
 )
-CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, SIMD, VECTOR = (
+CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, SIMD, VECTOR, VECTOR512 = (
     f"csrc/{n}"
     for n in (
         "cross_entropy/cpu/index.cpp",
@@ -363,7 +363,8 @@ CCPU, CWALK, CLANES, CTARGET, CROWS, CROWSBACK, CSUMS, CTILE, COPTLANES, CLIN, S
         "cross_entropy/cpu/option_lanes.h",
         "linear_cross_entropy/cpu/between_products.cpp",
         "simd/math.h",
-        "simd/vector.h",
+        "simd/vec.h",
+        "simd/vec_avx512.h",
     )
 )
 NBIND, CBIND = "csrc/batch_norm/op.cpp", "csrc/cross_entropy/op.cpp"
@@ -580,7 +581,7 @@ NATIVE = [
         "pairs of bfloat16 counted like those of floats",
     ),
     Mutant(
-        VECTOR,
+        VECTOR512,
         "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000))",
         "_mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x20000))",
         "ce",
@@ -743,13 +744,13 @@ NATIVE = [
     ),
     Mutant(
         VECTOR,
-        "    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), bit_copy<__m512>(v));",
-        "    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((2u << n) - 1u), bit_copy<__m512>(v));",
+        "store_lanes(p, n, bit_copy<line_bits>(v));",
+        "store_lanes(p, n + 1, bit_copy<line_bits>(v));",
         "guard",
         "one element too many written",
     ),
     Mutant(
-        VECTOR,
+        VECTOR512,
         "const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);",
         "const __mmask16 mask = static_cast<__mmask16>((2u << n) - 1u);",
         "guard",
@@ -815,7 +816,7 @@ NATIVE = [
     Mutant(NCPU, "if constexpr (kResidual) shift += r.v[k];", "", "bn", "residual dropped"),
     Mutant(
         NCPU,
-        "z.v[k] = (z.v[k] - c.mean.at(i)) * c.scale.at(i) + shift;",
+        "z.v[k] = multiply_add(z.v[k] - c.mean.at(i), c.scale.at(i), shift);",
         "z.v[k] = z.v[k] * c.scale.at(i) + (shift - c.mean.at(i) * c.scale.at(i));",
         "bn",
         "alpha x + beta instead of (x - mean) invstd",
