@@ -23,6 +23,7 @@ PLACES = (
 # Files that a call of an op may come through on the CPU. These numbers only fall: see the end of this file.
 READ_AT_MOST = {"batch_norm": 46, "cross_entropy": 48, "linear_cross_entropy": 61}
 PLAIN_PYTORCH = {"reference", "rows_reference", "derivatives", "activations", "samples"}
+TWINS = {"vec_avx512.h", "vec_avx2.h", "vec_neon.h"}  # of csrc/simd/vec_generic.h, which says what each function does
 FOR_PLAIN_PYTORCH = {"fused_ops.core.sample", "fused_ops.core.memory_format"}
 
 
@@ -198,7 +199,8 @@ def files_of(op):
     """What stands behind a call of an op on the CPU: what its public function imports, and its kernels include."""
     python = {MODULES[m] for m in closure([f"fused_ops.ops.{op}.api"], IMPORTS.get)}
     patterns = [f"{name}/{files}" for name in (op, *MADE_OF[op]) for files in ("*op.cpp", "cpu/*.cpp")]
-    return python, closure([path for pattern in patterns for path in CSRC.glob(pattern)], included)
+    found = closure([path for pattern in patterns for path in CSRC.glob(pattern)], included)
+    return python, {path for path in found if path.name not in TWINS}
 
 
 @pytest.mark.parametrize("op", OPS)

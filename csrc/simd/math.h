@@ -76,8 +76,10 @@ inline float to_acc(float v) { return v; }
 inline double to_acc(double v) { return v; }
 inline float to_acc(bfloat16_t v) { return bit_copy<float>(static_cast<uint32_t>(v.bits) << 16); }
 inline float to_acc(float16_t v) {
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(FUSED_OPS_GENERIC)
   return _cvtsh_ss(v.bits);
+#elif defined(__aarch64__) && !defined(FUSED_OPS_GENERIC)
+  return bit_copy<__fp16>(v);
 #else
   // Exponent and mantissa moved into a float, then rescaled by 2^112: denormals come out right without a branch.
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
@@ -96,8 +98,10 @@ inline void store(bfloat16_t* p, float v) {  // round to nearest even
   p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
 }
 inline void store(float16_t* p, float v) {
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(FUSED_OPS_GENERIC)
   p->bits = static_cast<uint16_t>(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__) && !defined(FUSED_OPS_GENERIC)
+  p->bits = bit_copy<uint16_t>(static_cast<__fp16>(v));
 #else
   const uint32_t u = bit_copy<uint32_t>(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
@@ -125,7 +129,7 @@ inline const acc_t<T>* load_chunk(const T* from, int64_t stride, int64_t n, acc_
       return from;
     } else {
       int64_t i = 0;
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(FUSED_OPS_GENERIC)
       if constexpr (sizeof(T) == 2) {
         if (std::is_same_v<T, float16_t>)
           for (; i + 8 <= n; i += 8)
@@ -144,7 +148,7 @@ template <class T>
 inline void store_chunk(T* to, int64_t stride, int64_t n, const acc_t<T>* from) {
   int64_t i = 0;
   if (stride == 1) {
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(FUSED_OPS_GENERIC)
     if constexpr (std::is_same_v<T, float16_t>) {
       for (; i + 8 <= n; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),

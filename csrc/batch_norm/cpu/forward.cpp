@@ -41,7 +41,7 @@ inline FUSED_OPS_INLINE Line<T> applied(Line<T> z, const Line<T>& r, const Affin
     const int64_t i = at + k * Line<T>::kLane;
     V shift = c.shift.at(i);
     if constexpr (kResidual) shift += r.v[k];
-    z.v[k] = (z.v[k] - c.mean.at(i)) * c.scale.at(i) + shift;
+    z.v[k] = multiply_add(z.v[k] - c.mean.at(i), c.scale.at(i), shift);
   }
   if (bits) *bits = LineBits<T>::positive(z);
   for (int k = 0; k < Line<T>::kVectors; ++k) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cross_entropy/kernels.h"
-#include "simd/vector.h"
+#include "simd/vec.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "linear_cross_entropy/kernels.h"
-#include "simd/vector.h"
+#include "simd/vec.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
