@@ -214,7 +214,10 @@ struct StructBorder<op> {
   static void boxed(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(name, stack);
     const Struct given(arguments);
-    give(stack, op(given));
+    if constexpr (std::is_void_v<Result>)
+      op(given);
+    else
+      give(stack, op(given));
   }
 };
 

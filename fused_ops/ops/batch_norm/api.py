@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from fused_ops.core.checks import as_int64
 from fused_ops.core.graph import no_script
-from fused_ops.core.integers import as_int64
 from fused_ops.core.torch_private import graph_task_id, transforms_active
 from fused_ops.distributed.dtensor import refuse
 from fused_ops.ops.batch_norm import activations, arguments, functions, graph, keep_output

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.checks import as_int64, check_tensors
 from fused_ops.core.graph import in_graph, needs_formulas
-from fused_ops.core.integers import as_int64
 from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
