@@ -54,12 +54,12 @@ def test_derivatives_by_the_functional_function(sample, functional):
     assert gradgradcheck(function, inputs)
 
 
-ONE_OPTION = [s.name.count(",") == 1 and "training" in s.name for s in PACKED]  # each layout, each activation
+ONE_OPTION = [s.name.count(",") == 1 and "training" in s.name for s in ORDINARY]  # each layout, each activation
 
 
 @pytest.mark.parametrize(
     "sample",
-    [pytest.param(s, marks=() if one else pytest.mark.slow) for s, one in zip(PACKED, ONE_OPTION, strict=True)],
+    [pytest.param(s, marks=() if one else pytest.mark.slow) for s, one in zip(ORDINARY, ONE_OPTION, strict=True)],
     ids=lambda s: s.name,
 )
 def test_opcheck_of_the_functional_ops(sample, functional):
