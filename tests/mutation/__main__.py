@@ -1,11 +1,12 @@
 """Seeds small faults into a copy of the tree, one at a time, and sees which test notices each.
 
-python -m tests.mutation [--only TEXT] [--resume] [--write]
+python -m tests.mutation [--only TEXT] [--list] [--limit N] [--resume] [--write]
 
-A fault in C++ is compiled for this machine's best instruction set alone, hardly optimised, and linked with the objects
-of all the others. Tests run in a child of this process, which has imported PyTorch once. What was found is kept in
-build/mutants, so that ``--resume`` goes on with the faults that are left; ``--write`` puts the report into
-docs/reliability.md. The exit status says whether a fault was not noticed.
+``faults.py`` says which. A fault in C++ is compiled for this machine's best instruction set alone, hardly optimised,
+and linked with the objects of all the others. Where the objects stay the same bytes (dead code, another processor's) or
+do not compile, the function's next fault stands in. Tests run in a child of this process, which has imported PyTorch
+once. What was found is kept in build/mutants.json, so that ``--resume`` goes on with what is left; ``--write`` puts the
+report into docs/reliability.md. The exit status says whether a fault was not noticed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import torch
 import torch.testing._internal.common_methods_invocations
 from tqdm import tqdm
 
-from tests.mutation.mutants import MUTANTS, Mutant, misplaced
+from tests.mutation.faults import PER_FUNCTION, Fault, draw, missing
 
 ROOT = Path(__file__).parent.parent.parent
 FOUND = ROOT / "build" / "mutants.json"
@@ -119,6 +120,8 @@ class Build:
             isa = next((a.split("=")[1] for a in c if a.startswith("-DFUSED_OPS_ISA=")), None)
             if isa in (None, BEST):
                 self.compile[str(source)] = c
+        if not (tree / "build" / "plain").exists() and self.objects(tree / "build" / "plain") is None:
+            raise SystemExit("the sources do not compile")
         self.restore()
 
     def build(self, log: Path) -> None:
@@ -142,28 +145,29 @@ class Build:
             todo += [f"csrc/{name}" for name in re.findall(r'#include\s+"([^"]+)"', (self.tree / here).read_text())]
         return found
 
-    def rebuild(self, file: str) -> str | None:
-        """Compiles what includes the file and links; what the compiler said if it would not."""
-        changed, link, jobs = self.tree / "build" / "mutant", list(self.link), []
-        changed.mkdir(exist_ok=True)
-        for i, (source, command) in enumerate(self.compile.items()):
-            if file not in self.includes(source):
-                continue
-            new, at = list(command), command.index("-o") + 1
-            new[at] = str(changed / f"{i}.o")
-            link[link.index(command[at])] = new[at]
-            jobs.append([*new, "-O1"])
-        link[link.index("-o") + 1] = str(self.tree / "fused_ops" / "_C.so")
+    def objects(self, folder: Path, file: str | None = None) -> dict[str, Path] | None:
+        """Compiles the units that include the file (all without one); None if the compiler would not."""
+        folder.mkdir(exist_ok=True)
+        units = [u for u in self.compile if file is None or file in self.includes(u)]
+        made = {unit: folder / f"{unit.replace('/', '.')}.o" for unit in units}
 
-        def run(arguments):
-            return subprocess.run([*self.real, *arguments], cwd=self.tree, capture_output=True, text=True)
+        def run(unit: str) -> int:
+            command = list(self.compile[unit])
+            command[command.index("-o") + 1] = str(made[unit])
+            return subprocess.run([*self.real, *command, "-O1"], cwd=self.tree, capture_output=True).returncode
 
         with ThreadPoolExecutor(2) as pool:
-            for result in pool.map(run, jobs):
-                if result.returncode:
-                    return result.stderr
-        result = run(link)
-        return result.stderr if result.returncode else None
+            return None if any(pool.map(run, units)) else made
+
+    def rebuild(self, file: str) -> bool:
+        """Compiles what includes the file and links; whether there is a library now, and another one than before."""
+        plain, made = self.tree / "build" / "plain", self.objects(self.tree / "build" / "mutant", file)
+        if made is None or all(path.read_bytes() == (plain / path.name).read_bytes() for path in made.values()):
+            return False
+        new = {c[c.index("-o") + 1]: str(made[unit]) for unit, c in self.compile.items() if unit in made}
+        link = [new.get(argument, argument) for argument in self.link]
+        link[link.index("-o") + 1] = str(self.tree / "fused_ops" / "_C.so")
+        return subprocess.run([*self.real, *link], cwd=self.tree, capture_output=True).returncode == 0
 
     def restore(self) -> None:
         shutil.copy2(self.tree / "build" / "clean.so", self.tree / "fused_ops" / "_C.so")
@@ -219,92 +223,113 @@ def run_suite(tree: Path, suite: str) -> str | None:
         raise SystemExit(f"pytest ended with {status} in {running}:\n{(folder / 'output').read_text()[-3000:]}")
 
 
-def try_one(build: Build, mutant: Mutant) -> str | None:
-    path = build.tree / mutant.file
-    original = path.read_text()
-    path.write_text(original.replace(mutant.old, mutant.new))
+def try_one(build: Build, fault: Fault) -> tuple[bool, str | None]:
+    """Whether there was a fault to notice, and the test that did."""
+    path = build.tree / fault.file
+    original, native = path.read_text(), fault.file.startswith("csrc")
+    path.write_text(fault.edit.apply(original))
     try:
-        if mutant.file.startswith("csrc"):
-            said = build.rebuild(mutant.file)
-            if said:
-                raise SystemExit(f"{mutant.name}: does not compile\n{said[-2000:]}")
-        return run_suite(build.tree, mutant.suite)
+        seeded = not native or build.rebuild(fault.file)
+        return seeded, run_suite(build.tree, fault.suite) if seeded else None
     finally:
         path.write_text(original)
-        if mutant.file.startswith("csrc"):
+        if native:
             build.restore()
 
 
-def table(results: list[tuple[Mutant, str | None]], left: int) -> str:
-    killed = sum(by is not None for _, by in results)
+def try_function(build: Build, place: list[Fault], found: dict[str, str | None]) -> None:
+    """The first faults of a function that are any."""
+    tried = 0
+    for fault in place:
+        if tried == PER_FUNCTION:
+            return
+        began, source = time.monotonic(), (build.tree / fault.file).read_text()
+        seeded, by = try_one(build, fault)
+        if seeded:
+            tried += 1
+            found[f"{fault.suite} {fault.file} {fault.name}"] = by
+            outcome = "SURVIVED" if by is None else f"noticed by {by}"
+            print(
+                f"{fault.file}, {fault.name}: {outcome} ({time.monotonic() - began:.0f} s)\n    {fault.show(source)}",
+                flush=True,
+            )
+
+
+def report(found: dict[str, str | None], places: int) -> str:
+    """A row for each language and suite; the faults that nothing noticed by name."""
+    rows: dict[tuple[str, str], list[str | None]] = {}
+    for name, by in found.items():
+        suite, file = name.split()[:2]
+        rows.setdefault((suite, "Python" if file.endswith(".py") else "C++"), []).append(by)
+    killed = sum(by is not None for by in found.values())
     lines = [
-        f"{len(results)} faults tried, {killed} noticed, {len(results) - killed} not; {left} not tried yet. "
-        f"C++ was compiled for {BEST}.",
+        f"{len(found)} faults tried in {places} functions, {killed} noticed. C++ was compiled for {BEST}.",
         "",
-        "| file | fault | noticed by |",
-        "|---|---|---|",
+        "| tests | language | faults | noticed |",
+        "|---|---|---|---|",
+        *(
+            f"| {s} | {lang} | {len(bys)} | {sum(b is not None for b in bys)} |"
+            for (s, lang), bys in sorted(rows.items())
+        ),
     ]
-    for mutant, by in results:
-        test = "**nothing**" if by is None else f"`{by.removeprefix('tests/').replace('|', '/')}`"
-        lines.append(f"| {mutant.file} | {mutant.name} | {test} |")
-    return "\n".join(lines)
+    left = [f"- `{name}`: **nothing**" for name, by in found.items() if by is None]
+    return "\n".join([*lines, *(["", "Noticed by nothing:", "", *left] if left else [])])
 
 
-def key(mutant: Mutant) -> str:
-    """What a fault is known by; not its file, so that code may move."""
-    return hashlib.sha256(f"{mutant.old}\0{mutant.new}".encode()).hexdigest()[:16]
-
-
-def known(chosen: list[Mutant]) -> dict[str, str | None]:
-    """What earlier runs found about faults that are still the same."""
-    if not FOUND.exists():
-        return {}
-    keys = {key(m) for m in chosen}
-    return {k: by for k, by in json.loads(FOUND.read_text()).items() if k in keys}
+def key(place: list[Fault], tree: Path) -> str:
+    """What a function's faults are known by: its faults and its file's text."""
+    content = f"{[f.name for f in place]}{(tree / place[0].file).read_text()}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="of the faults, those with this in file, name or suite")
-    parser.add_argument("--resume", action="store_true", help="not those that an earlier run saw noticed")
+    parser.add_argument("--only", default="", help="functions with this in suite, file or name")
+    parser.add_argument("--list", action="store_true", help="print the faults and end")
+    parser.add_argument("--limit", type=int, default=None, help="that many functions, drawn from all")
+    parser.add_argument("--resume", action="store_true", help="not the functions that an earlier run has done")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after that long; --resume goes on")
     parser.add_argument("--write", action="store_true", help="put the report into docs/reliability.md")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.name} {m.suite}"]
     torch.set_num_threads(1)
     hypothesis.settings.load_profile("default")
     tree = FOUND.parent / "mutants"
-    if not options.resume:
+    if not (options.resume or options.list):
         shutil.rmtree(tree, ignore_errors=True)
-    copy_tree(tree)
-    if moved := misplaced(tree):
-        raise SystemExit("\n".join(moved))
-    found = known(chosen) if options.resume else {}
+    if not options.list:
+        copy_tree(tree)
+    if unknown := missing(ROOT):
+        raise SystemExit(f"tests/mutation/faults.py names functions that are nowhere: {unknown}")
+    places = [p for p in draw(ROOT) if options.only in f"{p[0].suite} {p[0].file} {p[0].function}"]
+    random.Random(0).shuffle(places)  # so that a run that stops early has seen something of everything
+    places = places[: options.limit]
+    if options.list:
+        for fault in sorted(f for place in places for f in place[:PER_FUNCTION]):
+            print(f"{fault.suite} {fault.file} {fault.name}: {fault.show((ROOT / fault.file).read_text())}")
+        return 0
+    done = json.loads(FOUND.read_text()) if options.resume and FOUND.exists() else {}
+    done = {key(p, tree): done[key(p, tree)] for p in places if key(p, tree) in done}
     build = Build(tree, options.resume)
-    for suite in sorted({m.suite for m in chosen}) if not options.resume else ():
+    for suite in sorted({p[0].suite for p in places}) if not options.resume else ():
         by = run_suite(tree, suite)
         if by:
             raise SystemExit(f"{suite}: {by} fails without any fault")
     end = time.monotonic() + options.minutes * 60
-    todo = [m for m in chosen if found.get(key(m)) is None]
-    random.Random(0).shuffle(todo)  # so that a run that stops early has seen something of everything
-    todo.sort(key=lambda m: key(m) in found)  # and those that no test has noticed come last
-    for mutant in tqdm(todo, disable=not sys.stderr.isatty()):
+    for place in tqdm([p for p in places if key(p, tree) not in done], disable=not sys.stderr.isatty()):
         if time.monotonic() > end:
             break
-        began = time.monotonic()
-        by = found[key(mutant)] = try_one(build, mutant)
-        FOUND.write_text(json.dumps(found))
-        outcome = "SURVIVED" if by is None else f"noticed by {by}"
-        print(f"{mutant.file}, {mutant.name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
-    tried = [(m, found[key(m)]) for m in chosen if key(m) in found]
-    report = table(tried, len(chosen) - len(tried))
+        found = {}
+        try_function(build, place, found)
+        done[key(place, tree)] = found
+        FOUND.write_text(json.dumps(done))
+    everything = {name: by for found in done.values() for name, by in found.items()}
+    text = report(everything, len(done))
     if options.write:
-        text = REPORT.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        REPORT.write_text(f"{before}{BEGIN}\n\n{report}\n\n{END}{after}")
-    print(report.splitlines()[0])
-    return int(None in found.values())
+        page = REPORT.read_text()
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        REPORT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    print(text)
+    return int(None in everything.values())
 
 
 if __name__ == "__main__":
