@@ -1,39 +1,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= dev
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-dev
+DEMO_STAMP := $(or $(wildcard $(STAMP)),$(VENV)/.installed-demo)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow models check bench sanitize lint types docs notebook clang-check cuda-compile gpu-report clean
+.PHONY: demo test test-all models check bench sanitize lint types docs notebook clang-check cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
-# Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
-$(STAMP): export FUSED_OPS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),1)
-$(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
+# The package with one set of extras, or those of EXTRAS. Where there is a compiler, a kernel that does not compile is an
+# error; elsewhere the installation is pure PyTorch. Python compiles what is imported, so pip need not compile all of it.
+$(VENV)/.installed-%: export FUSED_OPS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),1)
+$(VENV)/.installed-%: setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[$(or $(EXTRAS),$*)]'
 	touch $@
 
 # The walk-through: every gradient by hand, checked, fused and used to train. DEMO="--names FILE --steps N ..." for more.
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
-# TESTS="tests/batch_norm -k relu" for some of them.
+# All contracts, in two minutes of many cores or five of two. TESTS="tests/batch_norm -k relu" for some of them.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
-# The half of the matrix of PyTorch's systems that compiles something in every cell (tests/contracts/test_seams.py).
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(TESTS)
+# Besides, what is marked slow: more of the matrix of PyTorch's systems, builds of the whole library, long grids.
+test-all: test
+	$(PYTEST) -m slow $(TESTS)
+
+# And the rest of the matrix, and every sample of every grid: hours.
+test-nightly: test-all
+	FUSED_OPS_FULL_GRID=1 $(PYTEST) -m "nightly or not slow" $(TESTS)
 
 # What the tests of other people's models and of the examples need besides; without it they are skipped, with the reason.
 models:
 	$(MAKE) EXTRAS=dev,models,examples $(STAMP)
 	$(BIN)/python -c "import sklearn, transformers" 2>/dev/null || \
-	  $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[models,examples]'
+	  $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[models,examples]'
 
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check

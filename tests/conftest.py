@@ -160,11 +160,11 @@ def run_pytest(run_python):
 
 
 @pytest.fixture(scope="session")
-def cuda_host(tmp_path_factory):
-    """The CUDA kernels, compiled once for the CPU by the emulation in tests/cuda_host."""
+def cuda_host():
+    """The CUDA kernels, compiled for the CPU by the emulation in tests/cuda_host."""
     import cuda_host
 
-    library = cuda_host.build(tmp_path_factory.mktemp("cuda_host"))
+    library = cuda_host.build()
     if library is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     return library

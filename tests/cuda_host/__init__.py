@@ -4,6 +4,8 @@
 """
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +19,8 @@ from fused_ops.ops.batch_norm import reference as batch_norm
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+BUILD = HERE.parent.parent / "build" / "cuda_host"
+SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/core/dtype.h
 TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
@@ -34,16 +38,40 @@ OPS = {  # the raw ops with kernels
 CANARIES = 64  # elements on both sides of what a kernel may write
 
 
-def build(directory):
-    """Compiles the kernels and their bindings with the host compiler; returns the library, None without a compiler.
+def build():
+    """The kernels and their bindings, compiled by the host compiler; returns the library, None without a compiler.
 
-    The bindings become the ops ``torch.ops.fused_ops_host.*`` on CPU tensors.
+    The bindings become the ops ``torch.ops.fused_ops_host.*`` on CPU tensors. What is compiled stays in build/cuda_host
+    until a source, the compiler or torch changes; one process compiles, whichever comes first.
     """
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         return None
     sources = [*sorted(CSRC.glob("*/cuda/*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*/*_cuda.cpp"))]
-    objects = [Path(directory) / f"{i}.o" for i in range(len(sources))]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    files = [p for folder in (CSRC, HERE) for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES]
+    made_of = [version, torch.__version__, *FLAGS, *(p.read_text() for p in files)]
+    directory = BUILD / hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    objects, library = [directory / f"{i}.o" for i in range(len(sources))], directory / "cuda_host.so"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in filter(Path.is_dir, BUILD.iterdir()):
+                shutil.rmtree(old)
+            directory.mkdir()
+            compile_all(compiler, sources, objects, library)
+    torch.ops.load_library(str(library))
+    loaded = ctypes.CDLL(str(library))
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    kernels = [o for o, source in zip(objects, sources, strict=True) if not source.stem.endswith("_cuda")]
+    register_shared(loaded, library, kernels)
+    return loaded
+
+
+def compile_all(compiler, sources, objects, library):
+    """Compiles and links; the library is there when all of it is."""
     torch_home = Path(torch.__file__).parent
 
     def compile_one(source, output):
@@ -54,16 +82,10 @@ def build(directory):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
-    library = Path(directory) / "cuda_host.so"
     libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run([*compiler, "-shared", *map(str, objects), *libraries, "-o", str(library)], check=True)
-    torch.ops.load_library(str(library))
-    loaded = ctypes.CDLL(str(library))
-    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
-        getattr(loaded, name).restype = ctypes.c_int64
-    kernels = [o for o, source in zip(objects, sources, strict=True) if not source.stem.endswith("_cuda")]
-    register_shared(loaded, library, kernels)
-    return loaded
+    whole = library.with_suffix(".new")
+    subprocess.run([*compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)], check=True)
+    whole.rename(library)
 
 
 def define_ops():

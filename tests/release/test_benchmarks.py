@@ -43,16 +43,30 @@ def options(**fields) -> run.Options:
     return run.Options(**{**default, **fields})
 
 
-def test_clock_leaves_out_what_is_paused():
+@pytest.fixture
+def passes(monkeypatch):
+    """Time passes only by calls of this."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def seconds(s):
+        now[0] += s
+
+    return seconds
+
+
+def test_clock_leaves_out_what_is_paused(passes):
     clock = harness.Clock()
     start = clock()
+    passes(0.25)
     clock.pause()
-    time.sleep(0.05)
+    passes(4)
     clock.resume()
-    assert clock() - start < 0.04
+    passes(0.5)
+    assert clock() - start == 0.75
 
 
-def test_preparation_is_not_timed_and_rounds_are_interleaved():
+def test_preparation_is_not_timed_and_rounds_are_interleaved(passes):
     calls = []
 
     class Slow:
@@ -60,17 +74,17 @@ def test_preparation_is_not_timed_and_rounds_are_interleaved():
             self.name = name
 
         def prepare(self, direction):
-            time.sleep(0.01)
+            passes(0.01)
 
         def run(self, direction):
             calls.append(self.name)
-            time.sleep(0.002)
+            passes(0.002)
 
     timings = harness.time_interleaved(
         {"a": Slow("a"), "b": Slow("b")}, "both", threads=1, budget_s=0, block_s=0.001, rounds=(4, 4)
     )
     assert [len(t.samples_ms) for t in timings.values()] == [4, 4]
-    assert all(1.9 < t.median_ms < 9 for t in timings.values())  # not the 10 ms of the preparation
+    assert all(t.median_ms == pytest.approx(2) for t in timings.values())  # not the 10 ms of the preparation
     order = "".join(name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name)
     assert order.endswith("baba")  # a b, b a, a b, b a: each round has both, and begins with the other one
 
