@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import ctypes
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +20,34 @@ ROOT = Path(__file__).parent.parent
 if os.environ.get("FUSED_OPS_SANITIZE"):
     assert "sanitize-" in fused_ops.__file__, f"not the build for the sanitizer: {fused_ops.__file__}"
 NAMES = ROOT.parent / "shared" / "data" / "names.txt"
+
+
+def pairwise(*axes):
+    """As itertools.product, but so few that any two values of two axes just meet."""
+    axes = [list(axis) for axis in axes]
+    places = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    pairs = {place: set(itertools.combinations(enumerate(place), 2)) for place in places}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        chosen.append(max(places, key=lambda place: len(pairs[place] & left)))
+        left -= pairs[chosen[-1]]
+    return [tuple(axis[i] for axis, i in zip(axes, place, strict=True)) for place in sorted(chosen)]
+
+
+def grid(**axes):
+    """Parametrizes a test over the product of the axes; all but a pairwise choice of it is marked slow."""
+    kept = pairwise(*axes.values())
+    cases = [
+        pytest.param(*case, marks=() if case in kept else pytest.mark.slow)
+        for case in itertools.product(*axes.values())
+    ]
+    return pytest.mark.parametrize(list(axes), cases)
+
+
+# Where one test goes through a grid itself: ``for case in choose(*axes)``.
+pairs_or_all = pytest.mark.parametrize(
+    "choose", [pytest.param(pairwise, id="pairs"), pytest.param(itertools.product, id="all", marks=pytest.mark.slow)]
+)
 
 
 def check_derivatives(function, sample):
@@ -38,40 +68,33 @@ def check_derivatives(function, sample):
     assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-def _fingerprint(values):
-    """What tells whether a tensor's memory was written to, of those that are plain and small."""
+def _memory(values):
+    """The bytes of those tensors that are plain and small: what tells whether one was written to."""
     found = []
     for t in values:
-        plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided
+        plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu and t.layout is torch.strided
         plain = plain and 0 < t.numel() <= 1 << 16 and not t.is_neg()
         plain = plain and not torch._C._functorch.is_legacy_batchedtensor(t)
         plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         if plain and t.untyped_storage().nbytes():
             with torch.no_grad():
-                found.append(
-                    hash(
-                        t.detach()
-                        .clone(memory_format=torch.contiguous_format)
-                        .view(-1)
-                        .view(torch.uint8)
-                        .numpy()
-                        .tobytes()
-                    )
-                )
+                dense = t if t.is_contiguous() else t.detach().clone(memory_format=torch.contiguous_format)
+            found.append(ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size()))
         else:
             found.append(None)
     return found
 
 
+@functools.cache
 def leaves_its_arguments_alone(op, written=()):
     """The raw op, checked in each call: no argument may have changed but those in the places ``written``."""
 
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*args)
-        before = _fingerprint(args)
+        before = _memory(args)
         result = op(*args)
-        for i, (a, b) in enumerate(zip(before, _fingerprint(args), strict=True)):
+        for i, (a, b) in enumerate(zip(before, _memory(args), strict=True)):
             assert a == b or i in written, f"{op} changed argument {i}"
         return result
 
@@ -95,7 +118,11 @@ def skip_without(isa):
 
 def raw_ops():
     """(module, name, raw op) of every raw op that a module of the package calls."""
+    return _raw_ops(len(sys.modules))
 
+
+@functools.lru_cache(1)
+def _raw_ops(_):
     def op_of(value):
         if (
             isinstance(value, functools.partial) and value.args and hasattr(value.args[0], "schema")
@@ -108,15 +135,21 @@ def raw_ops():
     return [entry for entry in found if entry[2] is not None]
 
 
+@functools.cache
+def _watched(op):
+    """The raw op, or a watch around it."""
+    if op._schema.name == "fused_ops::linear_cross_entropy_buffer":
+        return op  # reads nothing
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return leaves_its_arguments_alone(op, tuple(written))
+
+
 @pytest.fixture(autouse=True)
 def _no_input_is_changed(monkeypatch):
     """Around every raw op that any test's calls come to."""
     for module, name, op in raw_ops():
-        if op._schema.name == "fused_ops::linear_cross_entropy_buffer":
-            continue  # reads nothing
-        arguments = op._schema.arguments
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        monkeypatch.setattr(module, name, leaves_its_arguments_alone(op, written))
+        monkeypatch.setattr(module, name, _watched(op))
 
 
 @pytest.fixture

@@ -51,6 +51,19 @@ def test_derivatives_by_the_functional_ops(sample, functional):
     function, inputs = checked(sample)
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+
+
+ONE_OPTION = [s.name.count(",") == 1 and "training" in s.name for s in PACKED]  # each layout, each activation
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, marks=() if one else pytest.mark.slow) for s, one in zip(PACKED, ONE_OPTION, strict=True)],
+    ids=lambda s: s.name,
+)
+def test_opcheck_of_the_functional_ops(sample, functional):
+    functional()
+    function, inputs = checked(sample)
     assert _opcheck(lambda *given: (function(*given),), inputs) is not False
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import grid
 
 import fused_ops
 from fused_ops.ops.batch_norm import activations
@@ -89,13 +90,8 @@ def model(kind):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.Flatten(), nn.Linear(4 * 36, 2))
 
-def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    ours = nn.parallel.DistributedDataParallel(model(fused_ops.BatchNorm2d), broadcast_buffers=BROADCAST)
+def check(a, b, broadcast):
+    ours = nn.parallel.DistributedDataParallel(model(fused_ops.BatchNorm2d), broadcast_buffers=broadcast)
     (ours(a) * ours(b)).sum().backward()
     plain = model(nn.BatchNorm2d)
     (plain(a) * plain(b)).sum().backward()
@@ -104,6 +100,15 @@ def worker(rank, port):
         dist.all_reduce(mean)
         torch.testing.assert_close(mine.grad, mean / 2, rtol=1e-4, atol=1e-5)
     assert ours.module[1].num_batches_tracked == 2
+
+def worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    for broadcast in (True, False):
+        check(a, b, broadcast)
     with open(f"agrees{rank}", "w") as file:
         file.write("yes")
     dist.barrier()
@@ -119,19 +124,20 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
-@pytest.mark.parametrize("broadcast", [True, False])
-def test_two_forwards_before_one_backward_under_ddp(tmp_path, run_python, broadcast):
+def test_two_forwards_before_one_backward_under_ddp(tmp_path, run_python):
     """Nothing that the first backward needs is changed by the second forward, or by the buffers' broadcast."""
     script = tmp_path / "two.py"
-    script.write_text(DDP.replace("BROADCAST", str(broadcast)))
+    script.write_text(DDP)
     run_python(str(script), cwd=tmp_path, OMP_NUM_THREADS="1")
     assert (tmp_path / "agrees0").exists() and (tmp_path / "agrees1").exists()
 
 
-@pytest.mark.parametrize("activation", [*activations.CODES])
-@pytest.mark.parametrize("layout", ["rows", "planes", "channels last"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("residual", [False, True])
+@grid(
+    activation=activations.CODES,
+    layout=["rows", "planes", "channels last"],
+    training=[True, False],
+    residual=[False, True],
+)
 def test_derivatives_of_every_activation_layout_and_mode(activation, layout, training, residual):
     shape = {"rows": (4, 2), "planes": (2, 2, 5, 7), "channels last": (2, 2, 2, 2)}[layout]
     x, r = (lay_out(torch.randn(shape, dtype=torch.float64), layout) for _ in range(2))

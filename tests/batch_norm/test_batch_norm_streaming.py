@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import grid
 
 import fused_ops
 from fused_ops.testing import assert_no_worse_than
@@ -38,14 +39,18 @@ def fused(x, mean, var, w, b, training, r, activation):
     return fused_ops.batch_norm(x, mean, var, w, b, training, residual=r, activation=activation)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("activation", "residual", "training"),
-    [(None, False, True), ("relu", True, True), ("relu", False, True), ("hardswish", True, True), (None, False, False)],
-)
-def test_large_tensors_by_the_error_rule(shape, dtype, activation, residual, training):
-    torch.manual_seed(0)
+HOW = [
+    (None, False, True),
+    ("relu", True, True),
+    ("relu", False, True),
+    ("hardswish", True, True),
+    (None, False, False),
+]
+
+
+@grid(shape=SHAPES, dtype=[torch.float32, torch.bfloat16, torch.float16], how=HOW)
+def test_large_tensors_by_the_error_rule(shape, dtype, how):
+    activation, residual, training = how
     x, r, g = (torch.randn(SHAPES[shape]).to(dtype) for _ in range(3))
     if shape == "channels last":
         x, r, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, r, g))

@@ -153,6 +153,7 @@ def test_export(models):
     assert "fused_ops.batch_norm" in str(exported.graph)
 
 
+@pytest.mark.slow
 def test_aot_inductor(models, tmp_path):
     _, ours, x = models
     ours.eval()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without
+from conftest import pairs_or_all, skip_without
 
 import fused_ops
 from fused_ops.ops.cross_entropy import rows_reference as reference
@@ -78,11 +78,12 @@ def test_grid_of_maxima_that_move(layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 5, 16, 27, 64, 65, 200, 1030])
-def test_grid_of_kernels_and_reference(classes, dtype):
+@pairs_or_all
+def test_grid_of_kernels_and_reference(choose, classes, dtype):
     """Targets, smoothing, masks, transforms and outputs together, over every layout; in place the same bits."""
     torch.manual_seed(classes)
-    grid = itertools.product(("index", "dense", "sparse"), (0.0, 0.2), (0, 1, 2), ((1.0, 0.0), (0.7, 3.0)))
-    for (kind, smoothing, masks, (scale, cap)), layout in itertools.product(grid, LAYOUTS):
+    options = ("index", "dense", "sparse"), (0.0, 0.2), (0, 1, 2), ((1.0, 0.0), (0.7, 3.0))
+    for kind, smoothing, masks, (scale, cap), layout in choose(*options, LAYOUTS):
         x = LAYOUTS[layout]((torch.randn(38, classes) * 3).to(dtype))
         rows = (x.size(0), *x.shape[2:])
         indices = torch.randint(0, classes, rows if kind == "index" else (rows[0], 2, *rows[1:]))
@@ -175,6 +176,7 @@ def test_grid_of_batch_splits_is_bitwise(classes, dtype):
 
 
 @pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
-def test_every_isa(isa, run_pytest):
+@pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_isa(tests, isa, run_pytest):
     skip_without(isa)
-    run_pytest(__file__, "-k", "grid and not isa", ATEN_CPU_CAPABILITY=isa.lower())
+    run_pytest(__file__, "-k", "grid and not isa", "-m", tests, ATEN_CPU_CAPABILITY=isa.lower())
