@@ -118,8 +118,6 @@ WAYS = {
     "DDP with the head": HEAD.replace("UNUSED", "False"),
     "DDP with the head, unused parameters": HEAD.replace("UNUSED", "True"),
     "FSDP2 with the head": FSDP.replace("t(model)", "t(model, loss=F.cross_entropy)").replace("== 5", "== 6"),
-        "== 5", "== 6"
-    ),
 }
 
 
