@@ -145,6 +145,14 @@ def _watched(op):
     return leaves_its_arguments_alone(op, tuple(written))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What needs a build of the whole library is slow."""
+    for item in items:
+        if "built" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _no_input_is_changed(monkeypatch):
     """Around every raw op that any test's calls come to."""

@@ -28,11 +28,13 @@ def checked(sample):
     return function, inputs
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
-def test_derivatives(sample):
+def test_derivatives(sample, fast):
+    """All of the first derivatives, and of the second ones all or what a random direction sees of them."""
     function, inputs = checked(sample)
     assert gradcheck(function, inputs, check_forward_ad=True)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast)
 
 
 BEYOND_PACKED = ("residual", "valid", "groups", "inplace_activated")

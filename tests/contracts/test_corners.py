@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import skip_without
 from torch.nn import functional as F
 
 import fused_ops
@@ -306,10 +305,3 @@ def test_batch_norm_is_rounded_to_nearest(activation, layout, dtype):
     assert share_of_misrounded(y, truth) < 0.01
     (grad,), (grad_truth,) = gradients(y, leaf, upstream), gradients(truth, exact, upstream.double())
     assert share_of_misrounded(grad, grad_truth) < 0.01
-
-
-@needs_kernels
-@pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_every_isa(isa, run_pytest):
-    skip_without(isa)
-    run_pytest(__file__, "-k", "not every_isa", ATEN_CPU_CAPABILITY=isa)

@@ -2,7 +2,8 @@
 
 ``seams/cases.py`` has the calls, ``seams/oracles.py`` the right answers in plain PyTorch, ``seams/systems.py`` the
 systems, ``seams/expectations.py`` what is refused and why. The cells that compile run for a few cases by default; the
-others are marked slow (``-m slow``). The table in docs/reliability.md is ``python -m tests.contracts.seams --write``.
+others are marked slow or nightly (``seams/table.py``). The table in docs/reliability.md is
+``python -m tests.contracts.seams --write``.
 """
 
 import json
@@ -35,7 +36,8 @@ def _cells():
     for system in SYSTEMS.values():
         for case in CASES:
             if system.applies(case):
-                marks = [pytest.mark.slow] if table.is_slow(system, case) else []
+                level = table.level(system, case)
+                marks = [getattr(pytest.mark, level)] if level else []
                 yield pytest.param(system, case, id=f"{system.name}-{case}", marks=marks)
 
 
@@ -148,7 +150,19 @@ def test_with_other_releases_of_torch():
         if subprocess.run([python, "-c", "import pytest"], capture_output=True).returncode:
             problems.append(f"{python}: has no pytest")
             continue
-        command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", "a_seam", __file__]
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow and not nightly",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "a_seam",
+            __file__,
+        ]
         result = subprocess.run(command, env=_environment(), capture_output=True, text=True)
         if result.returncode:
             problems.append(f"{python}:\n{result.stdout[-4000:]}")

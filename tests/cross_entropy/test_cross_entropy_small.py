@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without
 
 import fused_ops
 from fused_ops.testing import assert_no_worse_than
@@ -92,9 +91,3 @@ def test_a_bad_target_raises(row):
     target[row] = 27
     with pytest.raises(IndexError, match="Target 27 is out of bounds"):
         fused_ops.cross_entropy(torch.randn(301, 27), target)
-
-
-@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
-def test_every_isa(isa, run_pytest):
-    skip_without(isa)
-    run_pytest(__file__, "-k", "grid and not isa", ATEN_CPU_CAPABILITY=isa.lower())

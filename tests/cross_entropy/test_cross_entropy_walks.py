@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pairs_or_all, skip_without
+from conftest import pairs_or_all
 
 import fused_ops
 from fused_ops.ops.cross_entropy import rows_reference as reference
@@ -173,10 +173,3 @@ def test_grid_of_batch_splits_is_bitwise(classes, dtype):
         for part in (slice(0, 1), slice(1, 3), slice(3, None)):
             some = run(lambda x, t=target[part]: call(x, t), logits[part], [o[part] for o in ones])
             assert all(torch.equal(a[part], b) for a, b in zip(whole, some, strict=True)), (layout, kind)
-
-
-@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
-@pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_every_isa(tests, isa, run_pytest):
-    skip_without(isa)
-    run_pytest(__file__, "-k", "grid and not isa", "-m", tests, ATEN_CPU_CAPABILITY=isa.lower())

@@ -1,4 +1,4 @@
-"""Which cells run by default, and the table of docs/reliability.md, which the expectations make and the tests prove."""
+"""Which cells run when, and the table of docs/reliability.md, which the expectations make and the tests prove."""
 
 from collections import Counter
 from importlib.util import find_spec
@@ -45,9 +45,20 @@ INSTEAD = {
 }
 
 
-def is_slow(system: System, case: Case) -> bool:
-    """Whether the cell is left out unless slow tests are asked for."""
-    return system.costly and repr(case) not in INSTEAD.get(system.name, BY_DEFAULT)
+_COSTLY = [s.name for s in SYSTEMS.values() if s.costly]
+_EVERY = 2  # of the other cells one in so many is slow, the rest nightly
+
+
+def level(system: System, case: Case) -> str:
+    """The mark that the cell has: none where it runs by default, else slow or nightly.
+
+    Neighbours in the table compile much the same, so that each takes what the one above it has left out: every call
+    meets every second of the costly systems, and every such system every second call.
+    """
+    if not system.costly or repr(case) in INSTEAD.get(system.name, BY_DEFAULT):
+        return ""
+    place = _COSTLY.index(system.name) + CASES.index(case)
+    return "nightly" if place % _EVERY else "slow"
 
 
 def unavailable(system: System) -> str | None:
