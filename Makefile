@@ -27,13 +27,9 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(STAMP)
 	$(PYTEST) $(TESTS)
 
-# Besides, what is marked slow: more of the matrix of PyTorch's systems, builds of the whole library, long grids.
+# Besides, what is marked slow: the rest of the grids, of the matrix of PyTorch's systems, builds of the whole library.
 test-all: test
 	$(PYTEST) -m slow $(TESTS)
-
-# Everything: the rest of the matrix, and every sample of PyTorch's. An hour or two.
-test-nightly: $(STAMP)
-	FUSED_OPS_FULL_GRID=1 $(PYTEST) -m "" $(TESTS)
 
 # What the tests of other people's models and of the examples need besides; without it they are skipped, with the reason.
 models:

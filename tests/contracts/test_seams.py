@@ -2,8 +2,7 @@
 
 ``seams/cases.py`` has the calls, ``seams/oracles.py`` the right answers in plain PyTorch, ``seams/systems.py`` the
 systems, ``seams/expectations.py`` what is refused and why. The cells that compile run for a few cases by default; the
-others are marked slow or nightly (``seams/table.py``). The table in docs/reliability.md is
-``python -m tests.contracts.seams --write``.
+others are marked slow. The table in docs/reliability.md is ``python -m tests.contracts.seams --write``.
 """
 
 import json
@@ -36,8 +35,7 @@ def _cells():
     for system in SYSTEMS.values():
         for case in CASES:
             if system.applies(case):
-                level = table.level(system, case)
-                marks = [getattr(pytest.mark, level)] if level else []
+                marks = [pytest.mark.slow] if table.is_slow(system, case) else []
                 yield pytest.param(system, case, id=f"{system.name}-{case}", marks=marks)
 
 
@@ -156,7 +154,7 @@ def test_with_other_releases_of_torch():
             "pytest",
             "-q",
             "-m",
-            "not slow and not nightly",
+            "not slow",
             "-p",
             "no:cacheprovider",
             "-k",

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import random
-import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -95,82 +95,55 @@ def copy_tree(to: Path) -> None:
 
 
 class Build:
-    """The tree's build, command by command."""
+    """What setup.py has built, unit by unit, from what it wrote down beside each object."""
 
-    def __init__(self, tree: Path, again: bool):
-        self.tree, log, clean = tree, tree / "build" / "commands", tree / "build" / "clean.so"
-        sources = [p for p in (tree / "csrc").rglob("*") if p.is_file()] + [tree / "setup.py"]
-        state = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources))).hexdigest()
-        stamp = tree / "build" / "state"
-        if not (again and stamp.exists() and stamp.read_text() == state):
-            shutil.rmtree(tree / "build", ignore_errors=True)
-            log.mkdir(parents=True)
-            self.build(log)
-            shutil.copy2(tree / "fused_ops" / "_C.so", clean)
-            stamp.write_text(state)
-        self.real = os.environ.get("CXX", "c++").split()
-        calls = [p.read_text().splitlines() for p in log.iterdir()]
-        self.link = next(c for c in calls if "-shared" in c)
-        self.compile = {}
-        for c in calls:
-            if "-c" not in c:
-                continue
-            source = Path(c[c.index("-c") + 1])
-            source = source.relative_to(tree) if source.is_absolute() else source
-            isa = next((a.split("=")[1] for a in c if a.startswith("-DFUSED_OPS_ISA=")), None)
-            if isa in (None, BEST):
-                self.compile[str(source)] = c
-        if not (tree / "build" / "plain").exists() and self.objects(tree / "build" / "plain") is None:
+    def __init__(self, tree: Path):
+        self.tree, self.clean = tree, tree / "build" / "clean.so"
+        built = filter(Path.is_dir, (ROOT / "build").glob("temp*"))
+        for folder in built:  # so that only what has changed since is compiled
+            shutil.copytree(folder, tree / "build" / folder.name, dirs_exist_ok=True)
+        environment = {**os.environ, "FUSED_OPS_BUILD": "1", "FUSED_OPS_CUDA": "0", "PYTHONPATH": str(tree)}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
+        self.link = next(shlex.split(line) for line in done.stdout.splitlines() if " -shared " in line)
+        shutil.copy2(tree / "fused_ops" / "_C.so", self.clean)
+        self.units: dict[str, dict] = {}  # by object
+        for output in filter(lambda argument: argument.endswith(".o"), self.link):
+            made = json.loads((tree / output).with_suffix(".json").read_text())
+            isa = next((a.partition("=")[2] for a in made["command"] if a.startswith("-DFUSED_OPS_ISA=")), BEST)
+            if isa == BEST:
+                self.units[output] = made
+        sources = sorted({file for unit in self.units.values() for file in unit["files"]})
+        state = hashlib.sha256(b"".join((tree / file).read_bytes() for file in sources)).hexdigest()[:16]
+        self.plain = tree / "build" / f"plain-{state}"
+        if not self.plain.exists() and self.compile(self.plain, list(self.units)) is None:
             raise SystemExit("the sources do not compile")
-        self.restore()
 
-    def build(self, log: Path) -> None:
-        """Builds as setup.py does, and keeps every command of the compiler."""
-        tree = self.tree
-        wrapper = tree / "build" / "compiler"
-        real = os.environ.get("CXX", "c++")
-        wrapper.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "$(mktemp {log}/XXXXXX)"\nexec {real} "$@"\n')
-        wrapper.chmod(0o755)
-        environment = {**os.environ, "CC": str(wrapper), "CXX": str(wrapper), "FUSED_OPS_CUDA": "0"}
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
-
-    def includes(self, source: str) -> set[str]:
-        found, todo = set(), [source]
-        while todo:
-            here = todo.pop()
-            if here in found or not (self.tree / here).exists():
-                continue
-            found.add(here)
-            todo += [f"csrc/{name}" for name in re.findall(r'#include\s+"([^"]+)"', (self.tree / here).read_text())]
-        return found
-
-    def objects(self, folder: Path, file: str | None = None) -> dict[str, Path] | None:
-        """Compiles the units that include the file (all without one); None if the compiler would not."""
+    def compile(self, folder: Path, outputs: list[str]) -> dict[str, Path] | None:
+        """The units' objects, hardly optimised; None if the compiler would not."""
         folder.mkdir(exist_ok=True)
-        units = [u for u in self.compile if file is None or file in self.includes(u)]
-        made = {unit: folder / f"{unit.replace('/', '.')}.o" for unit in units}
+        made = {output: folder / output.replace("/", ".") for output in outputs}
 
-        def run(unit: str) -> int:
-            command = list(self.compile[unit])
-            command[command.index("-o") + 1] = str(made[unit])
-            return subprocess.run([*self.real, *command, "-O1"], cwd=self.tree, capture_output=True).returncode
+        def run(output: str) -> int:
+            unit = self.units[output]
+            command = [*unit["command"], "-O1", "-w", "-c", next(iter(unit["files"])), "-o", str(made[output])]
+            return subprocess.run(command, cwd=self.tree, capture_output=True).returncode
 
         with ThreadPoolExecutor(2) as pool:
-            return None if any(pool.map(run, units)) else made
+            return None if any(pool.map(run, outputs)) else made
 
     def rebuild(self, file: str) -> bool:
         """Compiles what includes the file and links; whether there is a library now, and another one than before."""
-        plain, made = self.tree / "build" / "plain", self.objects(self.tree / "build" / "mutant", file)
-        if made is None or all(path.read_bytes() == (plain / path.name).read_bytes() for path in made.values()):
+        stale = [output for output, unit in self.units.items() if file in unit["files"]]
+        made = self.compile(self.tree / "build" / "mutant", stale)
+        if made is None or all(path.read_bytes() == (self.plain / path.name).read_bytes() for path in made.values()):
             return False
-        new = {c[c.index("-o") + 1]: str(made[unit]) for unit, c in self.compile.items() if unit in made}
-        link = [new.get(argument, argument) for argument in self.link]
+        link = [str(made.get(argument, argument)) for argument in self.link]
         link[link.index("-o") + 1] = str(self.tree / "fused_ops" / "_C.so")
-        return subprocess.run([*self.real, *link], cwd=self.tree, capture_output=True).returncode == 0
+        return subprocess.run(link, cwd=self.tree, capture_output=True).returncode == 0
 
     def restore(self) -> None:
-        shutil.copy2(self.tree / "build" / "clean.so", self.tree / "fused_ops" / "_C.so")
+        shutil.copy2(self.clean, self.tree / "fused_ops" / "_C.so")
 
 
 def child(tree: Path, suite: str, folder: Path) -> int:
@@ -309,7 +282,7 @@ def main() -> int:
         return 0
     done = json.loads(FOUND.read_text()) if options.resume and FOUND.exists() else {}
     done = {key(p, tree): done[key(p, tree)] for p in places if key(p, tree) in done}
-    build = Build(tree, options.resume)
+    build = Build(tree)
     for suite in sorted({p[0].suite for p in places}) if not options.resume else ():
         by = run_suite(tree, suite)
         if by:

@@ -13,17 +13,11 @@ from .systems import SYSTEMS
 PAGE = Path(__file__).parents[3] / "docs" / "reliability.md"
 START, END = "<!-- seams -->", "<!-- /seams -->"
 COLUMNS = {"ce": "cross_entropy", "lce": "linear_cross_entropy", "bn": "batch_norm"}
-# Of the systems that take a second or so a case these run by default: one case for each way through the package ...
+# Of the systems that compile these run by default, under each system every second one in turn:
+# one case for each way through the package ...
 BY_DEFAULT = ("ce-mean", "ce-z_loss", "lce-small, bias", "lce-chunks", "bn-training, statistics", "bn-residual, relu")
-_HALF = ("ce-z_loss", "lce-chunks", "bn-training, statistics")
-# ... and of these systems others: where another system that runs all six compiles much the same, fewer.
+# ... and of these systems others.
 INSTEAD = {
-    "compile": _HALF,
-    "checkpoint in compile": _HALF,
-    "compiled autograd": _HALF,
-    "export": _HALF,
-    "export, strict": _HALF,
-    "export, run_decompositions": _HALF,
     "compile, changing numbers": ("ce-normalizer",),
     "compile, fullgraph, changing numbers": ("ce-smoothing", "ce-normalizer", "ce-mixup", "lce-chunks, z_loss"),
     "inductor": ("ce-mean",),
@@ -43,22 +37,15 @@ INSTEAD = {
         "bn-inplace_activated",
     ),
 }
-
-
 _COSTLY = [s.name for s in SYSTEMS.values() if s.costly]
-_EVERY = 2  # of the other cells one in so many is slow, the rest nightly
 
 
-def level(system: System, case: Case) -> str:
-    """The mark that the cell has: none where it runs by default, else slow or nightly.
-
-    Neighbours in the table compile much the same, so that each takes what the one above it has left out: every call
-    meets every second of the costly systems, and every such system every second call.
-    """
-    if not system.costly or repr(case) in INSTEAD.get(system.name, BY_DEFAULT):
-        return ""
-    place = _COSTLY.index(system.name) + CASES.index(case)
-    return "nightly" if place % _EVERY else "slow"
+def is_slow(system: System, case: Case) -> bool:
+    """Whether the cell is left to ``make test-all``."""
+    if not system.costly:
+        return False
+    place = _COSTLY.index(system.name)
+    return repr(case) not in INSTEAD.get(system.name, BY_DEFAULT[place % 2 :: 2])
 
 
 def unavailable(system: System) -> str | None:

@@ -26,7 +26,7 @@ def jit_script(case):
     torch.jit.script(_scriptable(case))
 
 
-@system("jit.trace", lambda case: same_batch(case) and "inplace" not in case.traits, costly=True)
+@system("jit.trace", lambda case: same_batch(case) and "inplace" not in case.traits)
 def jit_trace(case):
     """Traced, run with other values, saved and loaded."""
     model = holder(case)
@@ -68,7 +68,7 @@ def _checked_graph(case, graph, batch):
     check(case, tuple(got[:n]), tuple(got[n:]), t, expected=answer(case, batch))
 
 
-@system("make_fx", costly=True)
+@system("make_fx")
 def make_fx_real(case):
     graph = make_fx(_value_and_grads(case))(*case.tensors().values())
     _checked_graph(case, graph, c.BATCH)
