@@ -23,7 +23,7 @@ demo: $(DEMO_STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
 # All contracts, on every core. TESTS="tests/batch_norm -k relu" for some of them.
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 test: $(STAMP)
 	$(PYTEST) $(TESTS)
 
