@@ -22,8 +22,8 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt $(NATIVE) $(CUDA)
 demo: $(DEMO_STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
-# All contracts, in two minutes of many cores or five of two. TESTS="tests/batch_norm -k relu" for some of them.
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+# All contracts, on every core. TESTS="tests/batch_norm -k relu" for some of them.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 test: $(STAMP)
 	$(PYTEST) $(TESTS)
 

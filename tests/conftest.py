@@ -145,12 +145,18 @@ def _watched(op):
     return leaves_its_arguments_alone(op, tuple(written))
 
 
+SHARED = ("built", "pure", "two_processes", "counted")  # fixtures whose cost one process should bear
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs a build of the whole library is slow."""
+    """What needs a build of the whole library is slow; tests that share something costly run in one process."""
     for item in items:
-        if "built" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "built" in names:
             item.add_marker(pytest.mark.slow)
+        for name in set(SHARED) & set(names):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +188,7 @@ def _reproducible():
 def run_python():
     """Runs Python code or arguments in a process of its own, with changed environment variables."""
 
-    def run(*arguments, cwd=None, check=True, timeout=300, **environment):
+    def run(*arguments, cwd=None, check=True, timeout=900, **environment):
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         result = subprocess.run(
             [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout

@@ -407,7 +407,8 @@ def test_failures_of_pytorch_say_why():
 
 
 @pytest.mark.skipif(not NATIVE, reason="this is that run")
-def test_without_the_library(tmp_path, run_pytest):
+@pytest.mark.parametrize("some", ["another_device", pytest.param("not another_device", marks=pytest.mark.slow)])
+def test_without_the_library(some, tmp_path, run_pytest):
     """The same with the references alone, in a copy of the package that has no library."""
     shutil.copytree(ROOT / "fused_ops", tmp_path / "fused_ops", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
-    run_pytest(__file__, cwd=tmp_path, PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore")
+    run_pytest(__file__, "-k", some, cwd=tmp_path, PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore")

@@ -58,12 +58,12 @@ def test_an_allocation_that_fails_in_the_middle(run_python):
 import resource
 torch.set_num_threads(1)
 expected = calls()
-big = dict(rows=6000)
+big = dict(rows=2000)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 failed = succeeded = 0
 for step in range(60):
-    resource.setrlimit(resource.RLIMIT_AS, (used + (step * 4 + 2) * 2**20, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (step * 2 + 1) * 2**20, hard))
     try:
         calls(**big)
         succeeded += 1

@@ -148,19 +148,7 @@ def test_with_other_releases_of_torch():
         if subprocess.run([python, "-c", "import pytest"], capture_output=True).returncode:
             problems.append(f"{python}: has no pytest")
             continue
-        command = [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "not slow",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "a_seam",
-            __file__,
-        ]
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "a_seam", __file__]
         result = subprocess.run(command, env=_environment(), capture_output=True, text=True)
         if result.returncode:
             problems.append(f"{python}:\n{result.stdout[-4000:]}")

@@ -112,17 +112,18 @@ def run(converted, x, y):
     assert not converted or model.eval()(x)._state.real is None
     return {name: t.detach() for name, t in model.state_dict().items()}
 """
+FSDP_HEAD = FSDP.replace("convert(model)", "convert(model, loss=F.cross_entropy)").replace("== 5", "== 6")
 WAYS = {
     "DDP": DDP,
     "FSDP2": FSDP,
     "DDP with the head": HEAD.replace("UNUSED", "False"),
     "DDP with the head, unused parameters": HEAD.replace("UNUSED", "True"),
-    "FSDP2 with the head": FSDP.replace("t(model)", "t(model, loss=F.cross_entropy)").replace("== 5", "== 6"),
+    "FSDP2 with the head": FSDP_HEAD,
 }
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
+def two_processes(tmp_path_factory):
     """What went wrong on each process, by way."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "script.py").write_text(f"WAYS = {WAYS!r}\n{COMMON}")
@@ -135,5 +136,5 @@ def problems(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes(way, problems):
-    assert [found[way] for found in problems] == ["", ""]
+def test_two_processes(way, two_processes):
+    assert [found[way] for found in two_processes] == ["", ""]

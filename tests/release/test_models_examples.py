@@ -16,6 +16,7 @@ def outcome(run_python, tmp_path, module, backend, *arguments):
     return float(found[1]), result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 def test_resnet_digits(run_python, tmp_path):
     for backend in ("torch", "fused"):
@@ -38,6 +39,7 @@ def test_resnet_digits_takes_the_same_steps(capsys):
     assert losses[1] == pytest.approx(losses[0], rel=1e-8)
 
 
+@pytest.mark.slow
 def test_names_gpt(run_python, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["anna", "bob", "carla", "dora", "emma", "otto", "nina", "leo", "lena", "nora"] * 4))

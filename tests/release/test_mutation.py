@@ -127,6 +127,6 @@ def test_the_page_shows_no_fault_that_nothing_noticed():
 
 def test_every_test_that_the_page_names_exists():
     named = re.findall(r"((?:\w+/)?test_\w+\.py)::(test_\w+)", PAGE.read_text())
-    assert len(named) > 80
+    assert len(named) > 50
     for file, function in set(named):
         assert f"def {function}(" in (ROOT / "tests" / file).read_text(), f"{file}::{function}"
