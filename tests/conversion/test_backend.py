@@ -361,6 +361,18 @@ def test_frozen_and_without_statistics():
     assert check(forward, image())[0] == {"batch_norm + relu": 2}
 
 
+def test_frozen_with_statistics_that_are_written_later():
+    """PyTorch's gradient is then of other statistics than its result, and stays so."""
+
+    def forward(s, x):
+        frozen = F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
+        return F.relu(frozen) + F.relu(s.bn(x))
+
+    found, left = check(forward, image())
+    assert found == {"batch_norm + relu": 1}
+    assert any("its running statistics are written later" in reason for reason in left)
+
+
 def test_checkpoint_restores_the_random_state_and_counts_a_batch_once():
     def forward(s, x):
         y = checkpoint(lambda q: F.dropout(F.relu(s.bn(q)), 0.5), x * 1, use_reentrant=False)
