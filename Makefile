@@ -34,6 +34,8 @@ models:
 	$(MAKE) EXTRAS=dev,models,examples $(STAMP)
 	$(BIN)/python -c "import sklearn, transformers" 2>/dev/null || \
 	  $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[models,examples]'
+# torchvision asks for a torch of its own day; without its ops its models run beside any (benchmarks/families.py).
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps timm torchvision segmentation_models_pytorch
 
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check
