@@ -6,7 +6,6 @@ timm, torchvision, transformers and segmentation_models_pytorch are imported whe
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .torchvision_without_ops import import_torchvision
+from .torchvision_without_ops import import_torchvision, is_installed
 
 Batch = dict[str, Tensor]
 
@@ -46,7 +45,7 @@ class Family:
         """Why it cannot be built here; empty if it can."""
         needed = {"timm": ("timm", "torchvision"), "segmentation_models_pytorch": (
             "segmentation_models_pytorch", "timm", "torchvision")}.get(self.library, (self.library,))  # fmt: skip
-        absent = [name for name in needed if importlib.util.find_spec(name) is None]
+        absent = [name for name in needed if not is_installed(name)]
         return f"needs {' and '.join(absent)}: make models" if absent else ""
 
     def loss(self, output: Any, small: bool) -> Tensor:
@@ -59,7 +58,8 @@ class Family:
 
 
 def _module(name: str) -> Any:
-    import_torchvision()
+    if name != "transformers":
+        import_torchvision()
     return importlib.import_module(name)
 
 
