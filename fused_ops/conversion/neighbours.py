@@ -183,4 +183,3 @@ def _alike(residual: Any, input: Tensor) -> bool:
         and residual.device == input.device
         and residual.stride() == input.stride()
     )
-
