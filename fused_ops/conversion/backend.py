@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fused_ops.conversion import backend_run
-from fused_ops.conversion.backend_effects import fill_values, written_inputs
+from fused_ops.conversion.backend_effects import Effects, fill_values
 from fused_ops.conversion.backend_head import fuse_cross_entropies
 from fused_ops.conversion.backend_norm import fuse_batch_norms
 from fused_ops.conversion.records import GRAPHS, GraphRecord
@@ -116,8 +116,9 @@ def _rewrite(part: fx.GraphModule, record: GraphRecord, inner: Any) -> None:
     for node in _checkpoints(part):
         if inner == "eager":
             _checkpoint_as_eager(part, node)
-    fuse_batch_norms(part.graph, record, lambda input: _why_not_ours(input, inner))
-    fuse_cross_entropies(part.graph, record, lambda input: _why_not_ours(input, ""))
+    effects = Effects(part.graph)
+    fuse_batch_norms(part.graph, effects, record, lambda input: _why_not_ours(input, inner))
+    fuse_cross_entropies(part.graph, effects, record, lambda input: _why_not_ours(input, ""))
     part.recompile()
 
 
@@ -128,7 +129,7 @@ def _checkpoint_as_eager(part: fx.GraphModule, node: fx.Node) -> None:
     raises in the backward where a buffer was written.
     """
     body = _body(part, node)
-    buffers = {n for n in written_inputs(body.graph) if "_buffers_" in str(n.target)}
+    buffers = {n for n in Effects(body.graph).written_inputs() if "_buffers_" in str(n.target)}
     all_ours = not body.graph.find_nodes(op="call_function", target=F.batch_norm)
     for buffer in buffers if all_ours else ():
         for user in buffer.users:

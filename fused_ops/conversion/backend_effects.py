@@ -15,7 +15,6 @@ from fused_ops.core.torch_private import HigherOrder, is_plain_fake, storage_id,
 _READERS = frozenset(("item", "size", "stride", "dim", "numel"))  # methods that write nothing
 _STATISTICS = frozenset(("running_mean", "running_var"))  # written by ops whose schemas do not say so
 _MANY = 1 << 62
-_LIMIT = 4096  # nodes between two that are looked at; more are a block
 
 
 class Effect(NamedTuple):
@@ -77,24 +76,53 @@ def numel(node: fx.Node) -> int:
     return _MANY if hint is None else int(hint)
 
 
-def why_not_over(between: Iterable[fx.Node], reads: frozenset[int], writes: frozenset[int]) -> str:
-    """Why what reads and writes these storages cannot be moved over these nodes; empty if it can be."""
-    for count, node in enumerate(between):
-        effect = _effect_of(node)
-        if effect is None or count > _LIMIT:
-            return f"{name_of(node)} lies in between"
-        if effect.writes & (reads | writes):
-            return f"{name_of(node)} writes to what it reads in between"
-        if effect.reads & writes:
-            return f"{name_of(node)} uses its running statistics in between"
-    return ""
+class Effects:
+    """What the nodes of one graph read and write, each looked at once."""
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._known: dict[fx.Node, Effect | None] = {}
 
-def written_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs of a graph that its nodes write, as far as can be told."""
-    effects = [effect for effect in map(_effect_of, graph.nodes) if effect is not None]
-    writes = frozenset().union(*(effect.writes for effect in effects))
-    return {node for node in graph.nodes if node.op == "placeholder" and storages(value(node)) & writes}
+    def of(self, node: fx.Node) -> Effect | None:
+        """None where it cannot be told, and for what changes a mode (autocast, grad mode, the random state)."""
+        if node not in self._known:
+            self._known[node] = _effect_of(node)
+        return self._known[node]
+
+    def stands_for(self, new: fx.Node, old: Iterable[fx.Node]) -> None:
+        """Takes note of a node that does what the others did."""
+        effects = [self.of(node) or NOTHING for node in old]
+        reads, writes = (frozenset().union(*sets) for sets in zip(*effects, strict=True))
+        self._known[new] = Effect(reads, writes)
+
+    def why_not_over(self, between: Iterable[fx.Node], reads: frozenset[int], writes: frozenset[int]) -> str:
+        """Why what reads and writes these storages cannot be moved over these nodes; empty if it can be."""
+        for node in between:
+            effect = self.of(node)
+            if effect is None:
+                return f"{name_of(node)} lies in between"
+            if effect.writes & (reads | writes):
+                return f"{name_of(node)} writes to what it reads in between"
+            if effect.reads & writes:
+                return f"{name_of(node)} uses its running statistics in between"
+        return ""
+
+    def why_not_saved(self, after: fx.Node, saved: frozenset[int]) -> str:
+        """Why these storages are not as they were when a backward comes: which later node writes them; or empty."""
+        node = after.next
+        while saved and node.op != "output":
+            effect = self.of(node)
+            touched = storages(*map(value, node.all_input_nodes)) if effect is None else effect.writes
+            if touched & saved:
+                return f"{name_of(node)} writes later to what its backward would need"
+            node = node.next
+        return ""
+
+    def written_inputs(self) -> set[fx.Node]:
+        """The inputs of the graph that its nodes write, as far as can be told."""
+        writes: frozenset[int] = frozenset()
+        writes = writes.union(*(effect.writes for effect in map(self.of, self._graph.nodes) if effect is not None))
+        return {node for node in self._graph.nodes if node.op == "placeholder" and storages(value(node)) & writes}
 
 
 def name_of(node: fx.Node) -> str:
@@ -103,7 +131,6 @@ def name_of(node: fx.Node) -> str:
 
 
 def _effect_of(node: fx.Node) -> Effect | None:
-    """None where it cannot be told, and for what changes a mode (autocast, grad mode, the random state)."""
     if node.op in ("placeholder", "get_attr", "output"):
         return NOTHING
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrder):

@@ -18,6 +18,7 @@ from fused_ops.conversion.backend_effects import (
     ADD,
     DIVIDE,
     MULTIPLY,
+    Effects,
     between,
     is_plain,
     name_of,
@@ -25,7 +26,6 @@ from fused_ops.conversion.backend_effects import (
     storages,
     uses,
     value,
-    why_not_over,
 )
 from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
@@ -64,11 +64,14 @@ class _NotFused(Exception):
     """Why logits are computed."""
 
 
-def fuse_cross_entropies(graph: fx.Graph, record: GraphRecord, why_not_ours: Callable[[Tensor], str]) -> None:
+def fuse_cross_entropies(
+    graph: fx.Graph, effects: Effects, record: GraphRecord, why_not_ours: Callable[[Tensor], str]
+) -> None:
     """Rewrites every call of ``torch.nn.functional.cross_entropy``, and notes what was done.
 
     Args:
         graph: What Dynamo captured.
+        effects: What its nodes read and write.
         record: Where what is done is noted.
         why_not_ours: Why a loss of these logits is not to be ours; empty where it is.
     """
@@ -87,7 +90,7 @@ def fuse_cross_entropies(graph: fx.Graph, record: GraphRecord, why_not_ours: Cal
             record.left[f"cross_entropy: of less than {SMALL_VALUES:,} values, at which PyTorch's is as fast"] += 1
             continue
         try:
-            found = _logits_of(node, call)
+            found = _logits_of(effects, node, call)
         except _NotFused as error:
             if str(error):
                 record.left[f"linear + cross_entropy: {error}"] += 1
@@ -101,7 +104,7 @@ def fuse_cross_entropies(graph: fx.Graph, record: GraphRecord, why_not_ours: Cal
 # --- Which logits -----------------------------------------------------------------------------------------------------
 
 
-def _logits_of(loss: fx.Node, call: dict[str, Any]) -> _Logits:
+def _logits_of(effects: Effects, loss: fx.Node, call: dict[str, Any]) -> _Logits:
     """The way from the loss back to the linear layer."""
     found = _Logits()
     here = call["input"]
@@ -122,7 +125,7 @@ def _logits_of(loss: fx.Node, call: dict[str, Any]) -> _Logits:
             )
         if uses(before, after) != 1:
             raise _NotFused("its logits are used more than once")
-    _check(found, loss, call)
+    _check(effects, found, loss, call)
     return found
 
 
@@ -197,7 +200,7 @@ def _leads_to_linear(node: fx.Node) -> bool:
     return False
 
 
-def _check(found: _Logits, loss: fx.Node, call: dict[str, Any]) -> None:
+def _check(effects: Effects, found: _Logits, loss: fx.Node, call: dict[str, Any]) -> None:
     """Raises where the pieces do not make a call of linear_cross_entropy."""
     linear = found.linear
     if numel(linear) * value(linear).itemsize <= SMALL_LOGITS_BYTES:
@@ -222,7 +225,10 @@ def _check(found: _Logits, loss: fx.Node, call: dict[str, Any]) -> None:
     tensors = [*_linear_arguments(linear), found.bias, *(n for row in found.rows for n in row.all_input_nodes)]
     inside = set(found.chain)
     reads = storages(*(value(n) for n in tensors if n not in inside))
-    reason = why_not_over(between(linear, loss, inside), reads, frozenset())
+    bias = [found.bias, *_linear_arguments(linear)[2:]]  # which a linear layer does not save for its backward
+    reason = effects.why_not_over(between(linear, loss, inside), reads, frozenset()) or effects.why_not_saved(
+        loss, storages(*map(value, bias))
+    )
     if reason:
         raise _NotFused(reason)
 

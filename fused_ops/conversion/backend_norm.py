@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fused_ops.conversion import backend_run
 from fused_ops.conversion.backend_effects import (
     ADD,
+    Effects,
     between,
     is_plain,
     name_of,
@@ -22,7 +23,6 @@ from fused_ops.conversion.backend_effects import (
     only_user,
     storages,
     value,
-    why_not_over,
 )
 from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
@@ -60,20 +60,7 @@ _ACTIVATIONS: dict[Any, _Activation] = {
 
 
 _OTHER_ACTIVATIONS = frozenset(
-    (
-        "gelu",
-        "relu6",
-        "hardtanh",
-        "mish",
-        "hardsigmoid",
-        "softplus",
-        "selu",
-        "celu",
-        "prelu",
-        "rrelu",
-        "logsigmoid",
-        "glu",
-    )
+    ("celu", "gelu", "hardsigmoid", "hardtanh", "mish", "prelu", "relu6", "rrelu", "selu", "softplus", "softsign")
 )
 
 
@@ -90,21 +77,30 @@ class _Behind(NamedTuple):
         return " + ".join(["batch_norm", *(["add"] if self.residual else []), *filter(None, [self.activation])])
 
 
-def fuse_batch_norms(graph: fx.Graph, record: GraphRecord, why_not_ours: Callable[[Tensor], str]) -> None:
+# These save for their backward what PyTorch's do not: the residual and the bias.
+_SAVES_ALL = ("elu", "silu", "gelu", "tanh", "sigmoid", "hardswish")
+
+
+def fuse_batch_norms(
+    graph: fx.Graph, effects: Effects, record: GraphRecord, why_not_ours: Callable[[Tensor], str]
+) -> None:
     """Rewrites the graph; of two batch norms that are added, the later one takes the sum.
 
     Args:
         graph: What Dynamo captured.
+        effects: What its nodes read and write.
         record: Where what is done is noted.
         why_not_ours: Why a batch norm of this input is not to be ours; empty where it is.
     """
     for node in reversed(graph.find_nodes(op="call_function", target=F.batch_norm)):
-        reason = _rewrite(graph, node, record, why_not_ours)
+        reason = _rewrite(graph, effects, node, record, why_not_ours)
         if reason:
             record.left[f"batch_norm: {reason}"] += 1
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, record: GraphRecord, why_not_ours: Callable[[Tensor], str]) -> str:
+def _rewrite(
+    graph: fx.Graph, effects: Effects, node: fx.Node, record: GraphRecord, why_not_ours: Callable[[Tensor], str]
+) -> str:
     """Replaces one batch norm; returns what was not done, and why."""
     given = _signature.bind(*node.args, **node.kwargs)
     given.apply_defaults()
@@ -116,7 +112,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, record: GraphRecord, why_not_ours: 
         return reason
     if value(node).device.type == "cpu" and numel(node) < SMALL_VALUES:
         return f"of less than {SMALL_VALUES:,} values, at which PyTorch's is as fast"
-    behind, reason = _what_follows(node, tensors, bool(call["training"]))
+    if not call["training"] and effects.why_not_saved(node, storages(*map(value, tensors[1:3]))):
+        return "its running statistics are written later"  # PyTorch's has its gradient of what they are then
+    behind, reason = _what_follows(effects, node, tensors, bool(call["training"]))
     record.fused[behind.label] += 1
     last = behind.nodes[-1] if behind.nodes else node
     own: dict[str, Any] = {"activation": behind.activation, "slope": behind.slope, "residual": behind.residual}
@@ -126,6 +124,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, record: GraphRecord, why_not_ours: 
         options = {name: own[name] for name in own if behind.nodes and own[name] is not None}
         new = graph.call_function(backend_run.batch_norm, args, options)
     new.meta = dict(last.meta)
+    effects.stands_for(new, (node, *behind.nodes))
     last.replace_all_uses_with(new)
     for old in (*reversed(behind.nodes), node):
         graph.erase_node(old)
@@ -149,7 +148,7 @@ def _as_pytorch_lays_it_out(graph: fx.Graph, input: fx.Node) -> fx.Node:
     return node
 
 
-def _what_follows(node: fx.Node, tensors: list[Any], training: bool) -> tuple[_Behind, str]:
+def _what_follows(effects: Effects, node: fx.Node, tensors: list[Any], training: bool) -> tuple[_Behind, str]:
     """The most that can be done in the same op; and why what comes next is not, if it is something to fuse."""
     found, reason = _candidates(node)
     reads = storages(*(value(t) for t in tensors))
@@ -158,24 +157,28 @@ def _what_follows(node: fx.Node, tensors: list[Any], training: bool) -> tuple[_B
         if behind.residual and value(node).device.type == "cpu" and numel(node) < SMALL_RESIDUAL_VALUES:
             reason = f"of less than {SMALL_RESIDUAL_VALUES:,} values, at which an addition costs nothing"
             continue
-        blocked = _why_not(node, behind, reads, writes)
+        blocked = _why_not(effects, node, behind, reads, writes)
+        if not blocked and behind.activation is not None:
+            saved = [tensors[4], *([behind.residual] if behind.activation in _SAVES_ALL else [])]
+            blocked = effects.why_not_saved(behind.nodes[-1], storages(*map(value, saved)))
         if not blocked:
             return behind, reason
         reason = reason or blocked
     return _Behind(), reason
 
 
-def _why_not(node: fx.Node, behind: _Behind, reads: frozenset[int], writes: frozenset[int]) -> str:
+def _why_not(effects: Effects, node: fx.Node, behind: _Behind, reads: frozenset[int], writes: frozenset[int]) -> str:
     if not behind.nodes:
         return ""
     if behind.residual is None:
-        return why_not_over(between(node, behind.nodes[-1], behind.nodes), reads, writes)
+        return effects.why_not_over(between(node, behind.nodes[-1], behind.nodes), reads, writes)
     add, residual = behind.nodes[0], storages(value(behind.residual))
     if residual & writes:
         return "its residual is one of its running statistics"
-    return why_not_over(between(node, add), reads, writes) or why_not_over(
-        between(add, behind.nodes[-1]) if len(behind.nodes) > 1 else (), reads | residual, writes
-    )
+    before = effects.why_not_over(between(node, add), reads, writes)
+    if before or len(behind.nodes) == 1:
+        return before
+    return effects.why_not_over(between(add, behind.nodes[-1]), reads | residual, writes)
 
 
 def _candidates(node: fx.Node) -> tuple[list[_Behind], str]:
