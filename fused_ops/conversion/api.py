@@ -236,9 +236,10 @@ def _check_loss(loss: Any) -> None:
     torchs_loss = kind.__module__ == nn.CrossEntropyLoss.__module__ and not issubclass(kind, nn.CrossEntropyLoss)
     other = isinstance(inner, nn.Module) and (torchs_loss or kind.__module__.startswith("torch.nn.modules.act"))
     names = ("cross_entropy", "linear_cross_entropy")
-    of_torch = getattr(inner, "__module__", None) in (F.__name__, "torch._C._nn") or getattr(
-        F, getattr(inner, "__name__", ""), None
-    ) is inner
+    of_torch = (
+        getattr(inner, "__module__", None) in (F.__name__, "torch._C._nn")
+        or getattr(F, getattr(inner, "__name__", ""), None) is inner
+    )
     if other or (of_torch and not isinstance(inner, nn.Module) and getattr(inner, "__name__", "") not in names):
         raise TypeError(f"{expected}, got {getattr(inner, '__name__', kind.__name__)}")
 

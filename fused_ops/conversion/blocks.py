@@ -104,6 +104,17 @@ def regnet_conv_layer(self: Any, hidden_state: Any) -> Any:
     return norm_then(self.convolution(hidden_state), self.normalization, self.activation)
 
 
+@register("transformers.models.mobilenet_v1.modeling_mobilenet_v1.MobileNetV1ConvLayer", "693b6d9a03a28d0c")
+@register("transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2ConvLayer", "693b6d9a03a28d0c")
+def mobilenet_conv_layer(self: Any, features: Any) -> Any:
+    """Convolution, batch norm, activation, where it has them all."""
+    if self.normalization is None or self.activation is None:
+        return own_forward(self)(self, features)
+    if self.config.tf_padding:
+        features = own_forward(self).__globals__["apply_tf_padding"](features, self.convolution)
+    return norm_then(self.convolution(features), self.normalization, self.activation)
+
+
 @register("transformers.models.resnet.modeling_resnet.ResNetShortCut", "42fc2e3d2683c762", kind="shortcut")
 @register("transformers.models.regnet.modeling_regnet.RegNetShortCut", "42fc2e3d2683c762", kind="shortcut")
 def short_cut(self: Any, input: Any) -> Any:
@@ -133,7 +144,7 @@ def _ends_with_norm(layer: Any) -> bool:
     """Whether it is an nn.Sequential whose last module is one of the layers above, without an activation."""
     if type(layer) is not nn.Sequential or not plain(layer) or not layer._modules or any_global_hook():
         return False
-    last = layer._modules[next(reversed(layer._modules))]
+    last: Any = layer._modules[next(reversed(layer._modules))]
     rule = type(last).__dict__.get("_fused_ops_rule")
     layers = (resnet_conv_layer, regnet_conv_layer)
     return rule is not None and rule.forward in layers and plain(last) and passed(last.activation)

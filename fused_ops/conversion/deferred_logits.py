@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ class HeadTensors(NamedTuple):
 class Carried(NamedTuple):
     """What has been asked of the linear layer's result z, for the loss to do.
 
-    ``u = z * times / over``, then, if ``bounded``, ``cap * tanh(u)``; then, if ``sign`` is not 0, ``sign * log_softmax``.
+    ``u = z * times / over``; then, if ``bounded``, ``cap * tanh(u)``; then, if ``sign`` is 1 or -1, that times the
+    ``log_softmax``.
     """
 
     times: float = 1.0
@@ -42,6 +44,9 @@ class Carried(NamedTuple):
     bounded: bool = False
     cap: float = 1.0
     sign: int = 0
+
+
+AS_IT_IS = Carried()
 
 
 @dataclass(eq=False)
@@ -55,10 +60,10 @@ class State:
     watched: tuple[tuple[Tensor, int], ...]  # the tensors that computing them reads, and their versions
     record: HeadRecord | None = None
     parents: tuple[State, ...] = ()
-    carried: Carried = Carried()
+    carried: Carried = AS_IT_IS
     moved: bool = False  # the classes are dimension 1, not the last
     real: Tensor | None = None
-    aliases: tuple[Tensor, ...] = ()  # of own, once settled: a gradient with respect to one is partial
+    version: int = 0  # of real, when it was computed
     consumed: bool = False  # a loss has been computed from these, or from what was made of them, without them
     outputs: Any = None  # of the rows, for whoever asks for more than one of them
     hooks: list[Any] = field(default_factory=list)  # of FSDP, which want to know when the backward begins
@@ -87,8 +92,8 @@ class State:
             parents = [parent.settle("") for parent in self.parents]
             if self.real is None:  # a parent settles its children
                 with _as_made(self):
-                    self.aliases = tuple(t.view_as(t) for t in self.own)
-                    self.real = self.compute(*parents, *self.aliases)
+                    self.real = self.compute(*parents, *self.own)
+                self.version = version_of(self.real)
                 for hook in self.hooks:
                     self.real.register_hook(hook)
                 for child in self.children:
@@ -154,16 +159,12 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA and args[0]._state.real is None:
             return Tensor.__torch_function__(func, (), args, kwargs)
-        handler = LOSSES.get(func) or (HANDLERS.get(func) if torch.is_grad_enabled() else None)
-        if handler is not None and not torch.is_inference_mode_enabled():
-            deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
-            if deferred and all(a._state.real is None for a in deferred):
-                result = handler(func, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
+        result = _handled(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         if func in _ASK_FOR_GRADIENTS:
-            _refuse_if_too_late(name, args, kwargs)
+            _refuse_if_too_late(func, name, args, kwargs)
         reason = f"{name.removesuffix('.__get__')} used them"
         args, kwargs = tree_map_only(DeferredLogits, lambda t: t._state.settle(reason), (args, kwargs))
         return func(*args, **kwargs)
@@ -179,12 +180,24 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
 
+def _handled(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function can do without the logits; NotImplemented if it needs them."""
+    deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
+    if not deferred or any(a._state.real is not None for a in deferred) or torch.is_inference_mode_enabled():
+        return NotImplemented
+    result = ALWAYS[func](func, *args, **kwargs) if func in ALWAYS else NotImplemented
+    if result is NotImplemented and func in HANDLERS and torch.is_grad_enabled():
+        result = HANDLERS[func](func, *args, **kwargs)
+    return result
+
+
 class _Defer(torch.autograd.Function):
     """The logits as autograd sees them: a function of the leaves, with an output that has no memory."""
 
     @staticmethod
     def forward(ctx: Any, state: State, *leaves: Tensor) -> Tensor:
         ctx.state = state
+        ctx.set_materialize_grads(False)
         twin, device = state.twin, state.head.input.device
         logits = Tensor._make_wrapper_subclass(
             DeferredLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=device
@@ -193,15 +206,44 @@ class _Defer(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, grad_logits: Tensor) -> Any:
-        """Through the settled logits: only what called past ``__torch_function__`` comes here."""
+    def backward(ctx: Any, grad_logits: Tensor | None) -> Any:
+        """Only what called past ``__torch_function__`` comes here; the settled logits have a graph of their own."""
         state, needs = ctx.state, ctx.needs_input_grad[1:]
-        real = state.settle(_PAST_PYTHON)
-        aliases = [alias for one in state.line() for alias in one.aliases]
-        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        create = torch.is_grad_enabled()
-        grads = iter(torch.autograd.grad(real, wanted, grad_logits, retain_graph=True, create_graph=create))
+        if grad_logits is None:
+            return None, *(None for _ in needs)
+        state.check()
+        if state.real is not None and version_of(state.real) != state.version:
+            raise RuntimeError(
+                "a custom autograd.Function, or code in C++, was given logits that convert(loss=...) had put off "
+                f"computing, and they were changed in place: give it a clone of them, or {_CONVERT}"
+            )
+        if not state.parents:
+            return None, *_linear_grads(grad_logits, needs, *state.own)
+        with _as_made(
+            state
+        ):  # of aliases: a gradient with respect to one is partial, also where they depend on another
+            aliases = {one: tuple(t.view_as(t) for t in one.own) for one in state.line()}
+            real = _computed(state, aliases)
+        wanted = [a for a, need in zip((a for own in aliases.values() for a in own), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(real, wanted, grad_logits, create_graph=torch.is_grad_enabled()))
         return None, *(next(grads) if need else None for need in needs)
+
+
+def _computed(state: State, aliases: dict[State, tuple[Tensor, ...]]) -> Tensor:
+    """The logits once more, of other leaves."""
+    return state.compute(*(_computed(parent, aliases) for parent in state.parents), *aliases[state])
+
+
+def _linear_grads(
+    grad: Tensor, needs: Sequence[bool], input: Tensor, weight: Tensor, *bias: Tensor
+) -> list[Tensor | None]:
+    """Of a linear layer alone."""
+    flat = grad.flatten(0, -2)
+    return [
+        grad @ weight if needs[0] else None,
+        flat.t() @ input.flatten(0, -2) if needs[1] else None,
+        *(flat.sum(0) if needs[2] else None for _ in bias),
+    ]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -217,9 +259,13 @@ def _is_freed(tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def _as_made(state: State) -> Any:
     """The modes in which the head was called, whatever they are now; what is saved is no checkpoint's affair."""
-    own = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    off = torch.autocast(state.head.input.device.type, enabled=False)
-    with torch.inference_mode(False), torch.set_grad_enabled(state.with_grad), off, own:
+    device = state.head.input.device.type
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # torch.func allows no such hooks, and has none
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(state.with_grad))
+        stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -245,12 +291,14 @@ _ASK_FOR_GRADIENTS = frozenset(
 )
 
 
-def _refuse_if_too_late(name: str, args: Any, kwargs: Any) -> None:
+def _refuse_if_too_late(func: Any, name: str, args: Any, kwargs: Any) -> None:
     """Of logits that a loss has done without, no gradient is ever computed."""
-    if name.startswith("torch.autograd."):
-        # backward(tensors, ..., inputs=), grad(outputs, inputs): what the gradients are of, not what is differentiated
-        args, kwargs = args[1:2] if name == "torch.autograd.grad" else (), {"inputs": kwargs.get("inputs")}
-    for logits in tree_leaves((args, kwargs)):
+    asked = (args, kwargs)  # of grad and backward, what is differentiated may be such logits
+    if func is torch.autograd.grad:
+        asked = (args[1:2], {"inputs": kwargs.get("inputs")})
+    elif func is torch.autograd.backward:
+        asked = ((), {"inputs": kwargs.get("inputs")})
+    for logits in tree_leaves(asked):
         if isinstance(logits, DeferredLogits) and logits._state.consumed:
             raise RuntimeError(
                 f"{name}: the loss of these logits was computed without them (convert(loss=...)), so they get no "
@@ -267,11 +315,30 @@ def _register_hook(func: Any, logits: DeferredLogits, hook: Any) -> Any:
     for loss in state.losses:
         if (found := loss()) is not None and found.requires_grad:
             found.register_hook(hook)
-    return torch.utils.hooks.RemovableHandle({})
+    return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
-LOSSES: dict[Any, Callable[..., Any]] = {}  # what does without the logits; filled by deferred_losses
-HANDLERS: dict[Any, Callable[..., Any]] = {Tensor.register_hook: _register_hook}  # and by deferred_ops
+def _grad_fn(func: Any, logits: DeferredLogits) -> Any:
+    """None where no gradient will come: DDP then hands on the logits as they are."""
+    return None if logits._state.consumed else NotImplemented
+
+
+def _clone(func: Any, logits: DeferredLogits, **more: Any) -> Any:
+    """DDP copies what a module returns, in a Function, for nothing but the loss that it returns as well."""
+    state = logits._state
+    if more or not state.consumed or torch.is_grad_enabled() or not _is_distributed():
+        return NotImplemented
+    return logits.derive(func, state.twin)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+# What does without the logits; deferred_ops and deferred_losses add to it.
+HANDLERS: dict[Any, Callable[..., Any]] = {Tensor.register_hook: _register_hook}
+ALWAYS: dict[Any, Callable[..., Any]] = {Tensor.clone: _clone}  # with gradients off too
+ALWAYS[Tensor.grad_fn.__get__] = _grad_fn  # type: ignore[union-attr]
 
 _FLAGS = ("floating_point", "complex", "signed", "contiguous", "inference", "conj", "neg")
 _ATTRIBUTES = (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.conversion.deferred_logits import LOSSES, DeferredLogits, consume, version_of
+from fused_ops.conversion.deferred_logits import ALWAYS, AS_IT_IS, DeferredLogits, consume, version_of
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 from fused_ops.ops.linear_cross_entropy.arguments import LowRank
@@ -28,7 +28,10 @@ def _loss(logits: DeferredLogits, target: Tensor, **options: Any) -> Any:
         options["logit_scale"] = scale
     if head.low_input is not None and head.low_weight is not None:
         options["lora"] = LowRank(head.low_input, head.low_weight)
-    with torch.autocast(head.input.device.type, enabled=False):
+    # Autocast was heeded by the head; on, it lets 16-bit logits be given class weights in float32.
+    device, dtype, weight = head.input.device.type, head.input.dtype, options.get("weight")
+    mixed = dtype in _HALF and weight is not None and weight.dtype == options.get("loss_dtype") == torch.float32
+    with torch.autocast(device, dtype if mixed else None, enabled=mixed):
         result = linear_cross_entropy(head.input, head.weight, target, linear_bias=head.bias, **options)
     consume(state, result if isinstance(result, Tensor) else result.loss)
     return result
@@ -56,7 +59,7 @@ def _cross_entropy(
     if legacy or not isinstance(logits, DeferredLogits) or type(target) is not Tensor or logits._state.carried.sign:
         return NotImplemented
     state = logits._state
-    carries = state.carried != type(state.carried)()
+    carries = state.carried != AS_IT_IS
     if carries and (options.get("softcap") is not None or options.get("logit_scale", 1.0) != 1.0):
         return NotImplemented
     if _are_indices(logits, target):
@@ -66,7 +69,8 @@ def _cross_entropy(
     options.pop("inplace_backward", None)
     if options.get("loss_dtype") is None:
         wide = state.twin.dtype in _HALF and torch.is_autocast_enabled(state.head.input.device.type)
-        options["loss_dtype"] = torch.float32 if wide else state.twin.dtype
+        plain = torch.promote_types(state.twin.dtype, target.dtype) if target.is_floating_point() else state.twin.dtype
+        options["loss_dtype"] = torch.float32 if wide else plain
     return _loss(logits, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing, **options)
 
 
@@ -93,23 +97,26 @@ def _nll_loss(
 # --- What label smoothing by hand takes of the log-probabilities: one of each row, and the sum of each row -----------
 
 
-def _last_dimension(logits: DeferredLogits, dim: Any) -> bool:
+def _last_dimension(logits: Any, dim: Any) -> bool:
+    if not isinstance(logits, DeferredLogits) or type(dim) is not int or not torch.is_grad_enabled():
+        return False
     n = logits._state.twin.dim()
-    return type(dim) is int and dim % n == n - 1 and not logits._state.moved and logits._state.carried.sign != 0
+    return dim % n == n - 1 and not logits._state.moved and logits._state.carried.sign != 0
 
 
 def _rows(logits: DeferredLogits, target: Tensor | None) -> Any:
-    """The outputs of each row, computed once for a gather and a sum."""
+    """Both at once, for a gather and a sum: with label smoothing of 1 the loss is the mean over the classes."""
     state = logits._state
     key = None if target is None else (target, version_of(target))
     if state.outputs is None or (key is not None and not _same(key, state.outputs[0])):
         head = state.head
         lead = head.input.shape[:-1]
         indices = (
-            torch.zeros(lead, dtype=torch.int64, device=head.input.device) if target is None else target.view(lead)
+            torch.zeros(lead, dtype=torch.int64, device=head.input.device) if target is None else target.reshape(lead)
         )
-        outputs = {"reduction": "none", "return_outputs": True, "loss_dtype": state.twin.dtype}
-        state.outputs = key, _loss(logits, indices, ignore_index=_NONE, **outputs)
+        options: dict[str, Any] = {"reduction": "none", "label_smoothing": 1.0, "return_outputs": True}
+        options |= {"loss_dtype": torch.promote_types(state.twin.dtype, torch.float32), "ignore_index": _NONE}
+        state.outputs = key, _loss(logits, indices, **options)
     return state.outputs[1]
 
 
@@ -119,52 +126,36 @@ def _same(key: Any, other: Any) -> bool:
 
 def _gather(func: Any, logits: Any, dim: Any, index: Any, **options: Any) -> Any:
     """One log-probability of each row."""
-    if options or not isinstance(logits, DeferredLogits) or type(index) is not Tensor or not torch.is_grad_enabled():
+    if options or type(index) is not Tensor or not _last_dimension(logits, dim):
         return NotImplemented
     state = logits._state
     shape = (*state.head.input.shape[:-1], 1)
-    if not _last_dimension(logits, dim) or index.shape != shape or index.dtype != torch.int64:
+    if index.shape != shape or index.dtype != torch.int64:
         return NotImplemented
     try:
-        loss = _rows(logits, index.contiguous()).loss
+        found = _rows(logits, index).target_log_probability
     except IndexError:  # gather has another exception for it
         return NotImplemented
-    return (loss * -float(state.carried.sign)).view(shape)
+    return (found * float(state.carried.sign)).to(state.twin.dtype).view(shape)
 
 
-def _sum(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Of each row's log-probabilities: the sum of its logits, which is one product, less classes * log-sum-exp."""
-    if not isinstance(logits, DeferredLogits) or not torch.is_grad_enabled():
-        return NotImplemented
+def _sum(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, **more: Any) -> Any:
+    """Of each row's log-probabilities."""
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    state = logits._state
-    head, carried, dtype = state.head, state.carried, dtype or state.twin.dtype
-    if not _last_dimension(logits, dim) or carried.bounded or not dtype.is_floating_point:
+    if more or not _last_dimension(logits, dim) or not (dtype is None or dtype.is_floating_point):
         return NotImplemented
-    lse = _rows(logits, None).lse
-    with torch.autocast(head.input.device.type, enabled=False):
-        total = _sum_of_product(head.input, head.weight, lse.dtype)
-        if head.low_input is not None and head.low_weight is not None:
-            total = total + _sum_of_product(head.low_input, head.low_weight, lse.dtype)
-        if head.bias is not None:
-            total = total + head.bias.sum(dtype=lse.dtype)
-    scale, classes = carried.times / carried.over, state.twin.size(-1)
-    found = carried.sign * (total * scale - classes * lse)
-    return (found.unsqueeze(-1) if keepdim else found).to(dtype)
+    state = logits._state
+    found = _rows(logits, None).loss * (-float(state.carried.sign) * state.twin.size(-1))
+    return (found.unsqueeze(-1) if keepdim else found).to(dtype or state.twin.dtype)
 
 
-def _sum_of_product(input: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(input @ weight.T).sum(-1)``; the sum over the classes as a product, which adds 16-bit numbers in float32."""
-    return input.to(dtype) @ (weight.new_ones(weight.size(0)) @ weight).to(dtype)
-
-
-def _mean(func: Any, logits: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    found = _sum(func, logits, dim, keepdim, dtype=dtype)
+def _mean(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+    found = _sum(func, logits, *args, **kwargs)
     return found if found is NotImplemented else found / logits._state.twin.size(-1)
 
 
-LOSSES[F.cross_entropy] = LOSSES[cross_entropy] = _cross_entropy
-LOSSES[F.nll_loss] = _nll_loss
-LOSSES[Tensor.gather] = LOSSES[torch.gather] = _gather
-LOSSES[Tensor.sum] = LOSSES[torch.sum] = _sum
-LOSSES[Tensor.mean] = LOSSES[torch.mean] = _mean
+ALWAYS[F.cross_entropy] = ALWAYS[cross_entropy] = _cross_entropy
+ALWAYS[F.nll_loss] = _nll_loss
+ALWAYS[Tensor.gather] = ALWAYS[torch.gather] = _gather
+ALWAYS[Tensor.sum] = ALWAYS[torch.sum] = _sum
+ALWAYS[Tensor.mean] = ALWAYS[torch.mean] = _mean

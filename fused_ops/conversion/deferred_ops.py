@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.conversion.deferred_logits import HANDLERS, DeferredLogits
+from fused_ops.conversion.deferred_logits import AS_IT_IS, HANDLERS, DeferredLogits
 
 _HALF = (torch.bfloat16, torch.float16)
 _PRIME = 1_000_003  # a size of the last dimension that no other has
@@ -153,11 +153,11 @@ def _number(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def _scale(divides: bool, func: Any, logits: Any, other: Any) -> Any:
+def _scale(divides: bool, func: Any, logits: Any, other: Any, **more: Any) -> Any:
     logits, other = (logits, other) if isinstance(logits, DeferredLogits) else (other, logits)
     factor, state = _number(other), logits._state
     carried = state.carried
-    if factor is None or (carried.bounded and factor < 0):
+    if more or factor is None or (carried.bounded and factor < 0 and not carried.sign):
         return NotImplemented
     if carried.sign:
         if abs(factor) != 1:
@@ -172,33 +172,35 @@ def _scale(divides: bool, func: Any, logits: Any, other: Any) -> Any:
     return logits.derive(lambda real: func(real, other), state.twin, carried=carried)
 
 
-def _multiply(func: Any, logits: Any, other: Any) -> Any:
-    return _scale(False, func, logits, other)
+def _multiply(func: Any, logits: Any, other: Any, **more: Any) -> Any:
+    return _scale(False, func, logits, other, **more)
 
 
-def _divide(func: Any, logits: Any, other: Any) -> Any:
-    return _scale(True, func, logits, other) if isinstance(logits, DeferredLogits) else NotImplemented
+def _divide(func: Any, logits: Any, other: Any, **more: Any) -> Any:
+    return _scale(True, func, logits, other, **more) if isinstance(logits, DeferredLogits) else NotImplemented
 
 
-def _negate(func: Any, logits: DeferredLogits) -> Any:
-    return _scale(False, lambda real, _: func(real), logits, -1.0)
+def _negate(func: Any, logits: DeferredLogits, **more: Any) -> Any:
+    return _scale(False, lambda real, _: func(real), logits, -1.0, **more)
 
 
-def _tanh(func: Any, logits: DeferredLogits) -> Any:
+def _tanh(func: Any, logits: DeferredLogits, **more: Any) -> Any:
     state = logits._state
-    if state.carried.bounded or state.carried.sign:
+    if more or state.carried.bounded or state.carried.sign:
         return NotImplemented
     return logits.derive(func, state.twin, carried=state.carried._replace(bounded=True))
 
 
-def _add(func: Any, a: Any, b: Any) -> Any:
+def _add(func: Any, logits: Any, other: Any, **more: Any) -> Any:
     """A bias, or LoRA's low-rank term."""
-    if isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits):
-        return _add_low_rank(func, a, b)
-    logits, other = (a, b) if isinstance(a, DeferredLogits) else (b, a)
+    if more:
+        return NotImplemented
+    if isinstance(logits, DeferredLogits) and isinstance(other, DeferredLogits):
+        return _add_low_rank(func, logits, other)
+    logits, other = (logits, other) if isinstance(logits, DeferredLogits) else (other, logits)
     state = logits._state
     classes = state.twin.size(-1)
-    if type(other) not in (Tensor, torch.nn.Parameter) or state.moved or state.carried != type(state.carried)():
+    if type(other) not in (Tensor, torch.nn.Parameter) or state.moved or state.carried != AS_IT_IS:
         return NotImplemented
     if other.numel() != classes or other.dim() > state.twin.dim() or other.dim() == 0 or other.size(-1) != classes:
         return NotImplemented
@@ -214,7 +216,7 @@ def _add(func: Any, a: Any, b: Any) -> Any:
 def _add_low_rank(func: Any, logits: DeferredLogits, low: DeferredLogits) -> Any:
     """``x W^T + scale * (x A^T) B^T``: the second is the result of a linear layer with the weight B."""
     mine, theirs = logits._state, low._state
-    plain = theirs.carried._replace(times=1.0, over=1.0) == mine.carried == type(mine.carried)()
+    plain = theirs.carried._replace(times=1.0, over=1.0) == mine.carried == AS_IT_IS
     if not plain or mine.moved or theirs.moved or mine.twin.shape != theirs.twin.shape or logits is low:
         return NotImplemented
     if mine.head.low_input is not None or theirs.head.low_input is not None or theirs.head.bias is not None:
@@ -270,7 +272,7 @@ HANDLERS.update(
         **dict.fromkeys(_named(("mul", "multiply", "__mul__", "__rmul__"), Tensor, torch), _multiply),
         **dict.fromkeys(_named(("div", "divide", "true_divide", "__truediv__"), Tensor, torch), _divide),
         **dict.fromkeys(_named(("neg", "negative", "__neg__"), Tensor, torch), _negate),
-        **dict.fromkeys((Tensor.tanh, torch.tanh, F.tanh), _tanh),
+        **dict.fromkeys(_named(("tanh",), Tensor, torch, F), _tanh),
         **dict.fromkeys(_named(("add", "__add__", "__radd__"), Tensor, torch), _add),
         F.log_softmax: _log_softmax,
         **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), _log_softmax_method),

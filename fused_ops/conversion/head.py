@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import in_graph
-from fused_ops.core.torch_private import any_global_hook, forward_ad, is_fake, is_tracing, transforms_active
+from fused_ops.core.torch_private import any_global_hook, forward_ad, is_tracing, transforms_active
 from fused_ops.distributed.fsdp import has_only_its_hooks, source_of
 
+_PLAIN = (nn.Parameter, Tensor)
 RECORD = "_fused_ops_record"  # of a head, in its __dict__: a HeadRecord
 
 
@@ -27,15 +29,17 @@ class HeadLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor:
+        if torch.compiler.is_compiling():
+            _note_compiled(self)
             return super().forward(input)
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        reason = _why_now(self, input, weight, bias)
         record = self.__dict__.get(RECORD)
-        reason = self._why_now(input)
-        if not reason:
-            shard, is_freed = source_of(self.weight)
-            reason = "fully_shard frees its weight after the forward (reshard_after_forward)" if is_freed else ""
-            if not reason:
-                return DeferredLogits.of(self._tensors(input), record, () if shard is None else (shard,))
+        if not reason and weight is not None:
+            shard, is_freed = source_of(weight)
+            if not is_freed:
+                return DeferredLogits.of(_tensors(input, weight, bias), record, () if shard is None else (shard,))
+            reason = "fully_shard frees its weight after the forward (reshard_after_forward)"
         if record is not None:
             record.computed[reason] += 1
         return super().forward(input)
@@ -43,45 +47,58 @@ class HeadLinear(nn.Linear):
     def _get_name(self) -> str:
         return "Linear"  # printed as it was
 
-    def _tensors(self, input: Tensor) -> HeadTensors:
-        """As the layer will use them: in autocast's dtype where that is on."""
-        tensors = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
-        if autocast_enabled(input):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-        return HeadTensors(*tensors)
 
-    def _why_now(self, input: Tensor) -> str:
-        """Why the logits are computed at once; empty if they need not be."""
-        if not torch.is_grad_enabled():
-            return "gradients were off"
-        if hooked(self) and not has_only_its_hooks(self):
-            return "the module has hooks"
-        if any_global_hook():
-            return "there are hooks of all modules"
-        if is_tracing() or in_graph() or transforms_active() or forward_ad._current_level >= 0:
-            return "a tracer, a transform of torch.func or forward-mode AD was active"
-        weight, bias = self.weight, self.bias
-        if any(
-            type(t) not in (nn.Parameter, Tensor) or is_fake(t) for t in (weight, *(() if bias is None else (bias,)))
-        ):
-            return "its weight is a subclass of Tensor"
-        if type(weight) is Tensor and weight._is_view():
-            return "its weight is a view of another tensor"
-        return self._why_not_worth_it(input)
+def _tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> HeadTensors:
+    """As the layer will use them: in autocast's dtype where that is on."""
+    if not autocast_enabled(input) or input.dtype == torch.float64:
+        return HeadTensors(input, weight, bias)
+    dtype = torch.get_autocast_dtype(input.device.type)
+    return HeadTensors(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    def _why_not_worth_it(self, input: Tensor) -> str:
-        if input.dim() < 2:
-            return "there was one row"
-        dtype, on = input.dtype, autocast_enabled(input)
-        others = [t for t in (self.weight, self.bias) if t is not None]
-        fits = all((t.dtype == dtype or (on and dtype != torch.float64 != t.dtype)) for t in others)
-        if not fits or input.size(-1) != self.in_features or any(t.device != input.device for t in others):
+
+def _why_now(head: HeadLinear, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Why the logits are computed at once; empty if they need not be."""
+    if type(input) is not Tensor:
+        return "its input is a subclass of Tensor, or is being traced"
+    if not torch.is_grad_enabled():
+        return "gradients were off"
+    if hooked(head) and not has_only_its_hooks(head):
+        return "the module has hooks"
+    if any_global_hook():
+        return "there are hooks of all modules"
+    if is_tracing() or in_graph() or transforms_active() or forward_ad._current_level >= 0:
+        return "a tracer, a transform of torch.func or forward-mode AD was active"
+    if weight is None:  # and must not be computed twice
+        return "its weight is computed from other parameters"
+    if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+        return "its weight is a subclass of Tensor"
+    if type(weight) is Tensor and weight._is_view():
+        return "its weight is a view of another tensor"
+    return _why_not_worth_it(input, weight, bias)
+
+
+def _why_not_worth_it(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    shape, dtype, mixed = input.shape, input.dtype, False
+    if len(shape) < 2:
+        return "there was one row"
+    if autocast_enabled(input) and dtype != torch.float64:
+        dtype, mixed = torch.get_autocast_dtype(input.device.type), True
+    for t in (weight,) if bias is None else (weight, bias):
+        if t.device != input.device or (t.dtype == torch.float64 if mixed else t.dtype != dtype):
             return "input and weight do not fit"  # which PyTorch has a message for
-        size = torch.get_autocast_dtype(input.device.type).itemsize if on and dtype != torch.float64 else dtype.itemsize
-        if math.prod(input.shape[:-1]) * self.out_features * size <= limits.SMALL_BYTES:
-            return f"logits under {limits.SMALL_BYTES >> 20} MiB"
-        return ""
+    classes, features = weight.shape
+    if shape[-1] != features:
+        return "input and weight do not fit"
+    if math.prod(shape[:-1]) * classes * dtype.itemsize <= limits.SMALL_BYTES:
+        return f"logits under {limits.SMALL_BYTES >> 20} MiB"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled(head: HeadLinear) -> None:
+    """Called once, when the call is compiled."""
+    if (record := head.__dict__.get(RECORD)) is not None:
+        record.computed["under torch.compile"] += 1
 
 
 # --- Which module it is ----------------------------------------------------------------------------------------------
@@ -190,8 +207,9 @@ def linears_of(head: nn.Module) -> list[nn.Linear]:
     if type(head) in (nn.Linear, HeadLinear):
         return [head] if "forward" not in head.__dict__ else []  # type: ignore[list-item]
     if _name(type(head)) == "peft.tuners.lora.layer:Linear":
-        parts = [head.base_layer, *head.lora_B.values()]  # type: ignore[operator,list-item,union-attr]
-        found = [linear for part in parts for linear in linears_of(part)]  # type: ignore[arg-type]
+        peft: Any = head
+        parts = [peft.base_layer, *peft.lora_B.values()]
+        found = [linear for part in parts for linear in linears_of(part)]
         return found if len(found) == len(parts) else []
     return []
 
@@ -215,6 +233,13 @@ def _classifier(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def _trained_copy(wrapper: nn.Module) -> nn.Module | None:
+    """Of what peft trains as a whole."""
+    copies: Any = wrapper.modules_to_save
+    found = copies[wrapper.active_adapter]
+    return found if isinstance(found, nn.Module) else None
+
+
 _TORCHVISION = {
     "fc": (
         "resnet:ResNet",
@@ -235,6 +260,6 @@ for _attribute, _kinds in _TORCHVISION.items():
         register_head(f"torchvision.models.{_kind}", _attribute)
 for _wrapper in ("torch.nn.parallel.distributed:DistributedDataParallel", "torch.optim.swa_utils:AveragedModel"):
     register_head(_wrapper, "module")
-register_head("peft.utils.other:ModulesToSaveWrapper", lambda m: m.modules_to_save[m.active_adapter])
+register_head("peft.utils.other:ModulesToSaveWrapper", _trained_copy)
 
 __all__ = ["HeadLinear", "defer", "find_head", "linears_of", "register_head", "token_head", "undefer"]

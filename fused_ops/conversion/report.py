@@ -6,7 +6,7 @@ import io
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import jit, nn
@@ -212,7 +212,9 @@ def _norm_lines(model: nn.Module) -> list[str]:
         return []
     fused = len(norms) - sum(reasons.values())
     with_what = ", ".join(f"{count} with {what}" for what, count in ran.most_common())
-    lines = [f"ran: {fused} of {len(norms)} batch norms with what follows them in one op" + f" ({with_what})" * bool(ran)]
+    lines = [
+        f"ran: {fused} of {len(norms)} batch norms with what follows them in one op" + f" ({with_what})" * bool(ran)
+    ]
     return lines + [f"  {count} on their own: {reason}" for reason, count in reasons.most_common()]
 
 

@@ -26,7 +26,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fused_ops.conversion.neighbours import NORMS, SHORTCUTS, activation_of, norm_add_then, norm_then, sequential_forward
+from fused_ops.conversion.neighbours import (
+    NORMS,
+    SHORTCUTS,
+    activation_of,
+    norm_add_then,
+    norm_then,
+    sequential_forward,
+)
 from fused_ops.ops.batch_norm.modules import DEFAULTS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -109,7 +116,7 @@ def fingerprint(kind: type[nn.Module]) -> str:
     return _hash(function)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hash(function: types.FunctionType) -> str:
     try:
         source = textwrap.dedent(inspect.getsource(function))
@@ -215,7 +222,7 @@ def original_of(kind: type) -> type[nn.Module] | None:
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the module's own class, for a rule to call with the module where it does not serve."""
-    return type(module)._fused_ops_original.forward  # type: ignore[union-attr,no-any-return,attr-defined]
+    return type(module)._fused_ops_original.forward  # type: ignore[no-any-return,attr-defined]
 
 
 def _new(original: type[nn.Module]) -> nn.Module:

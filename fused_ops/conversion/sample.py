@@ -72,7 +72,10 @@ def _loss_of(loss: Callable[..., Any], output: Any, target: Any) -> Any:
         shape = (*output.shape[:1], *output.shape[2:]) if output.dim() > 1 else ()
         target = torch.randint(output.size(min(1, output.dim() - 1)), shape).to(output.device)
     args, kwargs = _loss_arguments(loss, target)
-    return loss(output, *args, **kwargs)
+    found = loss(output, *args, **kwargs)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"convert: expected loss to return a tensor on the sample, got {type(found).__name__}")
+    return found
 
 
 def _loss_arguments(loss: Callable[..., Any], target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

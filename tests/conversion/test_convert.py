@@ -139,7 +139,9 @@ def test_raw_ops_are_called():
     names = called(lambda: ours(x))
     assert names.count("batch_norm_packed_forward") == 4 and names.count("batch_norm_act_forward") == 2
     block = Block(3)
-    theirs, ours, _ = pair(lambda: nn.Sequential(block, nn.BatchNorm2d(3), nn.Identity(), nn.Dropout(0.5).eval(), nn.ELU()))
+    theirs, ours, _ = pair(
+        lambda: nn.Sequential(block, nn.BatchNorm2d(3), nn.Identity(), nn.Dropout(0.5).eval(), nn.ELU())
+    )
     assert_alike(theirs, ours, torch.randn(2, 3, 4, 4))
 
 
@@ -156,7 +158,17 @@ def test_network():
         "4.bn1": ("silu", 1),
         "4.bn2": ("add, silu", 1),
     }
-    assert sorted(e.path for e in report.replaced) == ["", "1", "3", "3.bn1", "3.bn2", "4", "4.bn1", "4.bn2", "4.down.1"]
+    assert sorted(e.path for e in report.replaced) == [
+        "",
+        "1",
+        "3",
+        "3.bn1",
+        "3.bn2",
+        "4",
+        "4.bn1",
+        "4.bn2",
+        "4.down.1",
+    ]
     assert report.left == [] and report.notes == [n for n in report.notes if "plain PyTorch" in n]
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert repr(ours) == repr(theirs)

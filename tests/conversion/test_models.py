@@ -73,9 +73,9 @@ def gpt2():
 
 # name: (the model and a batch, batch norms replaced, what ran fused of them and of heads)
 MODELS = {
-    "ResNet, basic": (lambda: residual_network("basic"), 9, 4),
-    "ResNet, bottleneck": (lambda: residual_network("bottleneck"), 12, 7),
-    "RegNet": (reg_network, 9, 5),
+    "ResNet, basic": (lambda: residual_network("basic"), 9, 7),
+    "ResNet, bottleneck": (lambda: residual_network("bottleneck"), 12, 10),
+    "RegNet": (reg_network, 9, 7),
     "SegFormer": (segmentation, 1, 0),
     "MobileNetV2 with DeepLab": (mobile_segmentation, 55, 3),
     "Llama": (llama, 0, 1),
