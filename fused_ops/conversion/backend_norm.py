@@ -112,6 +112,8 @@ def _rewrite(
         return reason
     if value(node).device.type == "cpu" and numel(node) < SMALL_VALUES:
         return f"of less than {SMALL_VALUES:,} values, at which PyTorch's is as fast"
+    if not call["training"] and effects.why_not_saved(node, storages(*map(value, tensors[1:3]))):
+        return "its running statistics are written later"  # PyTorch's has its gradient of what they are then
     behind, reason = _what_follows(effects, node, tensors, bool(call["training"]))
     record.fused[behind.label] += 1
     last = behind.nodes[-1] if behind.nodes else node

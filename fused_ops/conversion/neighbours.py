@@ -27,7 +27,7 @@ PASSED: dict[type[nn.Module], Callable[[Any], bool]] = {  # those that return th
     nn.Identity: lambda module: True,
     **dict.fromkeys(
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-        lambda module: not module.training,
+        lambda module: not module.training or module.p == 0,
     ),
 }
 _PLAIN: dict[type[nn.Module], Activation] = {

@@ -21,6 +21,7 @@ from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
     forward_grad_enabled,
+    hide_from_dynamo,
     is_tracing,
     levels,
     transforms_active,
@@ -39,6 +40,18 @@ def needs_formulas() -> bool:
         return True
     # Autograd drops the tangent of a Function's ``jvp`` at all but the innermost forward level.
     return bool(transforms_active()) and (levels("Jvp") > 1 or functionalizing())
+
+
+def left_to_pytorch(input: Tensor) -> bool:
+    """Whether a call that PyTorch has an op for is to be that op.
+
+    torch.jit.trace and ONNX know no other; Inductor on CUDA fuses its own with what is around it.
+    """
+    if not torch.compiler.is_compiling():
+        return is_tracing()
+    if torch.compiler.is_dynamo_compiling():
+        return input.is_cuda
+    return bool(torch.onnx.is_in_onnx_export())
 
 
 def in_graph() -> bool:
@@ -86,6 +99,7 @@ def register_graph_op(
     op = register(schema, implementation, fake, native=False)
     implementations[op] = implementation
     if backward is not None:
+        hide_from_dynamo(backward)
         name = f"fused_ops::{schema.split('(', 1)[0]}"
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_Guarded())
     return op
@@ -129,6 +143,10 @@ def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for value in (*args, *kwargs.values()):
         if isinstance(value, fx.Proxy):
             tracer: Any = value.tracer
+            if type(tracer).__module__.startswith("torch.ao.quantization"):
+                raise RuntimeError(
+                    f"{type(module).__name__} of fused_ops cannot be quantised: fused_ops.revert(model) first"
+                )
             given = {name: option for name, option in kwargs.items() if option is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
     return None

@@ -353,12 +353,35 @@ def test_side_effects_and_graph_breaks():
     assert len([graph for graph in GRAPHS if graph.calls]) == 2
 
 
+def test_a_gradient_inside_of_the_forward():
+    """Its backward runs where Dynamo is at work."""
+
+    def forward(s, x):
+        y = F.relu(s.bn(s.conv(x)))
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y, slope.square().sum()
+
+    assert check(forward, image())[0] == {"batch_norm + relu": 1}
+
+
 def test_frozen_and_without_statistics():
     def forward(s, x):
         y = F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
         return F.relu(y) + F.relu(F.batch_norm(x, None, None, training=True))
 
     assert check(forward, image())[0] == {"batch_norm + relu": 2}
+
+
+def test_frozen_with_statistics_that_are_written_later():
+    """PyTorch's gradient is then of other statistics than its result, and stays so."""
+
+    def forward(s, x):
+        frozen = F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
+        return F.relu(frozen) + F.relu(s.bn(x))
+
+    found, left = check(forward, image())
+    assert found == {"batch_norm + relu": 1}
+    assert any("its running statistics are written later" in reason for reason in left)
 
 
 def test_checkpoint_restores_the_random_state_and_counts_a_batch_once():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.checks import as_int64
-from fused_ops.core.graph import no_script
+from fused_ops.core.graph import left_to_pytorch, no_script
 from fused_ops.core.torch_private import graph_task_id, transforms_active
 from fused_ops.distributed.dtensor import refuse
 from fused_ops.ops.batch_norm import activations, arguments, functions, graph, keep_output
@@ -119,6 +119,11 @@ def batch_norm(
                 check_values(input, running_mean, running_var, training, eps)
                 code_of(activation)
                 raise
+    if valid is None and groups == 1 and not correction and isinstance(input, Tensor) and left_to_pytorch(input):
+        return _by_pytorch(
+            *(input, running_mean, running_var, weight, bias, training, momentum, eps),
+            *(activation, residual, negative_slope, alpha),
+        )
     if way is Way.OVERRIDES or way is Way.PYTORCH:
         args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         own: dict[str, Any] = {
@@ -146,6 +151,30 @@ def batch_norm(
     if training and running_mean is not None and running_var is not None and not recomputing():
         write_running(new_mean, new_var, running_mean, running_var)
     return output
+
+
+def _by_pytorch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    negative_slope: float,
+    alpha: float,
+) -> Tensor:
+    """The same by PyTorch's own ops, one after the other, for graphs that are to hold nothing else."""
+    code = code_of(activation)
+    arguments.checked_options(input, residual, None, 1)
+    args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+    output = torch.nn.functional.batch_norm(*args)
+    if residual is not None:
+        output = output + residual
+    return activations.function_of(code, negative_slope, alpha)(output)
 
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:

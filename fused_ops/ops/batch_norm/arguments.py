@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from fused_ops.core.checks import as_int64, check_tensors
 from fused_ops.core.graph import in_graph, needs_formulas
+from fused_ops.core.memory_format import in_its_format
 from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
@@ -214,6 +215,7 @@ def checked_call(
 ) -> Call:
     """The call, once its arguments are known to be right."""
     check_values(input, running_mean, running_var, training, eps)
+    input = in_its_format(input)
     code = code_of(activation)
     slope = activations.slope_of(code, negative_slope, alpha)
     if inplace_activated:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import empty_output, in_its_format
 from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
@@ -405,6 +405,8 @@ def eager(
         numbers: momentum, eps, correction, and the activation's code and slope.
         more: (residual, valid, groups), or empty where there is none of them.
     """
+    if not input.is_contiguous():
+        input = in_its_format(input)
     update = False
     if running_mean is not None and running_var is not None:
         if running_mean.requires_grad or running_var.requires_grad:
