@@ -353,6 +353,17 @@ def test_side_effects_and_graph_breaks():
     assert len([graph for graph in GRAPHS if graph.calls]) == 2
 
 
+def test_a_gradient_inside_of_the_forward():
+    """Its backward runs where Dynamo is at work."""
+
+    def forward(s, x):
+        y = F.relu(s.bn(s.conv(x)))
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y, slope.square().sum()
+
+    assert check(forward, image())[0] == {"batch_norm + relu": 1}
+
+
 def test_frozen_and_without_statistics():
     def forward(s, x):
         y = F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
