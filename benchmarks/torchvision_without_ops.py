@@ -4,6 +4,7 @@
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import re
 import sys
@@ -17,16 +18,16 @@ _DEFINED: list[torch.library.Library] = []  # a Library takes its definitions al
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package can be imported, from the folder of ``make models`` as well."""
-    if LIBRARIES not in sys.path:
-        sys.path.append(LIBRARIES)
-    return importlib.util.find_spec(name) is not None
+    """Whether a package can be imported, here or once torchvision is."""
+    return importlib.machinery.PathFinder.find_spec(name, [*sys.path, LIBRARIES]) is not None
 
 
 def import_torchvision() -> ModuleType | None:
     """torchvision, whose ops have but names where its library does not load; None where it is not installed."""
     if not is_installed("torchvision"):
         return None
+    if LIBRARIES not in sys.path:
+        sys.path.append(LIBRARIES)
     try:
         return importlib.import_module("torchvision")
     except RuntimeError:  # it registers rules for ops that nothing has defined
