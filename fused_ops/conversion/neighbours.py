@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fused_ops.conversion.hooks import plain
+from fused_ops.core.hooks import plain
 from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm import modules as ours
 
@@ -27,7 +27,7 @@ PASSED: dict[type[nn.Module], Callable[[Any], bool]] = {  # those that return th
     nn.Identity: lambda module: True,
     **dict.fromkeys(
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-        lambda module: not module.training,
+        lambda module: not module.training or module.p == 0,
     ),
 }
 _PLAIN: dict[type[nn.Module], Activation] = {

@@ -41,6 +41,18 @@ def needs_formulas() -> bool:
     return bool(transforms_active()) and (levels("Jvp") > 1 or functionalizing())
 
 
+def left_to_pytorch(input: Tensor) -> bool:
+    """Whether a call that PyTorch has an op for is to be that op.
+
+    torch.jit.trace and ONNX know no other; Inductor on CUDA fuses its own with what is around it.
+    """
+    if not torch.compiler.is_compiling():
+        return is_tracing()
+    if torch.compiler.is_dynamo_compiling():
+        return input.is_cuda
+    return bool(torch.onnx.is_in_onnx_export())
+
+
 def in_graph() -> bool:
     """Whether the call becomes a part of a graph: of torch.compile, torch.export or make_fx.
 
@@ -129,6 +141,10 @@ def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for value in (*args, *kwargs.values()):
         if isinstance(value, fx.Proxy):
             tracer: Any = value.tracer
+            if type(tracer).__module__.startswith("torch.ao.quantization"):
+                raise RuntimeError(
+                    f"{type(module).__name__} of fused_ops cannot be quantised: fused_ops.revert(model) first"
+                )
             given = {name: option for name, option in kwargs.items() if option is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
     return None

@@ -13,6 +13,32 @@ def is_channels_last(input: Tensor) -> bool:
     return input.movedim(1, -1).is_contiguous()
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def in_its_format(input: Tensor) -> Tensor:
+    """The input in the memory format that PyTorch's batch norm returns: its own, copied where it has gaps or none."""
+    if input.layout is not torch.strided or input.is_contiguous():
+        return input
+    last = input.dim() in _CHANNELS_LAST and _has_channels_last(input)
+    return input.contiguous(memory_format=_CHANNELS_LAST[input.dim()] if last else torch.contiguous_format)
+
+
+def _has_channels_last(input: Tensor) -> bool:
+    """Whether the strides, with gaps or without, are those of channels_last by PyTorch's rule.
+
+    Source: is_channels_last_strides_2d_s4 of c10/core/MemoryFormat.h.
+    """
+    sizes, strides, least = input.shape, input.stride(), 0
+    if strides[1] == 0:
+        return False
+    for d in (1, *range(input.dim() - 1, 1, -1), 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(sizes[d], 1)
+    return True
+
+
 def empty_output(input: Tensor) -> Tensor:
     """Uninitialised, of the input's shape and dtype: channels_last for a channels_last input, else contiguous."""
     return torch.empty_like(input) if is_channels_last(input) else input.new_empty(input.shape)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, TANH, SIGMOID, HARDSWISH = range(9)
@@ -25,6 +28,23 @@ SIGN_ONLY = (RELU, LEAKY_RELU)  # the derivative needs no more of z than whether
 def slope_of(code: int, negative_slope: float, alpha: float) -> float:
     """What the raw ops take as ``slope``: leaky_relu's negative slope, elu's alpha, 0 for the others."""
     return alpha if code == ELU else negative_slope if code == LEAKY_RELU else 0.0
+
+
+def function_of(code: int, negative_slope: float, alpha: float) -> Callable[[Tensor], Tensor]:
+    """PyTorch's own function of the activation, for graphs that are to hold nothing else."""
+    if code == LEAKY_RELU:
+        return partial(F.leaky_relu, negative_slope=negative_slope)
+    if code == ELU:
+        return partial(F.elu, alpha=alpha)
+    plain: dict[int, Callable[[Tensor], Tensor]] = {
+        RELU: F.relu,
+        SILU: F.silu,
+        GELU: F.gelu,
+        TANH: torch.tanh,
+        SIGMOID: torch.sigmoid,
+        HARDSWISH: F.hardswish,
+    }
+    return plain.get(code, lambda z: z)
 
 
 def apply(code: int, z: Tensor, slope: float) -> Tensor:

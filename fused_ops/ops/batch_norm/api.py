@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.graph import in_graph, needs_formulas, no_script
+from fused_ops.core.graph import in_graph, left_to_pytorch, needs_formulas, no_script
 from fused_ops.core.integers import as_int64
+from fused_ops.core.memory_format import in_its_format
 from fused_ops.core.torch_private import graph_task_id, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.ops.batch_norm import activations, graph
@@ -218,6 +219,13 @@ def batch_norm(
                 _check(input, running_mean, running_var, training, eps)
                 _code(activation)
                 raise
+    if valid is None and groups == 1 and not correction and isinstance(input, Tensor) and left_to_pytorch(input):
+        args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = torch.nn.functional.batch_norm(*args)
+        if residual is not None:
+            _check_residual(input, residual)
+            output = output + residual
+        return activations.function_of(_code(activation), negative_slope, alpha)(output)
     tensors = (input, running_mean, running_var, weight, bias, residual, valid)
     overridden = not torch.compiler.is_compiling() and has_torch_function(*tensors)
     if overridden or any_dtensor(*tensors):
@@ -277,6 +285,7 @@ def _with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``batch_norm`` that changes nothing: (output, new_running_mean, new_running_var)."""
     _check(input, running_mean, running_var, training, eps)
+    input = in_its_format(input)
     code = _code(activation)
     slope = activations.slope_of(code, negative_slope, alpha)
     options = Options(training, eps, correction, code, slope, groups)

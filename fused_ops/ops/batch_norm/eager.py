@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from fused_ops.core.graph import in_graph
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import empty_output, in_its_format
 from fused_ops.core.torch_private import (
     call_backward_directly,
     dispatch_modes,
@@ -193,6 +193,8 @@ def batch_norm(
         code = activations.CODES[activation]
         slope = activations.slope_of(code, negative_slope, alpha)
     numbers = momentum, eps, correction, code, slope
+    if not input.is_contiguous():
+        input = in_its_format(input)
     update = False
     if running_mean is not None and running_var is not None:
         if running_mean.requires_grad or running_var.requires_grad:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fused_ops.core.graph import fx_leaf, refuse_script
 from fused_ops.ops.batch_norm import keep_output as inplace
@@ -61,6 +64,11 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def __prepare_scriptable__(self) -> None:
         refuse_script(self)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("running_mean", "parametrizations") and not is_compiling():
+            _refuse_tools(self, sys._getframe(1))
+        return super().__getattr__(name)
+
     def forward(
         self,
         input: Tensor,
@@ -91,7 +99,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         counts = False
         if training and self.track_running_stats and mean is not None:
-            count = self.num_batches_tracked
+            tracked = "num_batches_tracked"
+            count = buffers[tracked] if tracked in buffers else self.num_batches_tracked  # noqa: SIM401
             counts = count is not None
             if count is not None and not recomputing():
                 count.add_(1)
@@ -142,6 +151,32 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             if getattr(self, name) != DEFAULTS[name]:
                 text += f", {name}={getattr(self, name)}"
         return text
+
+
+_DROPS = {"convert_sync_batchnorm": "nn.SyncBatchNorm", "fuse_conv_bn_eval": "a convolution"}
+
+
+def _refuse_tools(module: _FusedBatchNorm, frame: types.FrameType | None) -> None:
+    """Raises for functions of PyTorch that make another module of a batch norm without the options that only ours has.
+
+    They ask nobody; what they read first of a module tells them, and the name of the function that reads it.
+    """
+    name = "" if frame is None else frame.f_code.co_name
+    if name in _DROPS:
+        which = ("activation",) if name == "fuse_conv_bn_eval" else tuple(DEFAULTS)
+        lost = [f"{o}={getattr(module, o)!r}" for o in which if getattr(module, o) != DEFAULTS[o]]
+        if lost:
+            raise RuntimeError(
+                f"{name}: {_DROPS[name]} has no {', '.join(lost)}, which this batch norm of fused_ops has"
+            )
+    for _ in range(4):
+        if frame is None:
+            return
+        if frame.f_code.co_name == "fuse_known_modules":
+            raise RuntimeError(
+                "fuse_modules: cannot fuse or quantise modules of fused_ops: fused_ops.revert(model) first"
+            )
+        frame = frame.f_back
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
