@@ -34,6 +34,16 @@ models:
 	$(MAKE) EXTRAS=dev,models,examples $(STAMP)
 	$(BIN)/python -c "import sklearn, transformers" 2>/dev/null || \
 	  $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[models,examples]'
+	$(MAKE) $(LIBRARIES)/.installed
+
+# torchvision is built for one torch, and transformers cannot be imported where it is installed beside another. Its models
+# and those that need it run beside any (benchmarks/torchvision_without_ops.py), so they have a folder of their own.
+LIBRARIES := $(VENV)/model_libraries
+$(LIBRARIES)/.installed: constraints.txt
+	rm -rf $(LIBRARIES)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --target $(LIBRARIES) \
+	  timm torchvision segmentation_models_pytorch
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/python -m fused_ops check

@@ -6,7 +6,6 @@ timm, torchvision, transformers and segmentation_models_pytorch are imported whe
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .torchvision_without_ops import import_torchvision
+from .torchvision_without_ops import import_torchvision, is_installed
 
 Batch = dict[str, Tensor]
 
@@ -46,7 +45,7 @@ class Family:
         """Why it cannot be built here; empty if it can."""
         needed = {"timm": ("timm", "torchvision"), "segmentation_models_pytorch": (
             "segmentation_models_pytorch", "timm", "torchvision")}.get(self.library, (self.library,))  # fmt: skip
-        absent = [name for name in needed if importlib.util.find_spec(name) is None]
+        absent = [name for name in needed if not is_installed(name)]
         return f"needs {' and '.join(absent)}: make models" if absent else ""
 
     def loss(self, output: Any, small: bool) -> Tensor:
@@ -59,7 +58,8 @@ class Family:
 
 
 def _module(name: str) -> Any:
-    import_torchvision()
+    if name != "transformers":
+        import_torchvision()
     return importlib.import_module(name)
 
 
@@ -144,12 +144,16 @@ def _torchvision_segmentation(name: str, key: str = "x") -> Family:
 
 def _video() -> Family:
     def build(small: bool) -> nn.Module:
-        return _module("torchvision.models.video").r3d_18(weights=None, num_classes=CLASSES)
+        video = _module("torchvision.models.video.resnet")
+        if not small:
+            return video.mc3_18(weights=None, num_classes=CLASSES)
+        makers = [video.Conv3DSimple, *[video.Conv3DNoTemporal] * 3]
+        return video.VideoResNet(video.BasicBlock, makers, (1, 1, 1, 1), video.BasicStem, num_classes=CLASSES)
 
     def clips(small: bool) -> Batch:
-        return {"x": torch.randn(4, 3, 4 if small else 8, *[16 if small else 64] * 2)}
+        return {"x": torch.randn(4, 3, *([2, 16, 16] if small else [8, 64, 64]))}
 
-    return Family("r3d_18", "torchvision", build, clips, _classes)
+    return Family("mc3_18", "torchvision", build, clips, _classes)
 
 
 def _unet(kind: str, encoder: str) -> Family:
@@ -221,8 +225,9 @@ _BART = {
     "decoder_start_token_id": 1, "forced_eos_token_id": None,
 }  # fmt: skip
 _WHISPER = {
-    **_BART, "max_position_embeddings": None, "num_mel_bins": 8, "max_source_positions": lambda small: 20 if small else 200,
-    "max_target_positions": 64, "begin_suppress_tokens": None, "suppress_tokens": None,
+    **_BART, "max_position_embeddings": None, "num_mel_bins": 8,
+    "max_source_positions": lambda small: 20 if small else 200, "max_target_positions": 64,
+    "begin_suppress_tokens": None, "suppress_tokens": None,
 }  # fmt: skip
 _GPT2 = {
     "hidden_size": None, "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
@@ -259,7 +264,7 @@ FAMILIES: tuple[Family, ...] = (
     _torchvision("googlenet", init_weights=False),
     _torchvision("inception_v3", small_size=75, size=139, init_weights=False, aux_logits=False),
     _torchvision("efficientnet_b0"),
-    _torchvision("regnet_x_400mf"),
+    _torchvision("regnet_x_400mf", small_size=64),
     _torchvision("shufflenet_v2_x0_5"),
     _vgg(),
     _torchvision_segmentation("fcn_resnet50"),

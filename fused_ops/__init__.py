@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fused_ops.conversion import backend_registry as _backend_registry  # noqa: F401 (names the backend)
 from fused_ops.conversion.api import convert, revert
 from fused_ops.conversion.patch import patch
 from fused_ops.conversion.report import report

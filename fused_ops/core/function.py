@@ -15,6 +15,7 @@ from fused_ops.core.torch_private import (
     call_backward_directly,
     dispatch_modes,
     forward_ad,
+    hide_from_dynamo,
     is_batched,
     is_fake,
     transforms_active,
@@ -93,6 +94,7 @@ class FusedFunction(Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        hide_from_dynamo(cls.backward)
         if cls.only_first_output:
             cls._plain_apply = staticmethod(_of_first_output(cls))
 

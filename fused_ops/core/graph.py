@@ -21,6 +21,7 @@ from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
     forward_grad_enabled,
+    hide_from_dynamo,
     is_tracing,
     levels,
     transforms_active,
@@ -98,6 +99,7 @@ def register_graph_op(
     op = register(schema, implementation, fake, native=False)
     implementations[op] = implementation
     if backward is not None:
+        hide_from_dynamo(backward)
         name = f"fused_ops::{schema.split('(', 1)[0]}"
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_Guarded())
     return op

@@ -149,8 +149,24 @@ def without_overrides(op: Any) -> Callable[..., Any]:
     return op if _dispatch_call_boxed is None or handle is None else partial(_dispatch_call_boxed, handle)
 
 
+_set_strategy = _found("torch:_C._dynamo.eval_frame.set_code_exec_strategy", None)
+_frame_strategy = _found("torch:_C._dynamo.eval_frame._FrameExecStrategy", None)
+_frame_action = _found("torch:_C._dynamo.eval_frame._FrameAction", None)
+
+
+def hide_from_dynamo(function: Any) -> None:
+    """Dynamo leaves a function alone, and all that it calls, where it would compile it as a frame of its own.
+
+    A backward that runs inside of a compiled function, after a graph break, is such a frame.
+    """
+    code = getattr(function, "__code__", None)
+    if code is not None and None not in (_set_strategy, _frame_strategy, _frame_action):
+        _set_strategy(code, _frame_strategy(_frame_action.SKIP, _frame_action.SKIP))
+
+
 def call_backward_directly(function: type[Function]) -> None:
     """For plain eager mode: the engine calls what looks for ``backward`` and calls that, for half a microsecond."""
+    hide_from_dynamo(function.backward)
     backward_class = getattr(function, "_backward_cls", None)
     if backward_class is not None:
         backward_class.apply = function.backward
@@ -199,3 +215,39 @@ tree_leaves: Callable[..., list[Any]] = _found("torch.utils._pytree:tree_leaves"
 tree_flatten: Callable[..., tuple[list[Any], Any]] = _found("torch.utils._pytree:tree_flatten", _flatten)
 tree_unflatten: Callable[..., Any] = _found("torch.utils._pytree:tree_unflatten", _unflatten)
 legacy_reduction: Callable[..., str] = _found("torch.nn._reduction:legacy_get_string", _reduction_of)
+
+# ---- the graphs of Dynamo: only the backend asks, when Dynamo is there; looking some of them up would import it
+
+BACKEND_REGISTRY = "torch._dynamo.backends.registry"  # the module that knows torch.compile's backends
+HigherOrder: Any = _found("torch._ops:HigherOrderOperator", ())
+set_versions: Callable[[Any, Any], None] = _found(
+    "torch:_C._autograd._unsafe_set_version_counter", lambda tensors, versions: None
+)
+_FakeTensor = _found("torch._subclasses.fake_tensor:FakeTensor", None)
+_CHECKPOINT = "torch._higher_order_ops.wrap:tag_activation_checkpoint"
+_MODE_OPTIONS = "torch._inductor:list_mode_options"
+
+
+def lookup_backend(backend: Any) -> Any:
+    """The backend of torch.compile of that name; a callable as it is."""
+    return backend if callable(backend) else _found(f"{BACKEND_REGISTRY}:lookup_backend", None)(backend)
+
+
+def inductor_options(mode: str) -> dict[str, Any]:
+    """The options of Inductor that a mode of torch.compile stands for."""
+    return dict(_found(_MODE_OPTIONS, lambda mode: {})(mode))
+
+
+def checkpoint_operator() -> Any:
+    """What activation checkpointing is in a graph; None: it stays as it is."""
+    return _found(_CHECKPOINT, None)
+
+
+def is_plain_fake(value: Any) -> bool:
+    """Whether it is a fake strided tensor that stands for one without a class of its own."""
+    return type(value) is _FakeTensor and value.layout is torch.strided
+
+
+def storage_id(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too; without this name all of them may."""
+    return getattr(tensor.untyped_storage(), "_cdata", 0)

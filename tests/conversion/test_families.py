@@ -13,6 +13,7 @@ from fused_ops.conversion import report as limits
 
 # Of the backend, which compiles for seconds: those with other graphs than the rest.
 AT_ONCE = {("timm", "resnet18"), ("transformers", "ResNet"), ("transformers", "Gemma 2"), ("transformers", "BART")}
+HEAVY = {("torchvision", name) for name in ("fcn_resnet50", "inception_v3", "vgg11_bn")}  # seconds each, of convert
 
 
 class Trained(nn.Module):
@@ -62,24 +63,24 @@ def case_of(family):
     return Case(family.name, lambda: Trained(family), lambda: family.batch(True), rounds=rounds)
 
 
-def _ids(family):
-    return f"{family.library}-{family.name}"
-
-
 @pytest.fixture(autouse=True)
 def _heads_of_any_size(monkeypatch):
     monkeypatch.setattr(limits, "SMALL_BYTES", 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=_ids)
+def _families(at_once):
+    return [
+        pytest.param(f, id=f"{f.library}-{f.name}", marks=() if at_once((f.library, f.name)) else pytest.mark.slow)
+        for f in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("family", _families(lambda key: key not in HEAVY))
 def test_convert(family):
     check(case_of(family), converted, "short")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=() if (f.library, f.name) in AT_ONCE else pytest.mark.slow, id=_ids(f)) for f in FAMILIES],
-)
+@pytest.mark.parametrize("family", _families(lambda key: key in AT_ONCE))
 def test_backend(family):
     if not has_backend():
         pytest.skip("the backend is not registered")

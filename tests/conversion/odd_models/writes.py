@@ -225,7 +225,7 @@ class OutArgument(Net):
             return F.relu(room)
 
 
-@case
+@case(spared=True)
 class RunningMeanWrittenBetween(Net):
     def forward(self, x):
         y = self.bn(self.stem(x))
