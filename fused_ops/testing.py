@@ -262,7 +262,7 @@ def _as_if_compiling() -> Iterator[None]:
     """Calls take the ops that the graphs of torch.compile hold."""
     with (
         patch("torch.compiler.is_compiling", lambda: True),
-        patch("fused_ops.ops.batch_norm.eager.is_compiling", lambda: True),  # its own name for it: a lookup less
+        patch("fused_ops.ops.batch_norm.arguments.is_compiling", lambda: True),  # its own name for it: a lookup less
     ):
         yield
 

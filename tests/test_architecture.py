@@ -22,7 +22,7 @@ PLACES = (
 )
 # Files that a call of an op may come through on the CPU. These numbers only fall: see the end of this file.
 READ_AT_MOST = {"batch_norm": 46, "cross_entropy": 48, "linear_cross_entropy": 61}
-PLAIN_PYTORCH = {"reference", "rows_reference", "keep_output_reference", "formulas", "activations", "samples"}
+PLAIN_PYTORCH = {"reference", "rows_reference", "derivatives", "activations", "samples"}
 FOR_PLAIN_PYTORCH = {"fused_ops.core.sample", "fused_ops.core.memory_format"}
 
 

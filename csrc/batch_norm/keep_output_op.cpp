@@ -1,13 +1,11 @@
-// Schema, checks, allocation and dispatch of batch norm that keeps its output instead of its input. Tensors stop here.
+// Checks, allocation and dispatch of batch norm that keeps its output instead of its input, on the CPU. Tensors stop
+// here.
 #include <cmath>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "batch_norm/arguments.h"
-#include "batch_norm/keep_output_kernels.h"
 #include "batch_norm/passes.h"
-#include "core/border.h"
 
 namespace fused_ops {
 namespace {
@@ -134,19 +132,39 @@ class Columns {
   bool any_ = false;
 };
 
-std::tuple<Tensor, Tensor> batch_norm_keep(const Tensor& output_, const Tensor& input_, const MaybeTensor& weight,
-                                           const MaybeTensor& bias, const MaybeTensor& valid_, int64_t activation,
-                                           double slope, int64_t groups) {
-  check_input(output_);
-  const Options o = options_of(activation, slope);
-  check_parameters(output_, {{"weight", &weight}, {"bias", &bias}});
-  const bool last = is_channels_last(output_);
-  const Tensor output = last ? output_ : dense(output_);
-  const Tensor input = *matching("input", input_, output);
-  const MaybeTensor valid = valid_positions(valid_, output);
-  const View view = view_of(output, last, valid, groups);
+struct KeepArguments {
+  Tensor output, input;      // input: as output
+  MaybeTensor weight, bias;  // (channels,)
+  MaybeTensor valid;         // (batch, ...)
+  int64_t activation;
+  double slope;
+  int64_t groups;
+
+  explicit KeepArguments(Arguments& in)
+      : output(in.tensor()),
+        input(in.tensor()),
+        weight(in.maybe_tensor()),
+        bias(in.maybe_tensor()),
+        valid(in.maybe_tensor()),
+        activation(in.integer()),
+        slope(in.number()),
+        groups(in.integer()) {
+    in.check.next("output", output), in.check.next("input", input);
+    in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("valid", valid);
+  }
+};
+
+std::tuple<Tensor, Tensor> keep(const KeepArguments& a) {
+  check_input(a.output);
+  const Options o = options_of(a.activation, a.slope);
+  check_parameters(a.output, {{"weight", &a.weight}, {"bias", &a.bias}});
+  const bool last = is_channels_last(a.output);
+  const Tensor output = last ? a.output : dense(a.output);
+  const Tensor input = *matching("input", a.input, output);
+  const MaybeTensor valid = valid_positions(a.valid, output);
+  const View view = view_of(output, last, valid, a.groups);
   const DType dtype = float_dtype(kOp, "output", output);
-  const Values w(weight, 1), b(bias, 0);
+  const Values w(a.weight, 1), b(a.bias, 0);
   std::vector<Columns> columns;
   int64_t items = 0;
   for (int64_t group = 0; group < view.groups; ++group) {
@@ -189,20 +207,14 @@ double lost(double mean, DType dtype) {
 }
 
 // What the backward relies on when it reads `kept`; the kernels stop at an item's end by themselves.
-void check_begins(const Tensor& begins, int64_t items, int64_t kept) {
-  check_dtype(kOp, "begins", begins, ScalarType::Long, "int64");
-  check_numel(kOp, "begins", begins, items + 1);
-  const int64_t* b = static_cast<const int64_t*>(begins.const_data_ptr());
-  bool ordered = b[0] == 0 && b[items] == kept;
-  for (int64_t i = 0; i < items; ++i) ordered &= b[i] <= b[i + 1];
-  if (!ordered) raise(kOp, ": begins must rise from 0 to the ", kept, " values of kept");
+void check_offsets(const Tensor& offsets, int64_t items, int64_t stored) {
+  check_dtype(kOp, "offsets", offsets, ScalarType::Long, "int64");
+  check_numel(kOp, "offsets", offsets, items + 1);
+  const int64_t* at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  bool ordered = at[0] == 0 && at[items] == stored;
+  for (int64_t i = 0; i < items; ++i) ordered &= at[i] <= at[i + 1];
+  if (!ordered) raise(kOp, ": offsets must rise from 0 to the ", stored, " values of stored");
 }
-
-struct Backward {
-  bool training;
-  int64_t correction;
-  bool need_input, need_params;
-};
 
 // What one group's walks share. Channels none of whose x are kept take the ordinary backward's: with leaky_relu^-1 of
 // the output for x, and the bias for its mean.
@@ -211,7 +223,7 @@ struct Group {
   const BatchNormBackward ordinary;
   const View &part, &plain;  // as each of the two sees it
   const Columns& table;
-  const Backward& o;
+  const BackwardArguments& o;
 
   bool reduces() const { return o.need_params || (o.training && o.need_input); }
   bool by_channel() const { return !args.layout.columns() && part.channels >= kMinItems; }
@@ -268,32 +280,23 @@ void run_group(const Group& g, const Finish& finish) {
   if (writes) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& grad_output_, const Tensor& output_,
-                                                               const MaybeTensor& weight, const MaybeTensor& bias,
-                                                               const Tensor& mean_, const Tensor& invstd_,
-                                                               const Tensor& kept_, const Tensor& begins_,
-                                                               const MaybeTensor& valid_, bool training,
-                                                               int64_t correction, int64_t activation, double slope,
-                                                               int64_t groups, bool need_input, bool need_params) {
-  const Backward o{training, correction, need_input, need_params};
-  check_input(output_);
-  const Options options = options_of(activation, slope);
-  check_parameters(output_, {{"weight", &weight}, {"bias", &bias}});
-  const bool last = is_channels_last(output_);
-  const Tensor output = last ? output_ : dense(output_);
-  const Tensor grad_output = *matching("grad_output", grad_output_, output);
-  const MaybeTensor valid = valid_positions(valid_, output);
-  const View view = view_of(output, last, valid, groups);
-  const int64_t channels = view.channels, none = 0;
+}  // namespace
+
+Gradients backward_from_output(const BackwardArguments& a) {
+  const Options options = options_of(a.code, a.slope);
+  if (a.residual || a.mask || a.grad_residual) raise(kOp, ": expected no residual and no mask beside a kept output");
+  if (!a.offsets) raise(kOp, ": expected offsets beside stored");
+  const bool last = is_channels_last(a.input);
+  const Tensor output = last ? a.input : dense(a.input);
+  const Tensor grad_output = *matching("grad_output", a.grad_output, output);
+  const MaybeTensor valid = valid_positions(a.valid, output);
+  const View view = view_of(output, last, valid, a.groups), plain = view_of(output, last, valid, a.groups, kSmallPlane);
+  const int64_t channels = view.channels;
   const DType dtype = float_dtype(kOp, "output", output);
-  for (const auto& [name, t] : {std::pair("mean", &mean_), std::pair("invstd", &invstd_)}) {
-    check_dtype(kOp, name, *t, ScalarType::Double, "float64");
-    check_numel(kOp, name, *t, view.groups * channels);
-  }
-  check_same_dtype(kOp, "kept", kept_, "output", output);
-  const Tensor mean = dense(mean_), invstd = dense(invstd_), kept = dense(kept_), begins = dense(begins_);
-  const Values w(weight, 1), b(bias, 0);
-  const View plain = view_of(output, last, valid, groups, kSmallPlane);
+  check_statistics(a.statistics, view.groups * channels);
+  check_same_dtype(kOp, "stored", *a.stored, "output", output);
+  const Tensor statistics = dense(a.statistics), stored = dense(*a.stored), offsets = dense(*a.offsets);
+  const Values w(a.weight, 1), b(a.bias, 0);
   std::vector<Columns> columns;
   int64_t items = 0, most = plain.layout.partials();
   for (int64_t group = 0; group < view.groups; ++group) {
@@ -302,13 +305,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
     items += args.items();
     most = std::max(most, args.items() * (args.layout.columns() ? args.layout.channels : 1));
   }
-  check_begins(begins, items, kept.numel());
+  check_offsets(offsets, items, stored.numel());
 
-  const ScalarType like = weight ? weight->scalar_type() : bias ? bias->scalar_type() : output.scalar_type();
-  const Tensor grad_input =
-      need_input ? empty_huge(kOp, output, output.strides()) : empty(output, {&none, 1}, output.scalar_type());
-  const Tensor grad_weight = empty(output, {need_params ? &channels : &none, 1}, like);
-  const Tensor grad_bias = empty(output, {need_params ? &channels : &none, 1}, like);
+  const Gradients out = empty_gradients(a, output);
   std::vector<double> params(static_cast<size_t>(2 * channels));
   std::vector<double> inverse(static_cast<size_t>(channels)), biases(static_cast<size_t>(channels));
   for (int64_t c = 0; c < channels; ++c) biases[static_cast<size_t>(c)] = b[c];
@@ -318,8 +317,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
   for (int64_t group = 0; group < view.groups; ++group) {
     const View part = view.group(group), plain_part = plain.group(group);
     Columns& table = columns[static_cast<size_t>(group)];
-    const double* m = doubles(mean) + group * channels;
-    const double* inv = doubles(invstd) + group * channels;
+    const double* m = doubles(statistics) + group * channels;
+    const double* inv = doubles(statistics) + (view.groups + group) * channels;
     for (int64_t c = 0; c < channels; ++c) {
       // As the forward multiplied: with the scale rounded to the accumulator.
       const double scale = rounded(w[c] * inv[c], dtype);
@@ -332,46 +331,29 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_inplace_backward(const Tensor& gra
     }
     BatchNormInplace args = table.args(dtype, options);
     const int64_t offset = view.group_offset(group) * element_size(dtype);
-    args.frozen = !training;
+    args.frozen = !a.training;
     args.output = at(output.const_data_ptr(), offset), args.grad_output = at(grad_output.const_data_ptr(), offset);
-    args.begins = static_cast<int64_t*>(begins.mutable_data_ptr()) + done, args.kept = kept.mutable_data_ptr();
-    args.grad_input = need_input ? at(grad_input.mutable_data_ptr(), offset) : nullptr;
+    args.begins = static_cast<int64_t*>(offsets.mutable_data_ptr()) + done, args.kept = stored.mutable_data_ptr();
+    args.grad_input = a.need_input ? at(out.input.mutable_data_ptr(), offset) : nullptr;
     args.partials = partials.data();
-    const Group all{args, ordinary(args, plain_part, coefficients, biases.data()), part, plain_part, table, o};
+    const Group all{args, ordinary(args, plain_part, coefficients, biases.data()), part, plain_part, table, a};
     run_group(all, [&](int64_t c, const Partial& p) {
       const double n = static_cast<double>(p.n), slope = inverse[static_cast<size_t>(c)], dot = p.b * slope;
       if (p.n) params[static_cast<size_t>(2 * c)] += dot, params[static_cast<size_t>(2 * c + 1)] += p.a;
-      const double grad_mean = p.a / n, grad_slope = dot * slope / (n - static_cast<double>(correction));
+      const double grad_mean = p.a / n, grad_slope = dot * slope / (n - static_cast<double>(a.correction));
       table.set(kGradMean, c, grad_mean), table.set(kGradSlope, c, grad_slope);
       coefficients.set(plain_part, 3, c, grad_mean - coefficients.lost_of(b[c]) * grad_slope);
       coefficients.set(plain_part, 4, c, grad_slope);
     });
     done += args.items();
   }
-  if (need_params) {
-    set_every_second(grad_weight, params.data(), channels);
-    set_every_second(grad_bias, params.data() + 1, channels);
+  if (a.need_params) {
+    set_every_second(out.weight, params.data(), channels);
+    set_every_second(out.bias, params.data() + 1, channels);
   }
-  return {grad_input, grad_weight, grad_bias};
+  return out;
 }
 
-}  // namespace
 }  // namespace fused_ops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  fused_ops::define(
-      m,
-      "batch_norm_keep(Tensor output, Tensor input, Tensor? weight, Tensor? bias, Tensor? valid, int activation, "
-      "float slope, int groups) -> (Tensor kept, Tensor begins)");
-  fused_ops::define(
-      m,
-      "batch_norm_inplace_backward(Tensor grad_output, Tensor output, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor invstd, Tensor kept, Tensor begins, Tensor? valid, bool training, int correction, int activation, "
-      "float slope, int groups, bool need_input, bool need_params) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  fused_ops::implement<&fused_ops::batch_norm_keep>(m, "batch_norm_keep");
-  fused_ops::implement<&fused_ops::batch_norm_inplace_backward>(m, "batch_norm_inplace_backward");
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) { fused_ops::implement_struct<&fused_ops::keep>(m, "batch_norm_keep"); }

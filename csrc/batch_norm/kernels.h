@@ -1,10 +1,15 @@
 // The contract of the batch-norm kernels: raw pointers and plain structs, nothing of torch.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "core/dtype.h"
 #include "core/isa.h"
+
+#ifndef FUSED_OPS_ISA
+#define FUSED_OPS_ISA DEFAULT
+#endif
 
 namespace fused_ops {
 
@@ -81,6 +86,31 @@ struct ColumnPartials {
         n(reinterpret_cast<int64_t*>(b + channels)) {}
 };
 
+namespace FUSED_OPS_ISA {
+
+// Mean and M2 (the sum of squared deviations) of values, merged with others' (Chan, Golub and LeVeque, 1979).
+struct Moments {
+  double mean = 0, m2 = 0;
+  int64_t n = 0;
+
+  void merge(double other_mean, double other_m2, int64_t other_n) {
+    if (other_n == 0) return;
+    if (n == 0) {  // exact, and keeps inf and NaN as they came
+      mean = other_mean, m2 = other_m2, n = other_n;
+      return;
+    }
+    const double total = static_cast<double>(n + other_n), delta = other_mean - mean;
+    if (std::isfinite(delta))
+      mean += delta * (static_cast<double>(other_n) / total);
+    else
+      mean += other_mean;  // inf stays inf, which inf - inf would not
+    m2 += other_m2 + delta * delta * (static_cast<double>(n) * static_cast<double>(other_n) / total);
+    n += other_n;
+  }
+};
+
+}  // namespace FUSED_OPS_ISA
+
 // output = activation((x - mean) * scale + shift + residual). The coefficients are accumulators (float, or double for
 // double), one a channel; `mean` is rounded, and what it lost is in `shift`.
 struct BatchNormForward {
@@ -123,5 +153,80 @@ FUSED_OPS_PER_ISA(void batch_norm_moments(const BatchNormForward& args, int64_t 
 FUSED_OPS_PER_ISA(void batch_norm_apply(const BatchNormForward& args, int64_t begin_item, int64_t end_item))
 FUSED_OPS_PER_ISA(void batch_norm_grad_sums(const BatchNormBackward& args, int64_t begin_item, int64_t end_item))
 FUSED_OPS_PER_ISA(void batch_norm_grad_input(const BatchNormBackward& args, int64_t begin_item, int64_t end_item))
+
+// ---- small inputs
+//
+// Everything of one op in one call. Of a matrix that is one item (at most 256 channels, and few rows) the two passes
+// take less than a microsecond, and so would the arithmetic between them, a division and a square root for each
+// channel, if it were not vectorised.
+
+constexpr int64_t kSmallChannels = 256;
+
+inline bool is_small(const ChannelLayout& l) {
+  return l.columns() && !l.valid && l.channels > 0 && l.channels <= kSmallChannels && l.items() == 1;
+}
+
+// What batch_norm_small_forward needs beside the kernels' own arguments, which it completes: of those, the layout, the
+// activation and the pointers to what is as large as the input are the caller's.
+struct SmallForward {
+  bool training;
+  double momentum, eps;
+  int64_t correction;
+  DType params;                                            // dtype of the next six
+  const void *weight, *bias, *running_mean, *running_var;  // (channels,), each may be null
+  void *new_mean, *new_var;                                // (channels,), null without an update
+  double *mean, *invstd;                                   // (channels,), written
+};
+
+struct SmallBackward {
+  int64_t correction;
+  bool reduces;                   // sums are wanted
+  DType params;                   // dtype of the next four
+  const void *weight, *bias;      // (channels,), each may be null
+  void *grad_weight, *grad_bias;  // (channels,), null if not wanted
+  const double *mean, *invstd;    // (channels,)
+};
+
+FUSED_OPS_PER_ISA(void batch_norm_small_forward(const BatchNormForward& args, const SmallForward& small))
+FUSED_OPS_PER_ISA(void batch_norm_small_backward(const BatchNormBackward& args, const SmallBackward& small))
+
+// ---- a backward from the output, which was kept instead of the input: see docs/batch_norm.md
+
+// How far the rounding of the output may be amplified in the rebuilt (x - mean) * invstd, in units of itself.
+constexpr double kMaxAmplification = 4;
+constexpr int64_t kInplaceRows = 64;  // rows of an item of the columns walk
+
+// Which of a channel's x are kept beside the output.
+enum class Keep : int8_t { none, all, below };
+
+// The output is walked in the order of memory; item = a plane, or kInplaceRows rows of columns. The kept x of an item
+// are at [begins[item], begins[item + 1]) of `kept`, in that order. Accumulators (float, or double for double) have one
+// value a channel (planes) or a column.
+struct BatchNormInplace {
+  DType dtype;
+  ChannelLayout layout;
+  Activation activation;  // none, leaky_relu or elu
+  double slope;
+  bool frozen;
+  const void *input, *output, *grad_output;  // as layout; input is read by batch_norm_keep_* alone
+  const Keep* keep;                          // none: no x; all: every x; below: the x of outputs not >= limit
+  const void* limit;
+  const void* bias;                   // activation^-1(output) - bias is a multiple of x - mean: "deviation" below
+  const void *mean, *factor, *shift;  // it is (x - mean) * factor + shift where x was kept
+  const void *scale, *grad_mean, *grad_slope;  // grad_input = scale * (h - grad_mean - deviation * grad_slope)
+  int64_t* begins;
+  void* kept;
+  void* grad_input;
+  Partial* partials;  // sums of h and h * deviation; planes: one an item; columns: (items, columns)
+
+  int64_t items() const {
+    return layout.columns() ? (layout.batch + kInplaceRows - 1) / kInplaceRows : layout.planes();
+  }
+};
+
+FUSED_OPS_PER_ISA(void batch_norm_keep_count(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_keep_copy(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_inplace_sums(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_inplace_grads(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
 
 }  // namespace fused_ops

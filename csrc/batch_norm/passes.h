@@ -1,10 +1,193 @@
-// How batch norm's two passes over its input are ordered, so that the second finds in the cache what the first has
-// read; and the merging of what the first has summed. Neither changes a bit with the number of threads.
+// A call's values as the kernels see them, how its two passes over them are ordered, so that the second finds in the
+// cache what the first has read, and the merging of what the first has summed. No bit depends on the number of threads.
 #pragma once
+#include <cmath>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+
 #include "batch_norm/arguments.h"
-#include "batch_norm/cpu/moments.h"
 
 namespace fused_ops {
+
+constexpr int64_t kGrainValues = 16384;    // per task: below this a second thread costs more than it saves
+constexpr int64_t kSmallPlane = 64;        // planes up to this many values are walked as columns,
+constexpr int64_t kSmallMaskedPlane = 32;  // and up to this many where there is a mask: its layout is the ops' contract
+
+// n values on the stack if they are at most kInline, else on the heap; uninitialised.
+template <class T, int64_t kInline>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : heap_(n > kInline ? new T[static_cast<size_t>(n)] : nullptr) {}
+  T* data() { return heap_ ? heap_.get() : inline_; }
+  T& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  std::unique_ptr<T[]> heap_;
+  T inline_[kInline];
+};
+
+// The values of an optional parameter as doubles.
+class Values {
+ public:
+  Values(const MaybeTensor& t, double missing) : missing_(missing) {
+    if (!t) return;
+    owner_ = dense(*t);
+    data_ = owner_->const_data_ptr();
+    type_ = owner_->scalar_type();
+  }
+  double operator[](int64_t i) const {
+    if (!data_) return missing_;
+    switch (type_) {
+      case ScalarType::Float: return static_cast<const float*>(data_)[i];
+      case ScalarType::Double: return static_cast<const double*>(data_)[i];
+      case ScalarType::BFloat16: return static_cast<float>(static_cast<const c10::BFloat16*>(data_)[i]);
+      default: return static_cast<float>(static_cast<const c10::Half*>(data_)[i]);
+    }
+  }
+
+ private:
+  MaybeTensor owner_;
+  const void* data_ = nullptr;
+  ScalarType type_ = ScalarType::Float;
+  double missing_;
+};
+
+// Every second of the 2 n values at `from` into the n elements of t, rounded once.
+inline void set_every_second(const Tensor& t, const double* from, int64_t n) {
+  const auto write = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    for (int64_t i = 0; i < n; ++i) {
+      if constexpr (sizeof(T) == 2)
+        to[i] = static_cast<float>(from[2 * i]);
+      else
+        to[i] = static_cast<T>(from[2 * i]);
+    }
+  };
+  void* p = t.mutable_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return write(static_cast<float*>(p));
+    case ScalarType::Double: return write(static_cast<double*>(p));
+    case ScalarType::BFloat16: return write(static_cast<c10::BFloat16*>(p));
+    default: return write(static_cast<c10::Half*>(p));
+  }
+}
+
+inline double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+inline const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
+inline void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
+
+// A tensor as the kernels walk it, cut along the batch into ghost batches.
+struct View {
+  ChannelLayout layout;
+  int64_t channels;        // of the tensor; layout.channels == channels * repeat
+  int64_t repeat;          // columns that belong to one channel: the values of a small plane, else 1
+  int64_t rows_per_batch;  // rows of `layout` that one batch entry has: spatial of channels_last, else 1
+  int64_t groups, group_batch;
+
+  int64_t group_rows(int64_t group) const {
+    const int64_t size = group_batch * rows_per_batch;
+    return std::min(size, layout.batch - group * size);
+  }
+  int64_t rows_before(int64_t group) const { return group * group_batch * rows_per_batch; }
+  int64_t group_offset(int64_t group) const { return rows_before(group) * layout.channels * layout.spatial; }
+  View group(int64_t group) const {
+    View v = *this;
+    v.layout.batch = group_rows(group);
+    if (v.layout.valid) v.layout.valid += rows_before(group) * layout.spatial;
+    return v;
+  }
+  bool is_small() const { return groups == 1 && repeat == 1 && fused_ops::is_small(layout); }
+  // The sign mask: a row of bits per row of columns, or per plane.
+  int64_t mask_rows() const { return layout.columns() ? layout.batch : layout.batch * layout.channels; }
+  int64_t mask_rows_before(int64_t group) const {
+    return rows_before(group) * (layout.columns() ? 1 : layout.channels);
+  }
+  int64_t mask_row_bytes() const { return ((layout.columns() ? layout.channels : layout.spatial) + 7) / 8; }
+};
+
+inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& valid, int64_t groups,
+                    int64_t small_plane = kSmallMaskedPlane) {
+  const int64_t batch = t.size(0), channels = t.size(1);
+  if (groups < 1) raise(kOp, ": groups must be at least 1, got ", groups);
+  int64_t spatial = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) spatial *= t.size(d);
+  View v{};
+  v.channels = channels, v.repeat = 1, v.rows_per_batch = 1;
+  v.group_batch = std::max<int64_t>(1, batch / groups + (batch % groups != 0));
+  v.groups = std::max<int64_t>(1, batch / v.group_batch + (batch % v.group_batch != 0));
+  v.layout = {batch, channels, spatial, nullptr};
+  if (channels_last) {
+    v.layout = {batch * spatial, channels, 1, nullptr}, v.rows_per_batch = spatial;
+  } else if (spatial > 0 && spatial <= small_plane && !valid) {
+    v.layout = {batch, channels * spatial, 1, nullptr}, v.repeat = spatial;
+  }
+  if (valid) v.layout.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
+  return v;
+}
+
+// The backward's results; of no values where not wanted.
+struct Gradients {
+  Tensor input, weight, bias;
+  std::tuple<Tensor, Tensor, Tensor> as_tuple() const { return {input, weight, bias}; }
+};
+
+inline Gradients empty_gradients(const BackwardArguments& a, const Tensor& input) {
+  const int64_t channels = input.size(1), none = 0, *count = a.need_params ? &channels : &none;
+  const ScalarType type = a.weight ? a.weight->scalar_type() : a.bias ? a.bias->scalar_type() : input.scalar_type();
+  return {a.need_input ? empty_huge(kOp, input, input.strides()) : empty(input, {&none, 1}, input.scalar_type()),
+          empty(input, {count, 1}, type), empty(input, {count, 1}, type)};
+}
+
+// The backward of a forward that kept its output instead of its input (keep_output_op.cpp).
+Gradients backward_from_output(const BackwardArguments& a);
+
+// `rows` arrays of one accumulator a column: what the kernels multiply with and subtract.
+class Coefficients {
+ public:
+  Coefficients(DType dtype, int64_t columns, int64_t rows)
+      : wide_(dtype == DType::float64), columns_(columns), memory_(wide_ ? rows * columns : (rows * columns + 1) / 2) {}
+
+  void* row(int64_t i) {
+    return wide_ ? static_cast<void*>(memory_.data() + i * columns_)
+                 : static_cast<void*>(reinterpret_cast<float*>(memory_.data()) + i * columns_);
+  }
+  void set(const View& view, int64_t which, int64_t channel, double value) {
+    for (int64_t i = channel * view.repeat; i < (channel + 1) * view.repeat; ++i) {
+      if (wide_)
+        static_cast<double*>(row(which))[i] = value;
+      else
+        static_cast<float*>(row(which))[i] = static_cast<float>(value);
+    }
+  }
+  // What rounding the mean to the accumulator loses.
+  double lost_of(double mean) const {
+    if (wide_) return 0;
+    const double low = mean - static_cast<double>(static_cast<float>(mean));
+    return low == low ? low : 0;  // inf - inf
+  }
+  // mean, scale and shift: y = (x - mean) * scale + shift.
+  void set_affine(const View& view, int64_t channel, double mean, double scale, double bias) {
+    set(view, 0, channel, mean);
+    set(view, 1, channel, scale);
+    set(view, 2, channel, bias - lost_of(mean) * scale);
+  }
+
+ private:
+  bool wide_;
+  int64_t columns_;
+  Scratch<double, 512> memory_;
+};
+
+// Calls kernel(begin, end) over `items` equal shares of the layout, in parallel where there is enough to do.
+template <class Kernel>
+void for_items(const ChannelLayout& l, int64_t items, const Kernel& kernel) {
+  const int64_t numel = l.numel();
+  if (items == 0) return;
+  if (numel <= kGrainValues) return kernel(0, items);
+  const int64_t grain = std::max<int64_t>(1, kGrainValues * items / numel);
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(begin, end); });
+}
 
 constexpr int64_t kMergedTogether = 256;  // channels whose partials are merged together: they are neighbours in memory
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_ops
-from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.batch_norm import activations, arguments, reference
 from fused_ops.testing import _opcheck
 
 
@@ -35,18 +35,17 @@ def test_derivatives(sample):
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-BEYOND_PACKED = ("residual", "valid", "groups", "inplace_activated")
-PACKED = [s for s in reference.samples() if not any(s.kwargs.get(name) is not None for name in BEYOND_PACKED)]
+ORDINARY = [s for s in reference.samples() if not s.kwargs.get("inplace_activated")]
 
 
 @pytest.fixture
 def functional(monkeypatch):
-    """Plain eager calls take the ops that everything else takes."""
-    return lambda: monkeypatch.setattr("fused_ops.ops.batch_norm.eager.serves", lambda *_: False)
+    """Plain eager calls take the Function that calls under torch.func take."""
+    return lambda: monkeypatch.setattr(arguments, "way_of", lambda *_: arguments.Way.FUNCTION)
 
 
-@pytest.mark.parametrize("sample", PACKED, ids=lambda s: s.name)
-def test_derivatives_by_the_functional_ops(sample, functional):
+@pytest.mark.parametrize("sample", ORDINARY[::3], ids=lambda s: s.name)
+def test_derivatives_by_the_functional_function(sample, functional):
     functional()
     function, inputs = checked(sample)
     assert gradcheck(function, inputs)
@@ -58,14 +57,16 @@ def test_derivatives_by_the_functional_ops(sample, functional):
 @pytest.mark.parametrize("shape", [(32, 64), (300, 7), (5, 300), (3, 4, 2, 3), (3, 4, 9, 9)])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_and_functional_ops_agree_in_every_bit(dtype, shape, activation, training, functional):
-    x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+@pytest.mark.parametrize("residual", [False, True])
+def test_both_functions_agree_in_every_bit(dtype, shape, activation, training, residual, functional):
+    x, g, r = (torch.randn(shape).to(dtype) for _ in range(3))
     params = [torch.randn(shape[1]).to(dtype) for _ in range(2)]
 
     def results():
-        leaves = [t.clone().requires_grad_() for t in (x, *params)]
+        leaves = [t.clone().requires_grad_() for t in ((x, *params, r) if residual else (x, *params))]
+        added = leaves[3] if residual else None
         running = torch.full(shape[1:2], 0.5, dtype=dtype), torch.full(shape[1:2], 2.0, dtype=dtype)
-        y = fused_ops.batch_norm(leaves[0], *running, *leaves[1:], training, activation=activation)
+        y = fused_ops.batch_norm(leaves[0], *running, *leaves[1:3], training, activation=activation, residual=added)
         return y.grad_fn.name(), [y.detach(), *torch.autograd.grad(y, leaves, g), *running]
 
     (name, ours), _ = results(), functional()
@@ -75,22 +76,22 @@ def test_packed_and_functional_ops_agree_in_every_bit(dtype, shape, activation, 
         assert torch.equal(a, b)
 
 
-def test_packed_ops_serve_plain_eager_calls_alone(functional):
+def test_plain_eager_calls_write_the_running_statistics_in_place():
     x, weight = torch.randn(6, 3, requires_grad=True), nn.Parameter(torch.ones(3))
     running = torch.zeros(3), torch.ones(3)
 
-    def packed(x=x, weight=weight, **options):
+    def eager(x=x, weight=weight, **options):
         y = fused_ops.batch_norm(x, *running, weight, None, True, **options)
-        return "Packed" in y.grad_fn.name()
+        return "Eager" in y.grad_fn.name()
 
-    assert packed() and packed(x.detach()) and packed(activation="silu")
-    assert packed(x.T.contiguous().T) and packed(x.reshape(2, 3, 3))
-    assert not packed(residual=x) and not packed(groups=2) and not packed(valid=x[:, 0] > -9)
-    assert not packed(x.as_subclass(nn.Parameter))  # another type
+    assert eager() and eager(x.detach()) and eager(activation="silu")
+    assert eager(x.T.contiguous().T) and eager(x.reshape(2, 3, 3))
+    assert eager(residual=x) and eager(groups=2) and eager(valid=x[:, 0] > -9)
+    assert not eager(x.as_subclass(nn.Parameter))  # another type
     with forward_ad.dual_level():
-        assert not packed()
+        assert not eager()
     versions = [t._version for t in running]
-    assert packed() and [t._version for t in running] == [v + 1 for v in versions]
+    assert eager() and [t._version for t in running] == [v + 1 for v in versions]
     strided = torch.zeros(3, 2)[:, 0], torch.ones(3, 2)[:, 0]
     dense = torch.zeros(3), torch.ones(3)
     for pair in (strided, dense):
@@ -128,16 +129,18 @@ def test_third_derivative(training):
 
 def test_kernels_match_reference():
     x = torch.randn(9, 33, dtype=torch.float64)
-    stats = torch.zeros(33).double(), torch.ones(33).double()
-    ours = torch.ops.fused_ops.batch_norm_forward(x, *stats, None, None, True, 0.1, 1e-5, 0)
-    for a, b in zip(ours, reference.forward(x, *stats, None, None, True, 0.1, 1e-5, 0), strict=True):
-        torch.testing.assert_close(a, b)
+    found = []
+    for forward in (torch.ops.fused_ops.batch_norm_forward, reference.forward):
+        stats = torch.zeros(33).double(), torch.ones(33).double()
+        found.append([*forward(x, *stats, None, None), *stats])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("shape", [(9, 33), (3, 4, 2, 3), (3, 4, 7, 9)])
 def test_masks_match_the_reference(shape):
     x, r = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    call = (x, r, *[None] * 5, True, 0.1, 1e-5, 0, activations.RELU, 0.0, 1)
-    ours, expected = torch.ops.fused_ops.batch_norm_act_forward(*call), reference.act_forward(*call)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    found = []
+    for forward in (torch.ops.fused_ops.batch_norm_forward, reference.forward):
+        mask = torch.full((reference.mask_bytes(x),), 0xAA, dtype=torch.uint8)
+        found.append([*forward(x, *[None] * 4, activation=activations.RELU, residual=r, mask=mask), mask])
+    torch.testing.assert_close(*found)

@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.ops.batch_norm import activations
-from fused_ops.ops.batch_norm import keep_output_reference as reference
-from fused_ops.ops.batch_norm import reference as ordinary
+from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.testing import assert_no_worse_than
 
 LAYOUTS = {
@@ -75,9 +73,10 @@ def check(x, g, w, b, training, activation):
     x, g, w, b = wide
     y = truth["output"].to(ours["output"].dtype).double()
     stats = [torch.full_like(w, v) for v in (0.5, 2.0)]
-    mean, invstd = ordinary.forward(x, *stats, w, b, training, 0.1, 1e-5, 0)[1:3]
-    kept = reference.keep(y, x, w, b, None, code, slope, 1)
-    rounded = reference.inplace_backward(g, y, w, b, mean, invstd, *kept, None, training, 0, code, slope, 1, True, True)
+    statistics = reference.forward(x, *stats, w, b, training)[1]
+    stored, offsets = reference.keep(y, x, w, b, None, code, slope, 1)
+    numbers = {"activation": code, "slope": slope, "stored": stored, "offsets": offsets}
+    rounded = reference.backward(g, y, w, b, statistics, training, **numbers)
     spread = dict(zip(("grad_input", "grad_weight", "grad_bias"), rounded, strict=True))
     for name, value in ours.items():
         if name not in spread:
@@ -115,16 +114,16 @@ def test_kernel_equals_reference(dtype, activation, layout, groups):
     code, ops = activations.CODES[activation], torch.ops.fused_ops
     slope = {"elu": 1.3, "leaky_relu": 0.2, None: 0.0}[activation]
     valid = torch.rand(x.shape[:1] + x.shape[2:]) < 0.7 if layout in ("planes", "few channels last") else None
-    call = (x, None, None, None, w, b, valid, True, 0.1, 1e-5, 0, code, slope, groups)
-    y, mean, invstd = ops.batch_norm_act_forward(*call)[:3]
+    numbers = {"activation": code, "slope": slope, "valid": valid, "groups": groups}
+    y, statistics = ops.batch_norm_forward(x, None, None, w, b, **numbers)
     kept = (
         ops.batch_norm_keep(y, x, w, b, valid, code, slope, groups),
         reference.keep(y, x, w, b, valid, code, slope, groups),
     )
     assert torch.equal(kept[0][0], kept[1][0]) and kept[0][0].numel() > 0
     found = [
-        f(g, y, w, b, mean, invstd, *k, valid, True, 0, code, slope, groups, True, True)
-        for f, k in zip((ops.batch_norm_inplace_backward, reference.inplace_backward), kept, strict=True)
+        f(g, y, w, b, statistics, stored=stored, offsets=offsets, **numbers)
+        for f, (stored, offsets) in zip((ops.batch_norm_backward, reference.backward), kept, strict=True)
     ]
     for ours, want in zip(*found, strict=True):
         scale = float(want.abs().max())
@@ -317,5 +316,5 @@ def test_a_plain_backward_adds_no_zeros_of_the_input_s_size():
     upstream = torch.randn_like(y)
     with Seen() as seen:
         torch.autograd.grad(y, leaves, upstream)
-    assert "batch_norm_inplace_backward" in seen.names
+    assert "batch_norm_backward" in seen.names
     assert not {"zeros", "zero_", "new_zeros", "zeros_like", "add", "add_"} & set(seen.names)

@@ -284,21 +284,37 @@ def test_errors(kind, text, function):
 
 @pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
 def test_raw_ops_reject_garbage():
-    forward, backward = torch.ops.fused_ops.batch_norm_act_forward, torch.ops.fused_ops.batch_norm_act_backward
-    x, mean = torch.randn(4, 3), torch.zeros(3).double()
-    tail = (True, 0.1, 1e-5, 0)
+    ops = torch.ops.fused_ops
+    x, statistics = torch.randn(4, 3), torch.zeros(2, 3).double()
+    mask, long_mask = torch.empty(2, dtype=torch.uint8), torch.empty(3, dtype=torch.uint8)
+
+    def forward(input=x, **options):
+        return ops.batch_norm_forward(input, None, None, None, None, **options)
+
+    def backward(grad=x, statistics=statistics, **options):
+        return ops.batch_norm_backward(grad, x, None, None, statistics, **options)
+
+    forward(activation=1, residual=x, mask=torch.empty(4, dtype=torch.uint8)), backward(grad_residual=x.clone())
     for bad in (
-        lambda: forward(x[0], *[None] * 6, *tail, 0, 0.0, 1),
-        lambda: forward(x, None, None, None, None, None, None, *tail, 99, 0.0, 1),
-        lambda: forward(x, None, None, None, None, None, None, *tail, 0, 0.0, 0),
-        lambda: forward(x, x[:2], None, None, None, None, None, *tail, 0, 0.0, 1),
-        lambda: forward(x, None, None, None, None, None, torch.ones(7).bool(), *tail, 0, 0.0, 1),
-        lambda: backward(x, x, None, None, None, mean[:2], mean, None, None, True, 0, 0, 0.0, 1, True, True, True),
-        lambda: backward(x, x, None, None, None, mean, mean, None, None, True, 0, 0, 0.0, 2, True, True, True),
-        lambda: backward(
-            x, x, None, None, None, mean, mean, torch.ones(1).byte(), None, True, 0, 1, 0.0, 1, True, True, True
-        ),
-        lambda: backward(x[:2], x, None, None, None, mean, mean, None, None, True, 0, 0, 0.0, 1, True, True, True),
+        lambda: forward(x[0]),
+        lambda: forward(activation=99),
+        lambda: forward(groups=0),
+        lambda: forward(residual=x[:2]),
+        lambda: forward(valid=torch.ones(7).bool()),
+        lambda: forward(activation=1, residual=x, mask=long_mask),
+        lambda: forward(activation=1, residual=x, mask=torch.empty(8, dtype=torch.uint8)[::2]),
+        lambda: forward(activation=1, mask=mask),
+        lambda: forward(activation=5, residual=x, mask=mask),
+        lambda: backward(statistics=statistics[:, :2]),
+        lambda: backward(groups=2),
+        lambda: backward(activation=1, mask=mask),
+        lambda: backward(x[:2]),
+        lambda: backward(grad_residual=x[:2]),
+        lambda: backward(grad_residual=x.double()),
+        lambda: backward(grad_residual=x.T.contiguous().T),
+        lambda: backward(stored=x[0]),
+        lambda: backward(stored=x[0, :0], offsets=torch.tensor([0, 7])),
+        lambda: backward(stored=x[0, :0], offsets=torch.zeros(2).long(), residual=x),
     ):
         with pytest.raises(RuntimeError):
             bad()
@@ -315,14 +331,17 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             torch.manual_seed(act)
             x, r, g = (torch.randn(shape).to(dtype) for _ in range(3))
             w, b = (torch.randn(shape[1]).to(R.acc_dtype(dtype)) for _ in range(2))
-            call = (x, r, None, None, w, b, None, True, 0.1, 1e-5, 0, act, 0.1, 1)
-            ours, want = ops.batch_norm_act_forward(*call), R.act_forward(*call)
-            saved = (x, None if want[5].numel() else r, w, b, want[1], want[2], want[5], None)
-            call = (g, *saved, True, 0, act, 0.1, 1, True, True, True)
-            if act == 1:
-                call = (*call[:12], 0.0, *call[13:])
-            pairs = zip((*ours[:3], *ops.batch_norm_act_backward(*call)), (*want[:3], *R.act_backward(*call)))
-            for a, c in pairs:
+            numbers = dict(activation=act, slope=0.0 if act == 1 else 0.1)
+            found = []
+            for forward, backward in ((ops.batch_norm_forward, ops.batch_norm_backward), (R.forward, R.backward)):
+                signs = torch.empty(R.mask_bytes(x), dtype=torch.uint8) if R.has_mask(r, None, act) else None
+                y, statistics = forward(x, None, None, w, b, residual=r, mask=signs, **numbers)
+                if not found:  # both backwards get the same signs of z
+                    shared = None if signs is None else signs.clone()
+                saved = dict(residual=r if signs is None else None, mask=shared, grad_residual=torch.empty_like(x))
+                grads = backward(g, x, w, b, found[0][1] if found else statistics, **saved, **numbers)
+                found.append((y, statistics, *grads, saved["grad_residual"]))
+            for a, c in zip(*found):
                 limit = tolerance if a.dtype == dtype else 4e-6
                 error = (a.double() - c.double()).abs().max() / c.double().abs().max()
                 assert error < limit, (dtype, shape, act, float(error))
@@ -332,7 +351,7 @@ for dtype in (torch.bfloat16, torch.float16):
         x, scale = bits.view(dtype).reshape(shape), 1.00390625
         n = shape[1]
         params = (torch.zeros(n), torch.ones(n), torch.full((n,), scale), torch.zeros(n))
-        y = ops.batch_norm_forward(x, *params, False, 0.1, 0.0, 0)[0]
+        y = ops.batch_norm_forward(x, *params, False, 0.1, 0.0)[0]
         torch.testing.assert_close(y, (x.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
 print(fused_ops.core.library.isa())
 """
@@ -355,8 +374,7 @@ def test_mask_is_the_sign(shape, channels_last):
     x, r = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    found = torch.ops.fused_ops.batch_norm_act_forward(
-        x, r, None, None, None, None, None, True, 0.1, 1e-5, 0, activations.RELU, 0.0, 1
-    )
-    assert torch.equal(reference.unpack(found[5], x), found[0] > 0)
-    assert found[5].numel() == reference.mask_bytes(x)
+    mask = torch.full((reference.mask_bytes(x),), 0xAA, dtype=torch.uint8)
+    options = {"activation": activations.RELU, "residual": r, "mask": mask}
+    y, _ = torch.ops.fused_ops.batch_norm_forward(x, None, None, None, None, **options)
+    assert torch.equal(reference.unpack(mask, x), y > 0)

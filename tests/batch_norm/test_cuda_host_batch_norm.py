@@ -69,13 +69,16 @@ def expected(case, training=True, activation=NONE, slope=0.1, correction=0, affi
     to = (lambda t: t) if kind is None else (lambda t: None if t is None else t.to(kind))
     weight, bias = (to(case.weight), to(case.bias)) if affine else (None, None)
     x, residual, stats = to(case.x), to(case.residual), map(to, case.stats)
-    options = (correction, activation, slope, 1)
-    found = reference.act_forward(x, residual, *stats, weight, bias, None, training, 0.1, 1e-5, *options)
-    grads = reference.act_backward(
-        *(to(case.grad), x, residual, weight, bias, found[1], found[2], None, None, training, *options),
-        *(True, True, case.residual is not None),
+    stats = [t.clone() for t in stats]
+    masked = reference.has_mask(residual, None, activation)
+    mask = torch.empty(reference.mask_bytes(x), dtype=torch.uint8) if masked else None
+    options = {"correction": correction, "activation": activation, "slope": slope, "residual": residual}
+    y, statistics = reference.forward(x, *stats, weight, bias, training, mask=mask, **options)
+    grad_residual = None if residual is None else torch.empty_like(residual)
+    grads = reference.backward(
+        to(case.grad), x, weight, bias, statistics, training, grad_residual=grad_residual, **options
     )
-    return found, grads
+    return (y, *statistics, *stats, mask), (grads[0], grad_residual, *grads[1:])
 
 
 def tolerance(dtype):

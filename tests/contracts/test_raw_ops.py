@@ -18,6 +18,7 @@ import torch
 
 import fused_ops
 from fused_ops.core.sample import Sample
+from fused_ops.ops.batch_norm import arguments
 from fused_ops.testing import _RecordRawOps, op_names
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
@@ -51,7 +52,7 @@ def in_tiles():
 # What the package asks before it chooses an op, and the answer: of plain eager calls, of all others, of graphs.
 WAYS = {
     "eager": {"fused_ops.ops.cross_entropy.functions.dispatch_modes": False},
-    "functional": {"fused_ops.ops.batch_norm.eager.serves": False},
+    "functional": {"fused_ops.ops.batch_norm.arguments.way_of": arguments.Way.FUNCTION},
     "graph": {"torch.compiler.is_compiling": True},
 }
 
@@ -84,10 +85,7 @@ REFERENCES = {
         ("batch_norm", "batch_norm.reference"),
         ("linear_cross_entropy", "linear_cross_entropy.reference"),
     )
-    for suffix in (
-        *("forward", "backward", "backward_", "act_forward", "act_backward", "packed_forward", "packed_backward"),
-        *("chunk_", "small"),
-    )
+    for suffix in (*("forward", "backward", "backward_", "keep", "chunk_", "small"),)
     if hasattr(importlib.import_module(f"fused_ops.ops.{module}"), suffix)
 }
 

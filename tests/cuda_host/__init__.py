@@ -29,7 +29,7 @@ OPS = {  # the raw ops with kernels
         for direction in ("forward", "backward", "backward_")
     ],
     "linear_cross_entropy": ["linear_cross_entropy_chunk_"],
-    "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "act_") for direction in ("forward", "backward")],
+    "batch_norm": ["batch_norm_forward", "batch_norm_backward"],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write
 
@@ -72,7 +72,7 @@ def define_ops():
     for name in [name for names in OPS.values() for name in names]:
         schema = str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1]
         library.define(schema)
-        if "_act_" in name:  # what a kernel does not serve, it hands over by this name
+        if name.startswith("batch_norm"):  # what a kernel does not serve, it hands over by this name
             library.define(schema.replace(name, f"{name}_reference", 1))
             function = getattr(batch_norm, name.removeprefix("batch_norm_"))
             library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
@@ -200,7 +200,7 @@ class BatchNorm:
         return head, poisoned(self.library.bn_scratch(head), torch.float64)
 
     def forward(self, x, residual, running_mean, running_var, weight, bias, training, momentum, eps, *options):
-        """As reference.act_forward without ``valid`` and ``groups``."""
+        """As the raw op without ``valid`` and ``groups``."""
         correction, activation, slope, mask_bytes, output = options
         parameters = (weight, bias, running_mean, running_var)
         head, scratch = self.head(x, parameters, training, correction, activation)
@@ -214,7 +214,7 @@ class BatchNorm:
         return output, mean, invstd, *new, mask
 
     def backward(self, grad, x, residual, weight, bias, mean, invstd, mask, training, *options):
-        """As reference.act_backward without ``valid`` and ``groups``; into grad_input and grad_residual."""
+        """As the raw op without ``valid`` and ``groups``; into grad_input and grad_residual."""
         correction, activation, slope, grad_input, grad_residual, need_params = options
         parameters = (weight, bias, None, None)
         head, scratch = self.head(x, parameters, training, correction, activation)

@@ -123,20 +123,28 @@ def batch_norm(dtype):
         valid.view(-1)[:2] = True
         g = torch.randn_like(x)
         training = i % 3 != 0
-        plain = (x, mean, var, weight, bias, training, 0.1, 1e-5, 0)
-        found = OPS.batch_norm_forward(*plain)
-        yield f"batch_norm_forward {name}", OPS.batch_norm_forward, plain
-        back = (g, x, weight, found[1], found[2], training, 0, True, True)
-        yield f"batch_norm_backward {name}", OPS.batch_norm_backward, back
-        for code, with_residual, with_valid in ((1, True, False), (i % 9, False, True), (i % 9, True, i % 2 == 0)):
+        for code, with_residual, with_valid in (
+            (0, False, False),
+            (1, True, False),
+            (i % 9, False, True),
+            (i % 9, True, i % 2 == 0),
+        ):
             r, v = residual if with_residual else None, valid if with_valid else None
-            act = (x, r, mean, var, weight, bias, v, training, 0.1, 1e-5, 0, code, 0.1 if code != 1 else 0.0, 1)
-            found = OPS.batch_norm_act_forward(*act)
-            mask = found[5] if bn.has_mask(r, v, code) else None
-            saved = (g, x, None if mask is not None else r, weight, bias, found[1], found[2], mask, v)
-            yield f"batch_norm_act_forward {name} {code}", OPS.batch_norm_act_forward, act
-            numbers = (training, 0, code, 0.1 if code != 1 else 0.0, 1, True, True, True)
-            yield f"batch_norm_act_backward {name} {code}", OPS.batch_norm_act_backward, (*saved, *numbers)
+            mask = torch.empty(bn.mask_bytes(x), dtype=torch.uint8) if bn.has_mask(r, v, code) else None
+            slope = 0.1 if code != 1 else 0.0
+            act = (x, mean, var, weight, bias, training, 0.1, 1e-5, 0, code, slope, r, mask, v)
+            yield f"batch_norm_forward {name} {code}", OPS.batch_norm_forward, act
+            statistics = OPS.batch_norm_forward(*act)[1]
+            numbers = (training, True, True, 0, code, slope)
+            rest = (
+                None if mask is not None else r,
+                mask,
+                v,
+                1,
+                torch.empty_like(x.contiguous()) if r is not None else None,
+            )
+            back = (g, x, weight, bias, statistics, *numbers, *rest)
+            yield f"batch_norm_backward {name} {code}", OPS.batch_norm_backward, back
 
 
 def copied(args, mode):

@@ -11,7 +11,7 @@
 #include <memory>
 
 #include "batch_norm/cpu/activation.h"
-#include "batch_norm/keep_output_kernels.h"
+#include "batch_norm/kernels.h"
 #include "simd/math.h"
 
 namespace fused_ops {

@@ -1,4 +1,4 @@
-// Mean and M2 (the sum of squared deviations) of runs of values, and their merging (Chan, Golub and LeVeque, 1979).
+// Sums over runs of values of one channel: of deviations from a center and their squares, and of gradients.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,26 +17,6 @@ inline acc_t<T> center_of(double mean) {
   store(&rounded, static_cast<acc_t<T>>(mean));
   return to_acc(rounded);
 }
-
-struct Moments {
-  double mean = 0, m2 = 0;
-  int64_t n = 0;
-
-  void merge(double other_mean, double other_m2, int64_t other_n) {
-    if (other_n == 0) return;
-    if (n == 0) {  // exact, and keeps inf and NaN as they came
-      mean = other_mean, m2 = other_m2, n = other_n;
-      return;
-    }
-    const double total = static_cast<double>(n + other_n), delta = other_mean - mean;
-    if (std::isfinite(delta))
-      mean += delta * (static_cast<double>(other_n) / total);
-    else
-      mean += other_mean;  // inf stays inf, which inf - inf would not
-    m2 += other_m2 + delta * delta * (static_cast<double>(n) * static_cast<double>(other_n) / total);
-    n += other_n;
-  }
-};
 
 template <class V>
 inline double sum_of(V v) {

@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "batch_norm/cpu/activation.h"
-#include "batch_norm/small_kernels.h"
+#include "batch_norm/kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {

@@ -1,4 +1,4 @@
-"""Batch normalisation: the public function, its checks and its running statistics."""
+"""Batch normalisation: the public function, and what becomes of its running statistics."""
 
 from __future__ import annotations
 
@@ -8,109 +8,18 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops.core.argument_checks import check_tensors
-from fused_ops.core.graph import in_graph, needs_formulas, no_script
+from fused_ops.core.graph import no_script
 from fused_ops.core.integers import as_int64
-from fused_ops.core.torch_private import graph_task_id, has_torch_function, transforms_active
-from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.ops.batch_norm import activations, graph
-from fused_ops.ops.batch_norm import eager as packed
-from fused_ops.ops.batch_norm.formulas import formulas
-from fused_ops.ops.batch_norm.functions import BatchNormActFunction, BatchNormFunction
-from fused_ops.ops.batch_norm.reference import Options, check_written
+from fused_ops.core.torch_private import graph_task_id, transforms_active
+from fused_ops.distributed.dtensor import refuse
+from fused_ops.ops.batch_norm import activations, arguments, functions, graph, keep_output
+from fused_ops.ops.batch_norm.arguments import Way, check_kinds, check_values, checked_call, code_of, is_empty_1d
+from fused_ops.ops.batch_norm.derivatives import formulas
+from fused_ops.ops.batch_norm.reference import Call
 
-_INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _check_kinds(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: object,
-) -> None:
-    """Raises for an argument that is no tensor, number or bool, as PyTorch's argument parser does."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
-    tensors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
-    for name, value in tensors:
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
-        if value.dim() != 1 and name.startswith("running"):
-            raise RuntimeError(f"batch_norm: expected {name} to have one dimension, got shape {list(value.shape)}")
-    if isinstance(training, str) or training is None:
-        raise TypeError(f"batch_norm(): argument 'training' (position 6) must be bool, not {type(training).__name__}")
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(number, (float, int)) and not hasattr(number, "__float__"):
-            raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(number).__name__}")
-    as_int64("batch_norm", "correction", correction)
-    if eps < 0 and not training:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-
-
-def _check(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
-    if input.dim() < 2:
-        raise IndexError(f"batch_norm: input must be (batch, channels, ...), got shape {list(input.shape)}")
-    if input.dtype not in _INPUT_DTYPES:
-        raise NotImplementedError(f"batch_norm: input must be a floating-point tensor, got {input.dtype}")
-    if training:
-        if (running_mean is None) != (running_var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if input.size(1) and input.numel() == input.size(1):
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        check_written(running_mean, running_var)
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if value is None:
-            if not training:
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
-        elif value.requires_grad:
-            raise RuntimeError(f"batch_norm is not differentiable with respect to argument '{name}'.")
-
-
-def _code(activation: str | None) -> int:
-    if activation not in activations.CODES:
-        names = [name for name in activations.CODES if name is not None]
-        raise ValueError(f"batch_norm: expected activation to be None or one of {names}, got {activation!r}")
-    return activations.CODES[activation]
-
-
-def _positions(valid: Tensor, input: Tensor) -> Tensor:
-    """The mask of positions that count, (batch, ...), from such a mask or from lengths."""
-    batch, spatial = input.size(0), input.shape[2:]
-    if valid.dtype == torch.bool:
-        if valid.shape != (batch, *spatial):
-            raise RuntimeError(f"batch_norm: expected valid of shape {[batch, *spatial]}, got {list(valid.shape)}")
-        return valid
-    if valid.is_floating_point() or valid.is_complex():
-        raise TypeError(f"batch_norm: expected valid to be bool, or lengths of an integer dtype, got {valid.dtype}")
-    if valid.shape != (batch,) or len(spatial) != 1:
-        expected = f"lengths of shape {[batch]} with a 3-d input"
-        raise RuntimeError(f"batch_norm: expected valid to be {expected}, got {list(valid.shape)} with {input.dim()}-d")
-    check_tensors("batch_norm", [("input", input), ("valid", valid)])
-    return torch.arange(spatial[0], device=input.device) < valid.unsqueeze(1)
-
-
-def _checked(input: Tensor, valid: Tensor | None, options: Options) -> Tensor | None:
-    if as_int64("batch_norm", "groups", options.groups) < 1:
-        raise ValueError(f"batch_norm: expected groups to be at least 1, got {options.groups}")
-    return None if valid is None else _positions(valid, input)
-
-
-def _check_residual(input: Tensor, residual: Tensor | None) -> None:
-    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
-        expected = f"{list(input.shape)} and {input.dtype}"
-        raise RuntimeError(
-            f"batch_norm: expected residual of input's shape and dtype, {expected}, got {list(residual.shape)} and "
-            f"{residual.dtype}"
-        )
+_EAGER = Way.EAGER
+_NONE = activations.NONE
+_code = code_of
 
 
 def recomputing() -> bool:
@@ -189,38 +98,28 @@ def batch_norm(
     """
     if correction:
         correction = as_int64("batch_norm", "correction", correction)
-    if (
-        (residual is None and valid is None and groups == 1 and not inplace_activated)
-        and (training is True or training is False)
-        and packed.serves(input, running_mean, running_var, weight, bias)
-    ):
+    way = arguments.way_of(input, running_mean, running_var, weight, bias, residual, valid)
+    if way is _EAGER and not inplace_activated and (training is True or training is False):
         try:
-            return packed.batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                eps,
-                correction,
-                activation,
-                negative_slope,
-                alpha,
-            )
+            code, slope = _NONE, 0.0
+            more: tuple[Any, ...] = ()
+            if activation is not None:
+                code = activations.CODES[activation]
+                slope = activations.slope_of(code, negative_slope, alpha)
+            if residual is not None or valid is not None or groups != 1:
+                more = residual, arguments.checked_options(input, residual, valid, groups), groups
+            numbers = momentum, eps, correction, code, slope
+            return functions.eager(input, running_mean, running_var, weight, bias, training, numbers, more)
         except Exception:  # an argument that the checks below know, or else as it is
             if isinstance(input, Tensor) and input.is_mkldnn and activation is None and correction == 0:
                 statistics = (running_mean, running_var)
                 return torch.nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-            _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
-            if not (input.shape == (0,) and (running_mean is None or running_mean.numel() == 0)):
-                _check(input, running_mean, running_var, training, eps)
-                _code(activation)
+            check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
+            if not is_empty_1d(input, running_mean):
+                check_values(input, running_mean, running_var, training, eps)
+                code_of(activation)
                 raise
-    tensors = (input, running_mean, running_var, weight, bias, residual, valid)
-    overridden = not torch.compiler.is_compiling() and has_torch_function(*tensors)
-    if overridden or any_dtensor(*tensors):
+    if way is Way.OVERRIDES or way is Way.PYTORCH:
         args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         own: dict[str, Any] = {
             "correction": correction,
@@ -232,17 +131,18 @@ def batch_norm(
             "groups": groups,
             "inplace_activated": inplace_activated,
         }
-        if overridden:
-            return handle_torch_function(batch_norm, tensors, *args, **own)
+        if way is Way.OVERRIDES:
+            return handle_torch_function(batch_norm, (*args[:5], residual, valid), *args, **own)
         refuse(batch_norm, own)
         return torch.nn.functional.batch_norm(*args)
-    _check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
-    if input.shape == (0,) and (running_mean is None or running_mean.numel() == 0):
-        return input.clone()  # one dimension of no values: PyTorch lets it through
-    output, new_mean, new_var = _with_statistics(
+    check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
+    if is_empty_1d(input, running_mean):
+        return input.clone()
+    call = checked_call(
         *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
         *(activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
     )
+    output, new_mean, new_var = _run(call, way, inplace_activated)
     if training and running_mean is not None and running_var is not None and not recomputing():
         write_running(new_mean, new_var, running_mean, running_var)
     return output
@@ -257,56 +157,17 @@ def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, runni
         running_var.copy_(new_var)
 
 
-def _with_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-    activation: str | None,
-    residual: Tensor | None,
-    negative_slope: float,
-    alpha: float,
-    valid: Tensor | None,
-    groups: int,
-    inplace_activated: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``batch_norm`` that changes nothing: (output, new_running_mean, new_running_var)."""
-    _check(input, running_mean, running_var, training, eps)
-    code = _code(activation)
-    slope = activations.slope_of(code, negative_slope, alpha)
-    options = Options(training, eps, correction, code, slope, groups)
-    running, params = (running_mean, running_var), (weight, bias)
-    if inplace_activated:
-        import fused_ops.ops.batch_norm.keep_output as inplace  # it needs this module
-
-        inplace.check(activation, code, slope, residual)
-        if inplace.available(input, weight, bias):
-            return inplace.apply(input, running, params, _checked(input, valid, options), momentum, options)
-    _check_residual(input, residual)
-    args = input, residual, running, params, _checked(input, valid, options), momentum, options
-    if needs_formulas():
-        return formulas(*args)
-    return graph.batch_norm(*args) if in_graph() else _apply(*args)
+def _run(call: Call, way: Way, inplace_activated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, new_running_mean, new_running_var) of a call, which changes nothing."""
+    if inplace_activated and arguments.may_keep_output(way, call.input, call.weight, call.bias):
+        return keep_output.batch_norm(call)
+    if way is Way.FORMULAS:
+        return formulas(call)
+    return graph.batch_norm(call) if way is Way.GRAPH else functions.batch_norm(call)
 
 
-def _apply(
-    input: Tensor,
-    residual: Tensor | None,
-    running: tuple[Tensor | None, Tensor | None],
-    params: tuple[Tensor | None, Tensor | None],
-    valid: Tensor | None,
-    momentum: float,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """By a Function: eager mode."""
-    if residual is None and valid is None and options.activation == activations.NONE and options.groups == 1:
-        statistics = (options.training, momentum, options.eps, options.correction)
-        found = BatchNormFunction.apply(input, *running, *params, *statistics)
-    else:
-        found = BatchNormActFunction.apply(input, residual, *running, *params, valid, momentum, *options)
-    return found[0], found[3], found[4]
+def _with_statistics(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``batch_norm`` that changes nothing: all its arguments -> (output, new_running_mean, new_running_var)."""
+    call = checked_call(*args)
+    tensors = (call.input, call.running_mean, call.running_var, call.weight, call.bias, call.residual, call.valid)
+    return _run(call, arguments.way_of(*tensors), args[-1])

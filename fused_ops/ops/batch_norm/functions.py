@@ -1,4 +1,9 @@
-"""The raw ops of batch norm and their autograd Functions; the public function is in ``api.py``."""
+"""The raw ops of batch norm and their autograd Functions; the public function is in ``api.py``.
+
+There is one pair of ops. The forward writes the running statistics that it is given, and the signs of z where it is
+given room for them. Both have as few results as they can: each tensor that crosses the border of an op costs up to half
+a microsecond, which for 32x64 values is as much as the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -6,129 +11,118 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
-from fused_ops.core.torch_private import transforms_active
-from fused_ops.ops.batch_norm import activations, reference
-from fused_ops.ops.batch_norm.reference import Options, Saved
+from fused_ops.core.torch_private import (
+    call_backward_directly,
+    graph_task_id,
+    has_torch_function,
+    increment_version,
+    transforms_active,
+    without_overrides,
+)
+from fused_ops.ops.batch_norm import activations, derivatives, reference
+from fused_ops.ops.batch_norm.reference import BackwardArguments, Call, ForwardArguments, Options, Saved, as_call
 
 
-def _fake_act_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    valid: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-    activation: int,
-    slope: float,
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channels = input.size(1)
-    count = channels * (reference.group_count(input.size(0), groups) if training else 1)
-    mean, invstd = (input.new_empty((count,), dtype=torch.float64) for _ in range(2))
-    new_mean, new_var = (
-        input.new_empty((0,), dtype=torch.float64) if r is None or not training else r.new_empty((channels,))
-        for r in (running_mean, running_var)
-    )
-    bits = reference.mask_bytes(input) if reference.has_mask(residual, valid, activation) else 0
-    return empty_output(input), mean, invstd, new_mean, new_var, input.new_empty((bits,), dtype=torch.uint8)
+def _fake_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    a = ForwardArguments(*arguments, **named)
+    count = a.input.size(1) * (reference.group_count(a.input.size(0), a.groups) if a.training else 1)
+    return empty_output(a.input), a.input.new_empty((2, count), dtype=torch.float64)
 
 
-def _fake_act_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    mask: Tensor | None,
-    valid: Tensor | None,
-    training: bool,
-    correction: int,
-    activation: int,
-    slope: float,
-    groups: int,
-    need_input: bool,
-    need_params: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kind = reference.param_dtype(input, weight, bias)
-    grad_weight, grad_bias = (input.new_empty((input.size(1) if need_params else 0,), dtype=kind) for _ in range(2))
-    grad_input, grad_residual = (
-        empty_output(input) if need else input.new_empty(0) for need in (need_input, need_residual)
-    )
-    return grad_input, grad_residual, grad_weight, grad_bias
-
-
-def _fake_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (training, momentum, eps, correction, activations.NONE, 0.0, 1)
-    return _fake_act_forward(input, None, running_mean, running_var, weight, bias, None, *options)[:5]
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    correction: int,
-    need_input: bool,
-    need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = (training, correction, activations.NONE, 0.0, 1, need_input, need_params, False)
-    found = _fake_act_backward(grad_output, input, None, weight, None, mean, invstd, None, None, *options)
-    return found[0], found[2], found[3]
+def _fake_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = BackwardArguments(*arguments, **named)
+    kind = reference.param_dtype(a.input, a.weight, a.bias)
+    count = a.input.size(1) if a.need_params else 0
+    grad_weight, grad_bias = (a.input.new_empty((count,), dtype=kind) for _ in range(2))
+    return empty_output(a.input) if a.need_input else a.input.new_empty(0), grad_weight, grad_bias
 
 
 _forward_op: Any = register(
-    "batch_norm_forward(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
-    "bool training, float momentum, float eps, int correction) "
-    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor new_running_mean, Tensor new_running_var)",
+    "batch_norm_forward(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
+    "bool training=True, float momentum=0.1, float eps=1e-5, int correction=0, int activation=0, float slope=0.0, "
+    "Tensor? residual=None, Tensor(c!)? mask=None, Tensor? valid=None, int groups=1) "
+    "-> (Tensor output, Tensor statistics)",
     reference.forward,
     _fake_forward,
 )
 _backward_op: Any = register(
-    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
-    "int correction, bool need_input, bool need_params) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, "
+    "bool training=True, bool need_input=True, bool need_params=True, int correction=0, int activation=0, "
+    "float slope=0.0, Tensor? residual=None, Tensor? mask=None, Tensor? valid=None, int groups=1, "
+    "Tensor(a!)? grad_residual=None, Tensor? stored=None, Tensor? offsets=None) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     reference.backward,
     _fake_backward,
 )
-_act_forward_op: Any = register(
-    "batch_norm_act_forward(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, "
-    "Tensor? weight, Tensor? bias, Tensor? valid, bool training, float momentum, float eps, int correction, "
-    "int activation, float slope, int groups) -> (Tensor output, Tensor mean, Tensor invstd, "
-    "Tensor new_running_mean, Tensor new_running_var, Tensor mask)",
-    reference.act_forward,
-    _fake_act_forward,
-)
-_act_backward_op: Any = register(
-    "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor invstd, Tensor? mask, Tensor? valid, bool training, int correction, int activation, "
-    "float slope, int groups, bool need_input, bool need_params, bool need_residual) "
-    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
-    reference.act_backward,
-    _fake_act_backward,
-)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(output, statistics, new running statistics, mask) of a call, which changes nothing; empty where it has none."""
+    input, running_mean, running_var, weight, bias, residual, valid, o = call
+    none = input.new_empty(0, dtype=torch.float64)
+    new_mean, new_var = running_mean, running_var
+    if o.training:
+        new_mean, new_var = (None if r is None else r.clone() for r in (running_mean, running_var))
+    mask = None
+    if reference.has_mask(residual, valid, o.activation):
+        mask = input.new_empty(reference.mask_bytes(input), dtype=torch.uint8)
+    numbers = o[:-1]
+    found = _forward_op(input, new_mean, new_var, weight, bias, *numbers, residual, mask, valid, o.groups)
+    updated = o.training and running_mean is not None
+    return (
+        *found,
+        new_mean if updated else none,
+        new_var if updated else none.clone(),
+        input.new_empty(0, dtype=torch.uint8) if mask is None else mask,
+    )
+
+
+def backward(
+    grad_output: Tensor, saved: Saved, options: Options, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, residual, weight and bias, empty where not needed (input, residual, weight and bias)."""
+    need_input, need_residual, need_params = needs
+    input, residual, weight, bias, statistics, mask, valid = saved
+    grad_residual = empty_output(input) if need_residual else None
+    o = options
+    numbers = o.training, need_input, need_params, o.correction, o.activation, o.slope
+    rest = residual, mask, valid, o.groups, grad_residual
+    grad_input, *grads = _backward_op(grad_output, input, weight, bias, statistics, *numbers, *rest)
+    return grad_input, input.new_empty(0) if grad_residual is None else grad_residual, *grads
+
+
+def saved_for(call: Call, statistics: Tensor, mask: Tensor) -> Saved:
+    """What the backward needs of a call and of its forward's results."""
+    input, _, _, weight, bias, residual, valid, o = call
+    masked = reference.has_mask(residual, valid, o.activation)
+    if masked or o.activation == activations.NONE:
+        residual = bias = None
+    return Saved(input, residual, weight, bias, statistics, mask if masked else None, valid)
+
+
+def gradients(
+    grad_output: Tensor, saved: Saved, options: Options, needs: tuple[bool, bool, bool, bool]
+) -> list[Tensor | None]:
+    """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
+    need_input, need_residual, need_weight, need_bias = needs
+    given = need_residual and options.activation == activations.NONE and saved.valid is None
+    if torch.is_grad_enabled() or transforms_active():
+        found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
+    else:
+        found = [
+            *backward(grad_output, saved, options, (need_input, need_residual and not given, need_weight or need_bias))
+        ]
+    if given:
+        found[1] = grad_output
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+# ---- under torch.func, and wherever else nothing may be written: functions of every tensor, with jvp and vmap
 
 
 class _Fold:
@@ -156,6 +150,12 @@ class _Fold:
         t = t.expand(self.size, *t.shape) if dim is None else t.movedim(dim, 0)
         return t.reshape(self.size, -1, self.channels).movedim(0, 1).reshape(-1)
 
+    def statistics(self, t: Tensor, dim: int | None) -> Tensor:
+        """(2, groups * channels) of each example -> (2, groups * size * channels)."""
+        rows = [t.select(0, i) if dim is None else t.movedim(dim, 0).select(1, i) for i in range(2)]
+        folded: list[Any] = [self.values(row, None if dim is None else 0) for row in rows]
+        return torch.stack(folded)
+
     def unfold(self, t: Tensor) -> Tensor:
         """Either of them back, with the examples first; an empty tensor is repeated."""
         if t.dim() > 1:
@@ -173,194 +173,244 @@ class BatchNormBackwardFunction(FusedFunction):
     """The gradients of input, residual, weight and bias as functions of grad_output and those four."""
 
     @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        mask: Tensor | None,
-        valid: Tensor | None,
-        *options: Any,
-    ) -> Any:
-        training, _, correction, activation, slope, groups = options
-        numbers = (training, correction, activation, slope, groups)
-        tensors = (input, residual, weight, bias, mean, invstd, mask, valid)
-        return _act_backward_op(grad_output, *tensors, *numbers, True, True, True)
+    def forward(grad_output: Tensor, *saved_and_options: Any) -> Any:
+        saved, options = Saved(*saved_and_options[:7]), Options(*saved_and_options[7:])
+        return backward(grad_output, saved, options, (True, True, True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        save(ctx, *inputs[:9])
-        ctx.options = Options(*inputs[9:])
+        save(ctx, *inputs[:8])
+        ctx.options = Options(*inputs[8:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad_output, *tensors = checked_saved(ctx.saved_tensors, *grads)
-        found = reference.double_backward(grads, grad_output, Saved(*tensors), ctx.options)
+        found = derivatives.double_backward(grads, grad_output, Saved(*tensors), ctx.options)
         present = [grad_output, *tensors[:4]]
         return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         grad_output, *tensors = checked_saved(ctx.saved_tensors, *tangents[:5])
-        return reference.backward_jvp(grad_output, Saved(*tensors), tangents[:5], ctx.options)
+        return derivatives.backward_jvp(grad_output, Saved(*tensors), tangents[:5], ctx.options)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Folds the examples into the channels."""
-        mask, valid, *options = args[7:]
-        if mask is not None or in_dims[8] is not None:
+        mask, valid, *options = args[6:]
+        if mask is not None or in_dims[7] is not None:
             return super().vmap(info, in_dims, *args)
         fold = _Fold(info.batch_size, _example_channels(args[1], in_dims[1]))
         images = [fold.image(t, d) for t, d in zip(args[:3], in_dims[:3], strict=True)]
-        values = [fold.values(t, d) for t, d in zip(args[3:7], in_dims[3:7], strict=True)]
-        outputs = cls.apply(*images, *values, None, valid, *options)
+        values = [fold.values(t, d) for t, d in zip(args[3:5], in_dims[3:5], strict=True)]
+        outputs = cls.apply(*images, *values, fold.statistics(args[5], in_dims[5]), None, valid, *options)
         return tuple(fold.unfold(t) for t in outputs), (0,) * 4
 
 
-def _grads(ctx: Any, grad_output: Tensor, saved: Saved, needs: tuple[bool, bool, bool, bool]) -> list[Tensor | None]:
-    """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
-    options: Options = ctx.options
-    need_input, need_residual, need_weight, need_bias = needs
-    given = need_residual and options.activation == activations.NONE and saved.valid is None
-    if torch.is_grad_enabled() or transforms_active():
-        found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
-    else:
-        numbers = (options.training, options.correction, options.activation, options.slope, options.groups)
-        need_params = need_weight or need_bias
-        needs_op = (need_input, need_params, need_residual and not given)
-        found = [*_act_backward_op(grad_output, *saved, *numbers, *needs_op)]
-    if given:
-        found[1] = grad_output
-    return [g if need else None for g, need in zip(found, needs, strict=True)]
-
-
 class BatchNormFunction(FusedFunction):
-    """(output, mean, invstd, new running statistics); only the output is differentiable."""
+    """(output, statistics, new running statistics, mask) of a call; only the output is differentiable."""
 
     only_first_output = True
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        correction: int,
-    ) -> Any:
-        return _forward_op(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
+    def forward(*call: Any) -> Any:
+        return forward(as_call(call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, _, _, weight, _, training, _, eps, correction = inputs
-        _, mean, invstd, new_mean, new_var = output
-        ctx.mark_non_differentiable(mean, invstd, new_mean, new_var)
-        ctx.options = Options(training, eps, correction)
-        save(ctx, input, weight, mean, invstd)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        if grad_output is None:
-            return (None,) * 9
-        input, weight, mean, invstd = ctx.saved_tensors
-        need_input, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or transforms_active():
-            tensors = Saved(input, None, weight, None, mean, invstd, None, None)
-            found = _grads(ctx, grad_output, tensors, (need_input, False, need_weight, need_bias))
-            return found[0], None, None, found[2], found[3], None, None, None, None
-        args = (ctx.options.training, ctx.options.correction, need_input, need_weight or need_bias)
-        grad_input, grad_weight, grad_bias = _backward_op(grad_output, input, weight, mean, invstd, *args)
-        return (
-            grad_input if need_input else None,
-            None,
-            None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        input, weight, mean, invstd = checked_saved(ctx.saved_tensors, *tangents[:5])
-        tensors = Saved(input, None, weight, None, mean, invstd, None, None)
-        output_t = reference.jvp(tensors, (tangents[0], None, *tangents[3:5]), ctx.options)
-        return output_t, None, None, None, None
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Folds the examples into the channels."""
-        fold = _Fold(info.batch_size, _example_channels(args[0], in_dims[0]))
-        values = [fold.values(t, d) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
-        outputs = cls.apply(fold.image(args[0], in_dims[0]), *values, *args[5:])
-        return tuple(fold.unfold(t) for t in outputs), (0,) * 5
-
-
-class BatchNormActFunction(FusedFunction):
-    """(output, mean, invstd, new running statistics, mask); only the output is differentiable."""
-
-    only_first_output = True
-
-    @staticmethod
-    def forward(
-        input: Tensor,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        valid: Tensor | None,
-        momentum: float,
-        *options: Any,
-    ) -> Any:
-        training, eps, correction, *shape = options
-        statistics = (training, momentum, eps, correction)
-        return _act_forward_op(input, residual, running_mean, running_var, weight, bias, valid, *statistics, *shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, residual, _, _, weight, bias, valid, _, *numbers = inputs
-        options = Options(*numbers)
-        _, mean, invstd, new_mean, new_var, mask = output
-        ctx.mark_non_differentiable(mean, invstd, new_mean, new_var, mask)
-        ctx.options = options
-        if reference.has_mask(residual, valid, options.activation):
-            residual = bias = None
-        else:
-            mask = None
-        if options.activation == activations.NONE:
-            residual = bias = None
-        save(ctx, input, residual, weight, bias, mean, invstd, mask, valid)
+        call = as_call(inputs)
+        _, statistics, _, _, mask = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.options = call.options
+        save(ctx, *saved_for(call, statistics, mask))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * 14
         need = ctx.needs_input_grad
-        found = _grads(ctx, grad_output, Saved(*ctx.saved_tensors), (need[0], need[1], need[4], need[5]))
-        return found[0], found[1], None, None, found[2], found[3], *(None,) * 8
+        needs = need[0], need[5], need[3], need[4]
+        grad_input, grad_residual, *grads = gradients(grad_output, Saved(*ctx.saved_tensors), ctx.options, needs)
+        return grad_input, None, None, *grads, grad_residual, *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        wanted = (tangents[0], tangents[1], tangents[4], tangents[5])
-        return reference.jvp(Saved(*checked_saved(ctx.saved_tensors, *wanted)), wanted, ctx.options), *(None,) * 5
+        wanted = (tangents[0], tangents[5], tangents[3], tangents[4])
+        return derivatives.jvp(Saved(*checked_saved(ctx.saved_tensors, *wanted)), wanted, ctx.options), *(None,) * 4
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Folds the examples into the channels."""
-        valid, options = args[6], Options(*args[8:])
-        if reference.has_mask(args[1], valid, options.activation) or in_dims[6] is not None:
+        call = as_call(args)
+        if reference.has_mask(call.residual, call.valid, call.options.activation) or in_dims[6] is not None:
             return super().vmap(info, in_dims, *args)
         fold = _Fold(info.batch_size, _example_channels(args[0], in_dims[0]))
-        images = [fold.image(t, d) for t, d in zip(args[:2], in_dims[:2], strict=True)]
-        values = [fold.values(t, d) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
-        outputs = cls.apply(*images, *values, valid, *args[7:])
-        return tuple(fold.unfold(t) for t in outputs), (0,) * 6
+        input, residual = (fold.image(args[i], in_dims[i]) for i in (0, 5))
+        values = [fold.values(t, d) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
+        output, statistics, *rest = cls.apply(input, *values, residual, call.valid, *call.options)
+        statistics = torch.stack([fold.unfold(row) for row in statistics.unbind(0)], 1)
+        return (fold.unfold(output), statistics, *(fold.unfold(t) for t in rest)), (0,) * 5
+
+
+def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and the new running statistics of a call, which changes nothing."""
+    found = BatchNormFunction.apply(*call[:7], *call.options)
+    return found[0], found[2], found[3]
+
+
+# ---- plain eager mode: the running statistics are written in place, and nothing is transformed
+
+_forward, _backward = without_overrides(_forward_op), without_overrides(_backward_op)
+_is_grad_enabled = torch.is_grad_enabled
+_DEFAULTS = (0.1, 1e-5, 0, activations.NONE, 0.0)  # momentum, eps, correction, activation and slope of the schema
+
+
+def _call_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    numbers: tuple[float, ...],
+) -> Any:
+    """The forward op. It takes nearly a tenth of a microsecond to hand over a number that is no default."""
+    if numbers != _DEFAULTS:
+        return _forward(input, running_mean, running_var, weight, bias, training, *numbers)
+    if training:
+        return _forward(input, running_mean, running_var, weight, bias)
+    return _forward(input, running_mean, running_var, weight, bias, training)
+
+
+def _forward_with_options(
+    tensors: tuple[Any, ...], training: bool, numbers: tuple[Any, ...], more: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output, statistics, mask) with ``more``, the residual, ``valid`` and ghost batches.
+
+    Without gradients too the mask is made, as the loops that make none may round differently.
+    """
+    residual, valid, groups = more
+    mask = None
+    if reference.has_mask(residual, valid, numbers[3]):
+        mask = tensors[0].new_empty(reference.mask_bytes(tensors[0]), dtype=torch.uint8)
+    return *_forward(*tensors, training, *numbers, residual, mask, valid, groups), mask
+
+
+class BatchNormEagerFunction(Function):
+    """The output alone. What is not differentiated comes as one tuple, as each argument costs something.
+
+    It is for plain eager mode only, so it has neither ``setup_context`` nor ``jvp`` nor ``vmap``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        running_mean, running_var, training, numbers, more = rest
+        ctx.set_materialize_grads(False)
+        output: Tensor
+        if not more:
+            output, statistics = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)
+            ctx.numbers = training, *numbers
+            ctx.save_for_backward(input, weight, bias if numbers[3] else None, statistics)
+            return output
+        tensors = input, running_mean, running_var, weight, bias
+        output, statistics, mask = _forward_with_options(tensors, training, numbers, more)
+        _, valid, groups = more
+        ctx.numbers = training, *numbers, groups
+        if mask is not None or numbers[3] == activations.NONE:
+            residual = bias = None
+        ctx.save_for_backward(input, weight, bias, statistics, residual, mask, valid)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        numbers = ctx.numbers
+        if len(numbers) == 7 or _is_grad_enabled() or transforms_active():
+            return _all_gradients(ctx, grad_output)
+        input, weight, bias, statistics = ctx.saved_tensors
+        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        training, _, _, correction, code, slope = numbers
+        op = _backward_op if has_torch_function(grad_output) else _backward
+        if training and need_input and need_weight and need_bias and not (code or correction):
+            return *op(grad_output, input, weight, bias, statistics), None
+        needs = need_input, need_weight or need_bias
+        grad_input, grad_weight, grad_bias = op(
+            grad_output, input, weight, bias, statistics, training, *needs, correction, code, slope
+        )
+        return (
+            grad_input if need_input else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            None,
+        )
+
+
+def _all_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The eager Function's backward where there is a residual, ``valid`` or a ghost batch, or a second derivative."""
+    input, weight, bias, statistics, *rest = ctx.saved_tensors
+    residual, mask, valid = rest or (None, None, None)
+    need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad
+    saved = Saved(input, residual, weight, bias, statistics, mask, valid)
+    needs = need_input, any(need_residual), need_weight, need_bias
+    grad_input, grad_residual, *grads = gradients(grad_output, saved, Options(*ctx.numbers), needs)
+    return grad_input, *grads, None, *(grad_residual for _ in need_residual)
+
+
+_apply: Any = super(Function, BatchNormEagerFunction).apply  # without inspect.signature, see FusedFunction
+call_backward_directly(BatchNormEagerFunction)
+
+
+def eager(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    numbers: tuple[float, ...],
+    more: tuple[Any, ...],
+) -> Tensor:
+    """``fused_ops.batch_norm`` in plain eager mode; what it raises may be another error than that function's.
+
+    Args:
+        input: As of ``fused_ops.batch_norm``, like the next five.
+        running_mean: Written in place.
+        running_var: Written in place.
+        weight: The scale.
+        bias: The shift.
+        training: Whether the statistics are this batch's.
+        numbers: momentum, eps, correction, and the activation's code and slope.
+        more: (residual, valid, groups), or empty where there is none of them.
+    """
+    update = False
+    if running_mean is not None and running_var is not None:
+        if running_mean.requires_grad or running_var.requires_grad:
+            raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
+        update = training and graph_task_id() == -1
+        if training and not update:  # see fused_ops.ops.batch_norm.api.recomputing
+            running_mean = running_var = None
+    residual = more[0] if more else None
+    output: Tensor
+    if _is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        rest = running_mean, running_var, training, numbers, more
+        output = _apply(input, weight, bias, rest) if residual is None else _apply(input, weight, bias, rest, residual)
+    elif more:
+        output = _forward_with_options((input, running_mean, running_var, weight, bias), training, numbers, more)[0]
+    else:
+        output = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)[0]
+    if update:
+        increment_version([running_mean, running_var])
+    return output

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fused_ops.core.graph import as_tensor, functionalizing, register_graph_op
 from fused_ops.core.library import _fragment
-from fused_ops.core.memory_format import is_channels_last
-from fused_ops.ops.batch_norm import activations, functions, reference
-from fused_ops.ops.batch_norm.reference import Options, Saved
+from fused_ops.core.memory_format import empty_output, is_channels_last
+from fused_ops.ops.batch_norm import activations, derivatives, functions, reference
+from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
 
 # The numbers are momentum, eps and slope; None: _default.
 _OPTIONS = "bool training, Tensor? numbers, SymInt correction, int activation, SymInt groups"
@@ -33,7 +33,7 @@ def _numbers(numbers: Tensor | None, activation: int) -> tuple[float, float, flo
 
 
 def _mask_bytes(input: Tensor) -> Any:
-    """Room for the mask of any size: of its two orders for small planes, the longer one, so that no size is a guard."""
+    """Room for the mask of any size: of its two orders for small images, the longer one, so that no size is a guard."""
     batch, channels = input.size(0), input.size(1)
     spatial = math.prod(input.shape[2:])
     if input.dim() == 2:
@@ -43,63 +43,65 @@ def _mask_bytes(input: Tensor) -> Any:
     return batch * channels * ((spatial + 7) // 8)
 
 
+def _call_of(args: tuple[Any, ...], momentum: float, eps: float, slope: float) -> Call:
+    *tensors, training, _, correction, activation, groups = args
+    return as_call((*tensors, training, momentum, eps, correction, activation, slope, groups))
+
+
 def _forward(*args: Any) -> Any:
-    *tensors, training, numbers, correction, activation, groups = args
-    momentum, eps, slope = _numbers(numbers, activation)
-    *found, mask = functions._act_forward_op(*tensors, training, momentum, eps, correction, activation, slope, groups)
+    call = _call_of(args, *_numbers(args[-4], args[-2]))
+    *found, mask = functions.forward(call)
     if mask.numel():
-        mask = torch.nn.functional.pad(mask, (0, _mask_bytes(args[0]) - mask.numel()))
+        mask = torch.nn.functional.pad(mask, (0, _mask_bytes(call.input) - mask.numel()))
     return *found, mask
 
 
 def _fake_forward(*args: Any) -> Any:
-    *tensors, training, _, correction, activation, groups = args
-    input, residual, valid = tensors[0], tensors[1], tensors[6]
-    options: Any = (training, 0.1, 1e-5, correction, activation, 0.0, groups)
-    *found, _ = functions._fake_act_forward(input, None, *tensors[2:], *options)
-    size = _mask_bytes(input) if reference.has_mask(residual, valid, activation) else 0
-    return *found, input.new_empty((size,), dtype=torch.uint8)
+    call = _call_of(args, 0.1, 1e-5, 0.0)
+    input, training = call.input, call.options.training
+    output, statistics = functions._fake_forward(input, *call[1:5], training, groups=call.options.groups)
+    new_mean, new_var = (
+        input.new_empty((0,), dtype=torch.float64) if r is None or not training else torch.empty_like(r)
+        for r in (call.running_mean, call.running_var)
+    )
+    has_mask = reference.has_mask(call.residual, call.valid, call.options.activation)
+    mask = input.new_empty((_mask_bytes(input) if has_mask else 0,), dtype=torch.uint8)
+    return output, statistics, new_mean, new_var, mask
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    input, residual, _, _, weight, bias, valid, training, numbers, correction, activation, groups = inputs
-    _, mean, invstd, _, _, mask = output
+    call = _call_of(inputs, 0.1, 1e-5, 0.0)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    *_, training, numbers, correction, activation, groups = inputs
     ctx.options = training, correction, activation, groups
-    if reference.has_mask(residual, valid, activation):
-        residual = bias = None
-    else:
-        mask = None
-    if activation == activations.NONE:
-        residual = bias = None
-    ctx.save_for_backward(input, residual, weight, bias, mean, invstd, mask, valid, numbers)
+    ctx.save_for_backward(*functions.saved_for(call, output[1], output[4]), numbers)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
     need = ctx.needs_input_grad
-    needs = need[0] * _INPUT + need[1] * _RESIDUAL + (need[4] or need[5]) * _PARAMS
+    needs = need[0] * _INPUT + need[5] * _RESIDUAL + (need[3] or need[4]) * _PARAMS
     if grad_output is None or not needs:
         return (None,) * 12
     *saved, numbers = ctx.saved_tensors
     training, correction, activation, groups = ctx.options
-    given = need[1] and activation == activations.NONE and saved[7] is None
+    given = need[5] and activation == activations.NONE and Saved(*saved).valid is None
     needs = needs & ~_RESIDUAL if given else needs
     found = [*_grad_op(grad_output, *saved, training, numbers, correction, activation, groups, needs)]
     if given:
         found[1] = grad_output
     grad_input, grad_residual, grad_weight, grad_bias = (
-        g if n else None for g, n in zip(found, (need[0], need[1], need[4], need[5]), strict=True)
+        g if n else None for g, n in zip(found, (need[0], need[5], need[3], need[4]), strict=True)
     )
-    return grad_input, grad_residual, None, None, grad_weight, grad_bias, *(None,) * 6
+    return grad_input, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 6
 
 
 def _grad(*args: Any) -> Any:
     grad_output, *tensors, training, numbers, correction, activation, groups, needs = args
-    slope = _numbers(numbers, activation)[2]
-    saved = _exact_mask(Saved(*tensors))
-    wanted = bool(needs & _INPUT), bool(needs & _PARAMS), bool(needs & _RESIDUAL)
-    return functions._act_backward_op(grad_output, *saved, training, correction, activation, slope, groups, *wanted)
+    options = Options(training, *_numbers(numbers, activation)[:2], correction, activation)
+    options = options._replace(slope=_numbers(numbers, activation)[2], groups=groups)
+    wanted = bool(needs & _INPUT), bool(needs & _RESIDUAL), bool(needs & _PARAMS)
+    return functions.backward(grad_output, _exact_mask(Saved(*tensors)), options, wanted)
 
 
 def _exact_mask(saved: Saved) -> Saved:
@@ -109,10 +111,11 @@ def _exact_mask(saved: Saved) -> Saved:
 
 
 def _fake_grad(*args: Any) -> Any:
-    grad_output, *tensors, training, _, correction, activation, groups, needs = args
-    wanted = bool(needs & _INPUT), bool(needs & _PARAMS), bool(needs & _RESIDUAL)
-    options: Any = (training, correction, activation, 0.0, groups, *wanted)
-    return functions._fake_act_backward(grad_output, *tensors, *options)
+    grad_output, *tensors, needs = args[0], *args[1:8], args[-1]
+    input, _, weight, bias, statistics, _, _ = tensors
+    wanted = True, bool(needs & _INPUT), bool(needs & _PARAMS)
+    grad_input, *grads = functions._fake_backward(grad_output, input, weight, bias, statistics, *wanted)
+    return grad_input, empty_output(input) if needs & _RESIDUAL else input.new_empty(0), *grads
 
 
 def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -125,17 +128,17 @@ def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _grad_backward(ctx: Any, *grads: Tensor | None) -> Any:
     grad_output, *tensors, numbers = ctx.saved_tensors
     training, correction, activation, groups = ctx.options
-    _, eps, slope = _default(activation) if numbers is None else numbers.unbind()
+    momentum, eps, slope = _default(activation) if numbers is None else numbers.unbind()
     saved = _exact_mask(Saved(*tensors))
-    options = Options(training, eps, correction, activation, slope, groups)
-    found = reference.double_backward(grads, grad_output, saved, options)
+    options = Options(training, momentum, eps, correction, activation, slope, groups)
+    found = derivatives.double_backward(grads, grad_output, saved, options)
     present = (grad_output, *saved[:4])
-    return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
+    return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 9
 
 
 _op: Any = register_graph_op(
-    "batch_norm(Tensor input, Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
-    f"Tensor? bias, Tensor? valid, {_OPTIONS}) -> (Tensor output, Tensor mean, Tensor invstd, "
+    "batch_norm(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
+    f"Tensor? residual, Tensor? valid, {_OPTIONS}) -> (Tensor output, Tensor statistics, "
     "Tensor new_running_mean, Tensor new_running_var, Tensor mask)",
     _forward,
     _fake_forward,
@@ -143,8 +146,8 @@ _op: Any = register_graph_op(
     _backward,
 )
 _grad_op: Any = register_graph_op(
-    "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
-    f"Tensor invstd, Tensor? mask, Tensor? valid, {_OPTIONS}, int needs) "
+    "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+    f"Tensor statistics, Tensor? mask, Tensor? valid, {_OPTIONS}, int needs) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     _grad,
     _fake_grad,
@@ -153,21 +156,13 @@ _grad_op: Any = register_graph_op(
 )
 
 
-def batch_norm(
-    input: Tensor,
-    residual: Tensor | None,
-    running: tuple[Tensor | None, Tensor | None],
-    params: tuple[Tensor | None, Tensor | None],
-    valid: Tensor | None,
-    momentum: float,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output and the new running statistics."""
-    numbers = momentum, options.eps, options.slope
-    packed = None if numbers == _default(options.activation) else as_tensor(*numbers)
-    o = options
-    found = _op(input, residual, *running, *params, valid, o.training, packed, o.correction, o.activation, o.groups)
-    return found[0], found[3], found[4]
+def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and the new running statistics of a call."""
+    o = call.options
+    numbers = o.momentum, o.eps, o.slope
+    packed = None if numbers == _default(o.activation) else as_tensor(*numbers)
+    found = _op(*call[:7], o.training, packed, o.correction, o.activation, o.groups)
+    return found[0], found[2], found[3]
 
 
 # ---- running statistics under torch.func

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.core.graph import fx_leaf, refuse_script
-from fused_ops.ops.batch_norm import keep_output as inplace
 from fused_ops.ops.batch_norm.api import _code, _with_statistics, batch_norm, recomputing, write_running
+from fused_ops.ops.batch_norm.arguments import check_keeps_output
 
 # The options that the modules have beyond PyTorch's.
 DEFAULTS: dict[str, Any] = {
@@ -48,7 +48,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> None:
         code = _code(activation)
         if inplace_activated:
-            inplace.check(activation, code, alpha if activation == "elu" else negative_slope, None)
+            check_keeps_output(activation, code, alpha if activation == "elu" else negative_slope, None)
         super().__init__(*args, **kwargs)
         if groups > 1 and self.momentum is None:
             raise ValueError("BatchNorm: groups needs a momentum; a cumulative average takes one batch at a time")
