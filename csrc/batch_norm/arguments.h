@@ -35,7 +35,7 @@ struct ForwardArguments {
   int64_t groups;
   Activation activation;
 
-  explicit ForwardArguments(Arguments& in)
+  explicit ForwardArguments(Arguments& in, bool all = true)
       : input(in.tensor()),
         running_mean(in.maybe_tensor()),
         running_var(in.maybe_tensor()),
@@ -47,10 +47,10 @@ struct ForwardArguments {
         correction(in.integer()),
         code(in.integer()),
         slope(in.number()),
-        residual(in.maybe_tensor()),
-        mask(in.maybe_tensor()),
-        valid(in.maybe_tensor()),
-        groups(in.integer()) {
+        residual(all ? in.maybe_tensor() : MaybeTensor()),
+        mask(all ? in.maybe_tensor() : MaybeTensor()),
+        valid(all ? in.maybe_tensor() : MaybeTensor()),
+        groups(all ? in.integer() : 1) {
     in.check.next("input", input);
     in.check.next("running_mean", running_mean), in.check.next("running_var", running_var);
     in.check.next("weight", weight), in.check.next("bias", bias);
@@ -74,7 +74,7 @@ struct BackwardArguments {
   MaybeTensor stored, offsets;  // of a forward that kept its output: batch_norm_keep's results
   Activation activation;
 
-  explicit BackwardArguments(Arguments& in)
+  explicit BackwardArguments(Arguments& in, bool all = true)
       : grad_output(in.tensor()),
         input(in.tensor()),
         weight(in.maybe_tensor()),
@@ -86,13 +86,13 @@ struct BackwardArguments {
         correction(in.integer()),
         code(in.integer()),
         slope(in.number()),
-        residual(in.maybe_tensor()),
-        mask(in.maybe_tensor()),
-        valid(in.maybe_tensor()),
-        groups(in.integer()),
-        grad_residual(in.maybe_tensor()),
-        stored(in.maybe_tensor()),
-        offsets(in.maybe_tensor()) {
+        residual(all ? in.maybe_tensor() : MaybeTensor()),
+        mask(all ? in.maybe_tensor() : MaybeTensor()),
+        valid(all ? in.maybe_tensor() : MaybeTensor()),
+        groups(all ? in.integer() : 1),
+        grad_residual(all ? in.maybe_tensor() : MaybeTensor()),
+        stored(all ? in.maybe_tensor() : MaybeTensor()),
+        offsets(all ? in.maybe_tensor() : MaybeTensor()) {
     in.check.next("grad_output", grad_output), in.check.next("input", input);
     in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("statistics", statistics);
     in.check.next("residual", residual), in.check.next("mask", mask), in.check.next("valid", valid);
@@ -100,6 +100,14 @@ struct BackwardArguments {
     in.check.next("stored", stored), in.check.next("offsets", offsets);
     activation = activation_of(code);
   }
+};
+
+// Those of the ops for plain calls, which end with the slope.
+struct PlainForwardArguments : ForwardArguments {
+  explicit PlainForwardArguments(Arguments& in) : ForwardArguments(in, false) {}
+};
+struct PlainBackwardArguments : BackwardArguments {
+  explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, false) {}
 };
 
 inline void check_input(const Tensor& input) {

@@ -36,7 +36,7 @@ double smallest_normal(DType dtype) {
 
 enum Row { kBias, kMean, kFactor, kShift, kLimit, kScale, kGradMean, kGradSlope, kRows };
 
-// Per column of one group's walk: what the kernels read. Short rows of columns are taken several at a time.
+// What the kernels read of each column of one group. Short rows of NHWC are taken several at a time.
 class Columns {
  public:
   Columns(const View& part, DType dtype)
@@ -52,7 +52,7 @@ class Columns {
   void set(int64_t which, int64_t channel, double value) {
     each(channel, [&](int64_t column) { values_.set(which, column, value); });
   }
-  // Returns which of the channel's x are kept.
+  // Returns which of the channel's x are stored.
   Keep set_keep(int64_t channel, double weight, double bias, const Options& o, DType dtype) {
     const double flat = o.activation == Activation::leaky_relu ? std::min(1.0, o.slope) : 1.0;
     const double size = std::fabs(weight), reach = kMaxAmplification * size;
@@ -70,8 +70,8 @@ class Columns {
   }
   bool any() const { return any_; }
 
-  BatchNormInplace args(DType dtype, const Options& o) {
-    BatchNormInplace a{};
+  BatchNormFromOutput args(DType dtype, const Options& o) {
+    BatchNormFromOutput a{};
     a.dtype = dtype, a.layout = layout, a.activation = o.activation, a.slope = o.slope;
     a.keep = keep_.data();
     a.bias = values_.row(kBias), a.mean = values_.row(kMean), a.factor = values_.row(kFactor);
@@ -83,7 +83,7 @@ class Columns {
   Partial merged(const Partial* partials, int64_t items, int64_t channel) const {
     Partial sum{};
     const auto add = [&](const Partial& p) { sum.a += p.a, sum.b += p.b, sum.n += p.n; };
-    if (!layout.columns()) {
+    if (!layout.nhwc()) {
       for (int64_t item = channel; item < items; item += channels_) add(partials[item]);
     } else {
       for (int64_t item = 0; item < items; ++item)
@@ -97,8 +97,7 @@ class Columns {
  private:
   static int64_t fused_rows(const ChannelLayout& l) {
     int64_t rows = 1;
-    while (l.columns() && !l.valid && l.batch % (2 * rows) == 0 && l.batch > 0 && 2 * rows * l.channels <= 256)
-      rows *= 2;
+    while (l.nhwc() && !l.valid && l.batch % (2 * rows) == 0 && l.batch > 0 && 2 * rows * l.channels <= 256) rows *= 2;
     return rows;
   }
   template <class Body>
@@ -173,27 +172,27 @@ std::tuple<Tensor, Tensor> keep(const KeepArguments& a) {
     items += columns.back().args(dtype, o).items();
   }
   const int64_t size = items + 1;
-  const Tensor begins = empty(output, {&size, 1}, ScalarType::Long);
-  int64_t* begin = static_cast<int64_t*>(begins.mutable_data_ptr());
+  const Tensor offsets = empty(output, {&size, 1}, ScalarType::Long);
+  int64_t* begin = static_cast<int64_t*>(offsets.mutable_data_ptr());
   std::fill_n(begin, size, 0);
-  const auto each_group = [&](void (*kernel)(const BatchNormInplace&, int64_t, int64_t), void* kept) {
+  const auto each_group = [&](void (*kernel)(const BatchNormFromOutput&, int64_t, int64_t), void* stored) {
     int64_t done = 0;
     for (int64_t group = 0; group < view.groups; ++group) {
       Columns& part = columns[static_cast<size_t>(group)];
       const int64_t offset = view.group_offset(group) * element_size(dtype);
-      BatchNormInplace args = part.args(dtype, o);
+      BatchNormFromOutput args = part.args(dtype, o);
       args.output = at(output.const_data_ptr(), offset), args.input = at(input.const_data_ptr(), offset);
-      args.begins = begin + done, args.kept = kept;
+      args.offsets = begin + done, args.stored = stored;
       if (part.any())
         for_items(part.layout, args.items(), [&](int64_t first, int64_t end) { kernel(args, first, end); });
       done += args.items();
     }
   };
-  each_group(FUSED_OPS_SELECT(batch_norm_keep_count), nullptr);
+  each_group(FUSED_OPS_SELECT(batch_norm_count_stored), nullptr);
   for (int64_t item = 0; item < items; ++item) begin[item + 1] += begin[item];
-  const Tensor kept = empty(output, {begin + items, 1}, output.scalar_type());
-  if (begin[items]) each_group(FUSED_OPS_SELECT(batch_norm_keep_copy), kept.mutable_data_ptr());
-  return {kept, begins};
+  const Tensor stored = empty(output, {begin + items, 1}, output.scalar_type());
+  if (begin[items]) each_group(FUSED_OPS_SELECT(batch_norm_copy_stored), stored.mutable_data_ptr());
+  return {stored, offsets};
 }
 
 double rounded(double value, DType dtype) {
@@ -206,7 +205,7 @@ double lost(double mean, DType dtype) {
   return low == low ? low : 0;  // inf - inf
 }
 
-// What the backward relies on when it reads `kept`; the kernels stop at an item's end by themselves.
+// What the backward relies on when it reads `stored`; the kernels stop at an item's end by themselves.
 void check_offsets(const Tensor& offsets, int64_t items, int64_t stored) {
   check_dtype(kOp, "offsets", offsets, ScalarType::Long, "int64");
   check_numel(kOp, "offsets", offsets, items + 1);
@@ -216,25 +215,25 @@ void check_offsets(const Tensor& offsets, int64_t items, int64_t stored) {
   if (!ordered) raise(kOp, ": offsets must rise from 0 to the ", stored, " values of stored");
 }
 
-// What one group's walks share. Channels none of whose x are kept take the ordinary backward's: with leaky_relu^-1 of
-// the output for x, and the bias for its mean.
+// What a group's two ways share. Channels none of whose x are stored take the ordinary backward's: with leaky_relu^-1
+// of the output for x, and the bias for its mean.
 struct Group {
-  const BatchNormInplace& args;
+  const BatchNormFromOutput& args;
   const BatchNormBackward ordinary;
   const View &part, &plain;  // as each of the two sees it
   const Columns& table;
   const BackwardArguments& o;
 
   bool reduces() const { return o.need_params || (o.training && o.need_input); }
-  bool by_channel() const { return !args.layout.columns() && part.channels >= kMinItems; }
-  bool shares_channels() const { return by_channel() && !ordinary.layout.columns(); }
+  bool by_channel() const { return !args.layout.nhwc() && part.channels >= kMinItems; }
+  bool shares_channels() const { return by_channel() && !ordinary.layout.nhwc(); }
 };
 
-BatchNormBackward ordinary(const BatchNormInplace& args, const View& part, Coefficients& coefficients,
+BatchNormBackward ordinary(const BatchNormFromOutput& args, const View& part, Coefficients& coefficients,
                            const double* biases) {
   BatchNormBackward a{};
   a.dtype = args.dtype, a.layout = part.layout, a.activation = args.activation, a.slope = args.slope;
-  a.frozen = args.frozen, a.kept = args.activation == Activation::leaky_relu;
+  a.frozen = args.frozen, a.from_output = args.activation == Activation::leaky_relu;
   a.stream = streams(part.layout, args.dtype, true);
   a.input = args.output, a.grad_output = args.grad_output, a.grad_input = args.grad_input;
   a.mean = coefficients.row(0), a.scale = coefficients.row(1), a.shift = coefficients.row(2);
@@ -254,17 +253,17 @@ void run_channel(const Group& g, int64_t c, const Finish& finish) {
     if (g.o.need_input) FUSED_OPS_SELECT(batch_norm_grad_input)(g.ordinary, c, c + 1);
     return;
   }
-  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
+  const auto sums = FUSED_OPS_SELECT(batch_norm_output_sums), grads = FUSED_OPS_SELECT(batch_norm_output_grads);
   for (int64_t item = c; g.reduces() && item < items; item += channels) sums(g.args, item, item + 1);
   finish(c, g.table.merged(g.args.partials, g.reduces() ? items : 0, c));
   for (int64_t item = items - channels + c; g.o.need_input && item >= 0; item -= channels)
     grads(g.args, item, item + 1);
 }
 
-// Sums, coefficients, and the gradient of the input, channel by channel where there are many planes.
+// Sums, coefficients, and the gradient of the input, channel by channel where NCHW has many.
 template <class Finish>
 void run_group(const Group& g, const Finish& finish) {
-  const BatchNormInplace& args = g.args;
+  const BatchNormFromOutput& args = g.args;
   const bool writes = g.o.need_input;
   if (!g.table.any())
     return two_passes(g.plain, g.reduces() ? FUSED_OPS_SELECT(batch_norm_grad_sums) : nullptr,
@@ -274,7 +273,7 @@ void run_group(const Group& g, const Finish& finish) {
     return for_items(args.layout, channels, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) run_channel(g, c, finish);
     });
-  const auto sums = FUSED_OPS_SELECT(batch_norm_inplace_sums), grads = FUSED_OPS_SELECT(batch_norm_inplace_grads);
+  const auto sums = FUSED_OPS_SELECT(batch_norm_output_sums), grads = FUSED_OPS_SELECT(batch_norm_output_grads);
   if (g.reduces()) for_items(args.layout, items, [&](int64_t begin, int64_t end) { sums(args, begin, end); });
   for (int64_t c = 0; c < channels; ++c) finish(c, g.table.merged(args.partials, g.reduces() ? items : 0, c));
   if (writes) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
@@ -290,7 +289,8 @@ Gradients backward_from_output(const BackwardArguments& a) {
   const Tensor output = last ? a.input : dense(a.input);
   const Tensor grad_output = *matching("grad_output", a.grad_output, output);
   const MaybeTensor valid = valid_positions(a.valid, output);
-  const View view = view_of(output, last, valid, a.groups), plain = view_of(output, last, valid, a.groups, kSmallPlane);
+  const View view = view_of(output, last, valid, a.groups),
+             plain = view_of(output, last, valid, a.groups, kSmallSpatial);
   const int64_t channels = view.channels;
   const DType dtype = float_dtype(kOp, "output", output);
   check_statistics(a.statistics, view.groups * channels);
@@ -301,9 +301,9 @@ Gradients backward_from_output(const BackwardArguments& a) {
   int64_t items = 0, most = plain.layout.partials();
   for (int64_t group = 0; group < view.groups; ++group) {
     columns.emplace_back(view.group(group), dtype);
-    const BatchNormInplace args = columns.back().args(dtype, options);
+    const BatchNormFromOutput args = columns.back().args(dtype, options);
     items += args.items();
-    most = std::max(most, args.items() * (args.layout.columns() ? args.layout.channels : 1));
+    most = std::max(most, args.items() * (args.layout.nhwc() ? args.layout.channels : 1));
   }
   check_offsets(offsets, items, stored.numel());
 
@@ -329,11 +329,11 @@ Gradients backward_from_output(const BackwardArguments& a) {
       table.set(kShift, c, -factor * lost(m[c], dtype)), table.set(kScale, c, w[c] * inv[c]);
       coefficients.set_affine(plain_part, c, b[c], w[c] * inv[c], 0);
     }
-    BatchNormInplace args = table.args(dtype, options);
+    BatchNormFromOutput args = table.args(dtype, options);
     const int64_t offset = view.group_offset(group) * element_size(dtype);
     args.frozen = !a.training;
     args.output = at(output.const_data_ptr(), offset), args.grad_output = at(grad_output.const_data_ptr(), offset);
-    args.begins = static_cast<int64_t*>(offsets.mutable_data_ptr()) + done, args.kept = stored.mutable_data_ptr();
+    args.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr()) + done, args.stored = stored.mutable_data_ptr();
     args.grad_input = a.need_input ? at(out.input.mutable_data_ptr(), offset) : nullptr;
     args.partials = partials.data();
     const Group all{args, ordinary(args, plain_part, coefficients, biases.data()), part, plain_part, table, a};

@@ -16,33 +16,46 @@ namespace fused_ops {
 enum class Activation : int32_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, hardswish };
 constexpr int32_t kActivations = 9;
 
-constexpr int64_t kRun = 1024;        // values of one channel that are loaded together
-constexpr int64_t kFoldAt = 1024;     // values of one channel that are accumulated before they are folded into double
-constexpr int64_t kTile = 1024;       // columns handled together: a page of each row in float32;
-constexpr int64_t kNarrowTile = 256;  // where there are fewer rows than
+// NCHW loads at most this many values of a channel together.
+constexpr int64_t kRun = 1024;
+// This many values of one channel are accumulated in the accumulator's type before they are folded into double.
+constexpr int64_t kFoldAt = 1024;
+// NHWC handles at most this many columns together, a page of each row in float32.
+constexpr int64_t kTile = 1024;
+// It handles at most this many where there are fewer than kWideTileRows rows, as such a tile stays in the cache.
+constexpr int64_t kNarrowTile = 256;
 constexpr int64_t kWideTileRows = 1024;
-constexpr int64_t kFusedColumns = 256;  // rows shorter than this are walked several at a time
+// NHWC rows that are shorter than this are taken several at a time.
+constexpr int64_t kFusedColumns = 256;
+// The rows of NHWC are cut into at most this many blocks.
 constexpr int64_t kMostRowBlocks = 32;
-constexpr int64_t kMinRows = 256;     // of a block: the sums of fewer cost more to merge than a thread saves
-constexpr int64_t kRowsPerFold = 64;  // rows of a tile that are accumulated before they are folded into double
-constexpr int64_t kMinItems = 32;     // parts a few large channels are cut into
+// A block has at least this many rows: the sums of fewer cost more to merge than a thread saves.
+constexpr int64_t kMinRows = 256;
+// This many rows of 16-bit values are accumulated in float before they are folded into double.
+constexpr int64_t kRowsPerFold = 64;
+// A few large channels of NCHW are cut into parts, so that there are at least this many.
+constexpr int64_t kMinItems = 32;
+// A part has at least this many values.
 constexpr int64_t kMinItemValues = 16384;
-constexpr int64_t kStreamBytes = int64_t{4} << 20;  // outputs from this size on go past the cache,
-constexpr int64_t kStreamOnceBytes = int64_t{8}
-                                     << 20;  // or this one where the input is read once and leaves them room,
-constexpr int64_t kStreamRunBytes = 512;     // in runs of at least this size
+// Outputs of at least this size are written by non-temporal stores where the input is read twice.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// Outputs of at least this size are where the input is read once and leaves them room in the cache.
+constexpr int64_t kStreamOnceBytes = int64_t{8} << 20;
+// Non-temporal stores need runs of at least this size; shorter ones are mostly parts of lines.
+constexpr int64_t kStreamRunBytes = 512;
 
-// Dense values, in one of two walks. Planes: (batch, channels, spatial), the values of a channel in runs of `spatial`.
-// Columns: spatial == 1, a matrix of `batch` rows whose columns are channels (or the values of a small plane).
+// Dense values in one of two layouts. NCHW: (batch, channels, spatial), a slice of `spatial` values for each channel of
+// each image. NHWC: spatial == 1, a matrix of `batch` rows whose columns are channels; NCHW of few values a slice is
+// taken for such a matrix too, with a column for each value.
 struct ChannelLayout {
   int64_t batch, channels, spatial;
   const uint8_t* valid;  // (batch, spatial), nonzero where a position counts; null if all do
 
-  bool columns() const { return spatial == 1; }
+  bool nhwc() const { return spatial == 1; }
   int64_t numel() const { return batch * channels * spatial; }
 
   // The input is cut into items by its shape alone, so that results do not depend on the thread count.
-  // Columns: item = a block of rows of one tile, tile after tile. Planes: item = one part of one channel's runs.
+  // NHWC: item = a block of rows of one tile, tile after tile. NCHW: item = one part of one channel's runs.
   int64_t fused() const { return channels > 0 && !valid ? std::max<int64_t>(1, kFusedColumns / channels) : 1; }
   int64_t rows_per_item() const {
     const int64_t fold = kRowsPerFold * fused(), step = (kMinRows + fold - 1) / fold * fold;
@@ -63,19 +76,19 @@ struct ChannelLayout {
     const int64_t largest = std::max<int64_t>(1, batch * spatial / kMinItemValues);
     return std::min((kMinItems + channels - 1) / channels, largest);
   }
-  int64_t planes() const { return batch * channels; }
-  int64_t items() const { return columns() ? row_blocks() * tiles() : channels * parts(); }
-  int64_t partials() const { return columns() ? row_blocks() * channels : channels * parts(); }
+  int64_t slices() const { return batch * channels; }
+  int64_t items() const { return nhwc() ? row_blocks() * tiles() : channels * parts(); }
+  int64_t partials() const { return nhwc() ? row_blocks() * channels : channels * parts(); }
 };
 
 // Two sums (and how many values they are of) per channel and part; merged in order by the caller.
-// Planes: (channels, parts). Columns: ColumnPartials.
+// NCHW: (channels, parts). NHWC: ColumnPartials.
 struct Partial {
   double a, b;  // moments: mean, M2.  gradients: sum of grad, sum of grad * (x - mean)
   int64_t n;
 };
 
-// Columns: the `channels` partials of a block of rows hold all its `a`, then all its `b`, which are merged many at a
+// NHWC: the `channels` partials of a block of rows hold all its `a`, then all its `b`, which are merged many at a
 // time, then the n of each tile where its first column's would be.
 struct ColumnPartials {
   double *a, *b;
@@ -121,8 +134,8 @@ struct BatchNormForward {
   const void* input;     // as layout
   const void* residual;  // as layout, or null
   const void *mean, *scale, *shift;
-  bool by_plane;      // items are the planes in the order of memory instead
-  bool stream;        // the output is too large for the cache: it goes past it
+  bool by_slice;      // NCHW: items are the slices in the order of memory instead
+  bool stream;        // the output is too large for the cache: non-temporal stores
   void* output;       // as layout
   uint8_t* mask;      // a bit per value, 1 where the activation's input is > 0; each run or row starts a byte. Or null
   Partial* partials;  // written by batch_norm_moments
@@ -135,10 +148,10 @@ struct BatchNormBackward {
   ChannelLayout layout;
   Activation activation;
   double slope;
-  bool frozen;    // evaluation mode: grad_input = scale * grad_residual
-  bool kept;      // `input` is leaky_relu's output: x is leaky_relu^-1 of it, `mean` the bias
-  bool by_plane;  // items of batch_norm_grad_input are the planes in the order of memory instead
-  bool stream;    // the gradients are too large for the cache: they go past it
+  bool frozen;       // evaluation mode: grad_input = scale * grad_residual
+  bool from_output;  // `input` is leaky_relu's output: x is leaky_relu^-1 of it, `mean` the bias
+  bool by_slice;     // NCHW: items of batch_norm_grad_input are the slices in the order of memory instead
+  bool stream;       // the gradients are too large for the cache: non-temporal stores
   const void *input, *grad_output, *residual;
   const void *mean, *scale, *shift;    // the forward's
   const void *grad_mean, *grad_slope;  // accumulators, (channels,); what `mean` lost is in grad_mean
@@ -160,10 +173,11 @@ FUSED_OPS_PER_ISA(void batch_norm_grad_input(const BatchNormBackward& args, int6
 // take less than a microsecond, and so would the arithmetic between them, a division and a square root for each
 // channel, if it were not vectorised.
 
+// A small input has at most this many channels.
 constexpr int64_t kSmallChannels = 256;
 
 inline bool is_small(const ChannelLayout& l) {
-  return l.columns() && !l.valid && l.channels > 0 && l.channels <= kSmallChannels && l.items() == 1;
+  return l.nhwc() && !l.valid && l.channels > 0 && l.channels <= kSmallChannels && l.items() == 1;
 }
 
 // What batch_norm_small_forward needs beside the kernels' own arguments, which it completes: of those, the layout, the
@@ -190,43 +204,44 @@ struct SmallBackward {
 FUSED_OPS_PER_ISA(void batch_norm_small_forward(const BatchNormForward& args, const SmallForward& small))
 FUSED_OPS_PER_ISA(void batch_norm_small_backward(const BatchNormBackward& args, const SmallBackward& small))
 
-// ---- a backward from the output, which was kept instead of the input: see docs/batch_norm.md
+// ---- a backward from the output, where the forward kept that instead of its input: see docs/batch_norm.md
 
 // How far the rounding of the output may be amplified in the rebuilt (x - mean) * invstd, in units of itself.
 constexpr double kMaxAmplification = 4;
-constexpr int64_t kInplaceRows = 64;  // rows of an item of the columns walk
+// An item of NHWC is this many rows.
+constexpr int64_t kFromOutputRows = 64;
 
-// Which of a channel's x are kept beside the output.
+// Which of a channel's x are stored beside the output.
 enum class Keep : int8_t { none, all, below };
 
-// The output is walked in the order of memory; item = a plane, or kInplaceRows rows of columns. The kept x of an item
-// are at [begins[item], begins[item + 1]) of `kept`, in that order. Accumulators (float, or double for double) have one
-// value a channel (planes) or a column.
-struct BatchNormInplace {
+// The output is read in the order of memory; item = a slice, or kFromOutputRows rows. The stored x of an item are at
+// [offsets[item], offsets[item + 1]) of `stored`, in that order. Accumulators (float, or double for double) have one
+// value a channel.
+struct BatchNormFromOutput {
   DType dtype;
   ChannelLayout layout;
   Activation activation;  // none, leaky_relu or elu
   double slope;
   bool frozen;
-  const void *input, *output, *grad_output;  // as layout; input is read by batch_norm_keep_* alone
+  const void *input, *output, *grad_output;  // as layout; input is read by batch_norm_copy_stored alone
   const Keep* keep;                          // none: no x; all: every x; below: the x of outputs not >= limit
   const void* limit;
   const void* bias;                   // activation^-1(output) - bias is a multiple of x - mean: "deviation" below
-  const void *mean, *factor, *shift;  // it is (x - mean) * factor + shift where x was kept
+  const void *mean, *factor, *shift;  // it is (x - mean) * factor + shift where x was stored
   const void *scale, *grad_mean, *grad_slope;  // grad_input = scale * (h - grad_mean - deviation * grad_slope)
-  int64_t* begins;
-  void* kept;
+  int64_t* offsets;
+  void* stored;
   void* grad_input;
-  Partial* partials;  // sums of h and h * deviation; planes: one an item; columns: (items, columns)
+  Partial* partials;  // sums of h and h * deviation; NCHW: one an item; NHWC: (items, channels)
 
   int64_t items() const {
-    return layout.columns() ? (layout.batch + kInplaceRows - 1) / kInplaceRows : layout.planes();
+    return layout.nhwc() ? (layout.batch + kFromOutputRows - 1) / kFromOutputRows : layout.slices();
   }
 };
 
-FUSED_OPS_PER_ISA(void batch_norm_keep_count(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_keep_copy(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_inplace_sums(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
-FUSED_OPS_PER_ISA(void batch_norm_inplace_grads(const BatchNormInplace& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_count_stored(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_copy_stored(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_output_sums(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item))
+FUSED_OPS_PER_ISA(void batch_norm_output_grads(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item))
 
 }  // namespace fused_ops

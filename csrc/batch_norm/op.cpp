@@ -38,7 +38,7 @@ struct ForwardCall {
         valid(valid_positions(a.valid, input)),
         dtype(float_dtype(kOp, "input", input)),
         view(view_of(input, channels_last, valid, a.training ? a.groups : 1,
-                     a.has_mask() ? kSmallMaskedPlane : kSmallPlane)),
+                     a.has_mask() ? kSmallMaskedSpatial : kSmallSpatial)),
         output(empty_huge(kOp, input, input.strides())),
         statistics(empty_statistics()) {
     if (a.mask) check_mask(*a.mask, view.mask_rows() * view.mask_row_bytes());
@@ -59,7 +59,7 @@ struct ForwardCall {
     if (given.mask)
       args.mask =
           static_cast<uint8_t*>(given.mask->mutable_data_ptr()) + view.mask_rows_before(group) * view.mask_row_bytes();
-    args.by_plane = !given.training && !view.layout.columns();
+    args.by_slice = !given.training && !view.layout.nhwc();
     args.stream = streams(view.layout, dtype, given.training);
     return args;
   }
@@ -167,7 +167,7 @@ struct BackwardCall {
         valid(valid_positions(a.valid, input)),
         dtype(float_dtype(kOp, "input", input)),
         view(view_of(input, channels_last, valid, a.training ? a.groups : 1,
-                     a.mask && a.mask->numel() > 0 ? kSmallMaskedPlane : kSmallPlane)),
+                     a.mask && a.mask->numel() > 0 ? kSmallMaskedSpatial : kSmallSpatial)),
         statistics(dense(a.statistics)),
         out(empty_gradients(a, input)) {
     check_statistics(statistics, view.groups * view.channels);
@@ -197,7 +197,7 @@ struct BackwardCall {
     args.mask = mask ? mask + view.mask_rows_before(group) * view.mask_row_bytes() : nullptr;
     args.grad_input = given.need_input ? at(out.input.mutable_data_ptr(), offset) : nullptr;
     args.grad_residual = given.grad_residual ? at(given.grad_residual->mutable_data_ptr(), offset) : nullptr;
-    args.by_plane = !reduces() && !view.layout.columns();
+    args.by_slice = !reduces() && !view.layout.nhwc();
     args.stream = streams(view.layout, dtype, reduces());
     return args;
   }
@@ -271,6 +271,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) {
 }  // namespace fused_ops
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  fused_ops::implement_struct<&fused_ops::forward>(m, "batch_norm_forward");
-  fused_ops::implement_struct<&fused_ops::backward>(m, "batch_norm_backward");
+  using namespace fused_ops;
+  implement_struct<&fused_ops::forward>(m, "batch_norm_forward");
+  implement_struct<&fused_ops::backward>(m, "batch_norm_backward");
+  implement_struct<&fused_ops::forward, PlainForwardArguments>(m, "batch_norm_plain_forward");
+  implement_struct<&fused_ops::backward, PlainBackwardArguments>(m, "batch_norm_plain_backward");
 }

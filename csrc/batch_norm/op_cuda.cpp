@@ -16,7 +16,8 @@ namespace fused_ops {
 namespace cuda {
 namespace {
 
-constexpr int64_t kSmallPlane = 32;  // as kSmallMaskedPlane of passes.h: a row of mask bits runs through the channels
+constexpr int64_t kSmallSpatial =
+    32;  // as kSmallMaskedSpatial of passes.h: a row of mask bits runs through the channels
 
 template <class... Results, size_t... kIndex>
 std::tuple<Results...> taken(StableIValue* stack, std::index_sequence<kIndex...>) {
@@ -45,7 +46,7 @@ int64_t mask_size(const BatchNormShape& s) {
   int64_t rows = s.batch * s.channels, length = s.spatial;
   if (s.channels_last)
     rows = s.batch * s.spatial, length = s.channels;
-  else if (s.spatial <= kSmallPlane)
+  else if (s.spatial <= kSmallSpatial)
     rows = s.batch, length = s.channels * s.spatial;
   return rows * ((length + 7) / 8);
 }
@@ -148,6 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) {
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  fused_ops::implement_struct<&fused_ops::cuda::forward>(m, "batch_norm_forward");
-  fused_ops::implement_struct<&fused_ops::cuda::backward>(m, "batch_norm_backward");
+  using namespace fused_ops;
+  implement_struct<&fused_ops::cuda::forward>(m, "batch_norm_forward");
+  implement_struct<&fused_ops::cuda::backward>(m, "batch_norm_backward");
+  implement_struct<&fused_ops::cuda::forward, PlainForwardArguments>(m, "batch_norm_plain_forward");
+  implement_struct<&fused_ops::cuda::backward, PlainBackwardArguments>(m, "batch_norm_plain_backward");
 }

@@ -10,9 +10,12 @@
 
 namespace fused_ops {
 
-constexpr int64_t kGrainValues = 16384;    // per task: below this a second thread costs more than it saves
-constexpr int64_t kSmallPlane = 64;        // planes up to this many values are walked as columns,
-constexpr int64_t kSmallMaskedPlane = 32;  // and up to this many where there is a mask: its layout is the ops' contract
+// A task has at least this many values: below it a second thread costs more than it saves.
+constexpr int64_t kGrainValues = 16384;
+// NCHW of at most this many values a slice is taken for NHWC, as whole lines then hold values of several channels.
+constexpr int64_t kSmallSpatial = 64;
+// Where there may be a mask it is of at most this many: the mask's layout is a part of the ops' contract.
+constexpr int64_t kSmallMaskedSpatial = 32;
 
 // n values on the stack if they are at most kInline, else on the heap; uninitialised.
 template <class T, int64_t kInline>
@@ -77,11 +80,11 @@ inline double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_
 inline const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 inline void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
-// A tensor as the kernels walk it, cut along the batch into ghost batches.
+// A tensor as the kernels see it, cut along the batch into ghost batches.
 struct View {
   ChannelLayout layout;
   int64_t channels;        // of the tensor; layout.channels == channels * repeat
-  int64_t repeat;          // columns that belong to one channel: the values of a small plane, else 1
+  int64_t repeat;          // columns that belong to one channel: the values of a small slice, else 1
   int64_t rows_per_batch;  // rows of `layout` that one batch entry has: spatial of channels_last, else 1
   int64_t groups, group_batch;
 
@@ -98,16 +101,14 @@ struct View {
     return v;
   }
   bool is_small() const { return groups == 1 && repeat == 1 && fused_ops::is_small(layout); }
-  // The sign mask: a row of bits per row of columns, or per plane.
-  int64_t mask_rows() const { return layout.columns() ? layout.batch : layout.batch * layout.channels; }
-  int64_t mask_rows_before(int64_t group) const {
-    return rows_before(group) * (layout.columns() ? 1 : layout.channels);
-  }
-  int64_t mask_row_bytes() const { return ((layout.columns() ? layout.channels : layout.spatial) + 7) / 8; }
+  // The sign mask: a row of bits for each row of NHWC, or slice of NCHW.
+  int64_t mask_rows() const { return layout.nhwc() ? layout.batch : layout.batch * layout.channels; }
+  int64_t mask_rows_before(int64_t group) const { return rows_before(group) * (layout.nhwc() ? 1 : layout.channels); }
+  int64_t mask_row_bytes() const { return ((layout.nhwc() ? layout.channels : layout.spatial) + 7) / 8; }
 };
 
 inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& valid, int64_t groups,
-                    int64_t small_plane = kSmallMaskedPlane) {
+                    int64_t small_spatial = kSmallMaskedSpatial) {
   const int64_t batch = t.size(0), channels = t.size(1);
   if (groups < 1) raise(kOp, ": groups must be at least 1, got ", groups);
   int64_t spatial = 1;
@@ -119,7 +120,7 @@ inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& vali
   v.layout = {batch, channels, spatial, nullptr};
   if (channels_last) {
     v.layout = {batch * spatial, channels, 1, nullptr}, v.rows_per_batch = spatial;
-  } else if (spatial > 0 && spatial <= small_plane && !valid) {
+  } else if (spatial > 0 && spatial <= small_spatial && !valid) {
     v.layout = {batch, channels * spatial, 1, nullptr}, v.repeat = spatial;
   }
   if (valid) v.layout.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
@@ -189,14 +190,15 @@ void for_items(const ChannelLayout& l, int64_t items, const Kernel& kernel) {
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(begin, end); });
 }
 
-constexpr int64_t kMergedTogether = 256;  // channels whose partials are merged together: they are neighbours in memory
+// The partials of this many channels are merged together, as they are neighbours in memory.
+constexpr int64_t kMergedTogether = 256;
 
 // Calls add(channel - begin, a, b, n) for the partials of channels [begin, end) in a fixed order: parts, or the blocks
 // of rows of the channels' columns.
 template <class Add>
 void for_partials(const View& view, Partial* partials, int64_t begin, int64_t end, const Add& add) {
   const ChannelLayout& l = view.layout;
-  if (!l.columns()) {
+  if (!l.nhwc()) {
     const Partial* p = partials + begin * l.parts();
     for (int64_t c = 0; c < end - begin; ++c)
       for (int64_t i = 0; i < l.parts(); ++i, ++p) add(c, p->a, p->b, p->n);
@@ -219,7 +221,7 @@ void for_partials(const View& view, Partial* partials, int64_t begin, int64_t en
 // division for each part, as merging one after the other does. Inf and NaN are merged so.
 inline void merge_moments(const View& view, Partial* partials, int64_t begin, int64_t end, Partial* out) {
   const ChannelLayout& l = view.layout;
-  const bool single = (l.columns() ? l.row_blocks() * view.repeat : l.parts()) == 1;
+  const bool single = (l.nhwc() ? l.row_blocks() * view.repeat : l.parts()) == 1;
   double mean[kMergedTogether], m2[kMergedTogether], count[kMergedTogether];
   for (int64_t i = 0; i < end - begin; ++i) mean[i] = 0, m2[i] = 0, count[i] = 0;
   for_partials(view, partials, begin, end, [&](int64_t i, double a, double, int64_t n) {
@@ -250,11 +252,12 @@ inline void merge_sums(const View& view, Partial* partials, int64_t begin, int64
   for (int64_t i = 0; i < end - begin; ++i) out[i] = {sum[i], dot[i], count[i]};
 }
 
-// Whether the outputs go past the cache: large ones, but not in pieces of a few lines, most of them parts of lines.
+// Whether outputs are written by non-temporal stores: large ones, but not in pieces of a few lines, mostly parts of
+// lines.
 inline bool streams(const ChannelLayout& l, DType dtype, bool read_twice) {
   const int64_t bytes = element_size(dtype);
   return !l.valid && l.numel() * bytes >= (read_twice ? kStreamBytes : kStreamOnceBytes) &&
-         (l.columns() || l.spatial * bytes >= kStreamRunBytes);
+         (l.nhwc() || l.spatial * bytes >= kStreamRunBytes);
 }
 
 // Runs reduce -> merge -> finish(channel, merged) -> write: channel by channel, or tile by tile, where that keeps what
@@ -272,19 +275,19 @@ void two_passes(const View& view, void (*reduce)(const Args&, int64_t, int64_t),
       for (int64_t c = first; c < last; ++c) finish(c, merged[c - first]);
     }
   };
-  if (args.by_plane) {
+  if (args.by_slice) {
     finish_channels(0, view.channels);
-    if (write) for_items(l, l.planes(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
+    if (write) for_items(l, l.slices(), [&](int64_t begin, int64_t end) { write(args, begin, end); });
     return;
   }
-  // Units that are finished on their own: channels of planes, tiles of columns.
-  const int64_t units = l.columns() ? (view.repeat == 1 ? l.tiles() : 1) : (l.parts() == 1 ? l.channels : 1);
+  // Units that are finished on their own: channels of NCHW, tiles of NHWC.
+  const int64_t units = l.nhwc() ? (view.repeat == 1 ? l.tiles() : 1) : (l.parts() == 1 ? l.channels : 1);
   const int64_t items = units == 0 ? 0 : l.items() / units;
   const auto finish_unit = [&](int64_t unit) {
-    const int64_t width = units == 1 ? view.channels : l.columns() ? l.tile_columns() : 1;
+    const int64_t width = units == 1 ? view.channels : l.nhwc() ? l.tile_columns() : 1;
     finish_channels(unit * width, std::min(view.channels, (unit + 1) * width));
   };
-  if (units > 1 && (!l.columns() || units >= static_cast<int64_t>(torch::stable::get_num_threads()))) {
+  if (units > 1 && (!l.nhwc() || units >= static_cast<int64_t>(torch::stable::get_num_threads()))) {
     for_items(l, units, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         if (reduce) reduce(args, unit * items, (unit + 1) * items);

@@ -204,11 +204,16 @@ class Arguments {
   StableIValue* next_;
 };
 
-// An op whose arguments travel as one struct, which is made of Arguments and checks its tensors itself.
-template <auto op>
-struct StructBorder;
-template <class Result, class Struct, Result (*op)(const Struct&)>
-struct StructBorder<op> {
+// An op whose arguments travel as one struct, which takes them from Arguments and checks its tensors itself; `Struct`
+// may be one derived from the op's, of a schema that ends sooner.
+template <class Op>
+struct StructOf;
+template <class Result, class Struct>
+struct StructOf<Result (*)(const Struct&)> {
+  using type = Struct;
+};
+template <auto op, class Struct>
+struct StructBorder {
   static inline const char* name = "";
 
   static void boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -218,10 +223,10 @@ struct StructBorder<op> {
   }
 };
 
-template <auto op>
+template <auto op, class Struct = typename StructOf<decltype(op)>::type>
 void implement_struct(torch::stable::detail::StableLibrary& m, const char* name) {
-  StructBorder<op>::name = name;
-  m.impl(name, &StructBorder<op>::boxed);
+  StructBorder<op, Struct>::name = name;
+  m.impl(name, &StructBorder<op, Struct>::boxed);
 }
 
 }  // namespace fused_ops

@@ -85,9 +85,10 @@ REFERENCES = {
         ("batch_norm", "batch_norm.reference"),
         ("linear_cross_entropy", "linear_cross_entropy.reference"),
     )
-    for suffix in (*("forward", "backward", "backward_", "keep", "chunk_", "small"),)
+    for suffix in (*("forward", "backward", "backward_", "chunk_", "small"),)
     if hasattr(importlib.import_module(f"fused_ops.ops.{module}"), suffix)
 }
+REFERENCES |= {f"batch_norm_plain_{d}": REFERENCES[f"batch_norm_{d}"] for d in ("forward", "backward")}
 
 
 def moderate(t):

@@ -20,7 +20,9 @@ CALLED_AS = {  # by whom, in the order of OPS
         for name in ("_forward_op", "_backward_op", "_backward_inplace_op")
     ],
     "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op"],
-    "batch_norm": ["batch_norm.functions._forward_op", "batch_norm.functions._backward_op"],
+    "batch_norm": [
+        f"batch_norm.functions.{name}_op" for name in ("_forward", "_backward", "_plain_forward", "_plain_backward")
+    ],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 
@@ -28,9 +30,9 @@ CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 def call_with(monkeypatch, namespace):
     """The public functions run on the raw ops of a namespace."""
     monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._SMALL", -1)  # an op of the CPU alone
-    for direction in ("forward", "backward"):  # as eager calls take them
-        op = getattr(namespace, f"batch_norm_{direction}").default
-        monkeypatch.setattr(f"fused_ops.ops.batch_norm.functions._{direction}", op)
+    for name in ("forward", "plain_forward", "plain_backward"):  # as eager calls take them
+        op = getattr(namespace, f"batch_norm_{name}").default
+        monkeypatch.setattr(f"fused_ops.ops.batch_norm.functions._{name}", op)
     for op, places in CALLED_AS.items():
         for place, name in zip(places, OPS[op], strict=True):
             module, attribute = place.rsplit(".", 1)

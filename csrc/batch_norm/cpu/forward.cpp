@@ -3,9 +3,9 @@
 //   y = activation((x - mean) * invstd * weight + bias + residual),  invstd = 1 / sqrt(M2 / (n - correction) + eps)
 //
 // Memory: training reads x twice and writes y once, evaluation reads x once; a residual is read once and a mask is one
-// bit a value. Planes are done channel by channel (see csrc/batch_norm/op.cpp), so that a channel which fits the cache
-// is read from memory once: 8 bytes a value in float32, 4 in 16 bits. A large y goes past the cache: to write a line
-// that is not in it would be to read it first, half as much again.
+// bit a value. NCHW is done channel by channel (see csrc/batch_norm/passes.h), so that a channel which fits the cache
+// is read from memory once: 8 bytes a value in float32, 4 in 16 bits. A large y is written by non-temporal
+// stores: an ordinary store of a line that is not in the cache reads it first, half as much again.
 //
 // x - mean is formed before the scaling, never alpha * x + beta. docs/batch_norm.md.
 #include "batch_norm/cpu/activation.h"
@@ -97,7 +97,7 @@ void apply_lines(const Run<T>& run, const Affine<Coefficient>& coefficients) {
   apply_part<T, kind, kResidual>(run, c, i, n - i);
 }
 
-// The others, and float64, which is for checks of gradients: a run of z in a buffer, then the activation over it.
+// The others, and types with one path: a run of z in a buffer, then the activation over it.
 template <class T, class Coefficient>
 void apply_buffered(const Run<T>& run, const Affine<Coefficient>& c, Activation activation, acc_t<T> slope) {
   using L = Line<T>;
@@ -149,7 +149,7 @@ inline void apply_at(const BatchNormForward& a, int64_t offset, int64_t n, uint8
                   ahead,
                   soon};
   };
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (!kOnePath<T>) {
     if (a.activation == Activation::none) return apply_lines<T, Activation::none>(run_of(0, n), c);
     if (a.activation == Activation::relu) return apply_lines<T, Activation::relu>(run_of(0, n), c);
   }
@@ -168,7 +168,7 @@ void zero_invalid(const ChannelLayout& l, T* y, int64_t n, int64_t position) {
 }
 
 template <class T>
-void apply_tile(const BatchNormForward& a, int64_t item) {
+void apply_nhwc(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const Tile t(l, item, !a.mask || l.channels % 8 == 0);
@@ -188,29 +188,29 @@ void apply_tile(const BatchNormForward& a, int64_t item) {
 }
 
 template <class T>
-void apply_planes(const BatchNormForward& a, int64_t item) {
+void apply_nchw(const BatchNormForward& a, int64_t item) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
-  const auto write = [&](const PlaneRun& run, int64_t channel) {
+  const auto write = [&](const SliceRun& run, int64_t channel) {
     const auto coefficient = [&](const void* from) { return Spread<T>(static_cast<const A*>(from)[channel]); };
     const Affine<Spread<T>> c{coefficient(a.mean), coefficient(a.scale), coefficient(a.shift)};
     apply_at<T>(a, run.offset, run.n, a.mask ? a.mask + run.mask_byte(l, channel) : nullptr, c, run.ahead, run.soon);
     zero_invalid(l, static_cast<T*>(a.output) + run.offset, run.n, run.position(l));
   };
-  if (a.by_plane) return for_each_plane_run(l, item, item + 1, kAhead<T>, write);
+  if (a.by_slice) return for_each_slice_run(l, item, item + 1, kAhead<T>, write);
   const int64_t channel = item / l.parts(), bytes = static_cast<int64_t>(sizeof(T));
-  for_each_run_again(l, item, bytes, [&](const PlaneRun& run) { write(run, channel); });
+  for_each_run_again(l, item, bytes, [&](const SliceRun& run) { write(run, channel); });
 }
 
 template <class T>
 void apply(const BatchNormForward& a, int64_t begin, int64_t end) {
-  const bool columns = a.layout.columns();
+  const bool columns = a.layout.nhwc();
   for (int64_t k = begin; k < end; ++k) {  // columns from the end, which the first pass has left in the cache
     const int64_t item = columns ? begin + (end - 1 - k) : k;
     if (columns)
-      apply_tile<T>(a, item);
+      apply_nhwc<T>(a, item);
     else
-      apply_planes<T>(a, item);
+      apply_nchw<T>(a, item);
   }
   if (a.stream) finish_streaming();
 }

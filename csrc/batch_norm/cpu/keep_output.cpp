@@ -1,11 +1,11 @@
-// Batch normalisation that keeps its output instead of its input: what is kept besides, and the backward.
+// Batch normalisation that keeps its output instead of its input: what is stored besides, and the backward.
 //
-//   z = activation^-1(y)      v = z - bias, or (x - mean) * factor where x was kept: either way xhat is v * inverse
+//   z = activation^-1(y)      v = z - bias, or (x - mean) * factor where x was stored: either way xhat is v * inverse
 //   h = g * activation'(z)    grad_x = scale * (h - mean(h) - v * inverse^2 * sum(h * v) / (n - correction))
 //
 // Memory: the backward reads y and g twice and writes grad_x once, 20 bytes a value in float32, and reads what x were
-// kept; the forward reads y once more where activation is elu. Channels none of whose x are kept (all, most often, but
-// for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm/keep_output_op.cpp. Stability:
+// stored; the forward reads y once more where activation is elu. Channels none of whose x are stored (all, most often,
+// but for elu) take the faster way of the ordinary backward instead: see csrc/batch_norm/keep_output_op.cpp. Stability:
 // docs/batch_norm.md, "Keeping the output".
 #include <algorithm>
 #include <memory>
@@ -18,7 +18,8 @@ namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
 
-constexpr int64_t kStep = 256;  // values handled together
+// This many values are handled together.
+constexpr int64_t kStep = 256;
 
 // log(1 + x) for -1 < x <= 0 to about 1 ulp: 1 + x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) /
 // (m + 1)), and what 1 + x rounds away added back to first order.
@@ -51,31 +52,31 @@ struct Rebuild {
 };
 
 template <class T>
-struct Kept {
+struct Stored {
   const T *next, *end;
   acc_t<T> take(acc_t<T> otherwise) { return next < end ? to_acc(*next++) : otherwise; }
 };
 
-// Whether the x of an output is kept.
+// Whether the x of an output is stored.
 template <class A>
-inline bool is_kept(Keep keep, A y, A limit) {
+inline bool is_stored(Keep keep, A y, A limit) {
   return keep == Keep::all || (keep == Keep::below && !(y >= limit));
 }
 
 // How many x of [0, n) are.
 template <class A, class K, class L>
-inline int64_t count_kept(const K& keep, const A* y, const L& limit, int64_t n) {
+inline int64_t count_stored(const K& keep, const A* y, const L& limit, int64_t n) {
   int32_t count = 0;
 #pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) count += is_kept<A>(keep[i], y[i], limit[i]);
+  for (int64_t i = 0; i < n; ++i) count += is_stored<A>(keep[i], y[i], limit[i]);
   return count;
 }
 
-// v and h, [0, n) each, from the outputs and upstream gradients at `offset`. `keep` is a channel's (planes), or that
-// of each of n columns.
+// v and h, [0, n) each, from the outputs and upstream gradients at `offset`. `keep` is a channel's (NCHW), or that
+// of each of n columns (NHWC).
 template <class T, class C, class K>
-void rebuild_run(const BatchNormInplace& a, int64_t offset, int64_t n, const Rebuild<acc_t<T>, C>& k, K keep, bool any,
-                 Kept<T>& kept, acc_t<T>* __restrict v, acc_t<T>* __restrict h) {
+void rebuild_run(const BatchNormFromOutput& a, int64_t offset, int64_t n, const Rebuild<acc_t<T>, C>& k, K keep,
+                 bool any, Stored<T>& stored, acc_t<T>* __restrict v, acc_t<T>* __restrict h) {
   using A = acc_t<T>;
   alignas(64) A y_buffer[kStep], g_buffer[kStep];
   const A* y = load_chunk(static_cast<const T*>(a.output) + offset, 1, n, y_buffer);
@@ -100,8 +101,8 @@ void rebuild_run(const BatchNormInplace& a, int64_t offset, int64_t n, const Reb
   }
   if (!any) return;
   for (int64_t i = 0; i < n; ++i) {
-    if (!is_kept<A>(keep[i], y[i], k.limit[i])) continue;
-    v[i] = (kept.take(k.mean[i]) - k.mean[i]) * k.factor[i] + k.shift[i];
+    if (!is_stored<A>(keep[i], y[i], k.limit[i])) continue;
+    v[i] = (stored.take(k.mean[i]) - k.mean[i]) * k.factor[i] + k.shift[i];
     if (a.activation == Activation::elu)
       h[i] = g[i] * derivative<Activation::elu>((keep[i] == Keep::all ? v[i] * k.scale[i] : v[i]) + k.bias[i], slope);
   }
@@ -113,20 +114,20 @@ const A* row(const void* p) {
 }
 
 template <class T>
-Kept<T> kept_of(const BatchNormInplace& a, int64_t item) {
-  const T* kept = static_cast<const T*>(a.kept);
-  return {kept + a.begins[item], kept + a.begins[item + 1]};
+Stored<T> stored_of(const BatchNormFromOutput& a, int64_t item) {
+  const T* all = static_cast<const T*>(a.stored);
+  return {all + a.offsets[item], all + a.offsets[item + 1]};
 }
 
 // Calls body(offset, n, column, position, k, keep, any) for the runs of an item in the order of memory; `position` is
 // the run's first place in (batch, spatial).
 template <class T, class Body>
-void for_each_step(const BatchNormInplace& a, int64_t item, const Body& body) {
+void for_each_step(const BatchNormFromOutput& a, int64_t item, const Body& body) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const A *bias = row<A>(a.bias), *mean = row<A>(a.mean), *factor = row<A>(a.factor), *shift = row<A>(a.shift),
           *limit = row<A>(a.limit), *scale = row<A>(a.scale);
-  if (!l.columns()) {
+  if (!l.nhwc()) {
     const int64_t c = item % l.channels, b = item / l.channels;
     const Rebuild<A, Single<A>> k{{bias[c]}, {mean[c]}, {factor[c]}, {shift[c]}, {limit[c]}, {scale[c]}};
     const Single<Keep> keep{a.keep[c]};
@@ -137,15 +138,15 @@ void for_each_step(const BatchNormInplace& a, int64_t item, const Body& body) {
   }
   const Rebuild<A, const A*> k{bias, mean, factor, shift, limit, scale};
   const bool any = std::any_of(a.keep, a.keep + l.channels, [](Keep keep) { return keep != Keep::none; });
-  const int64_t end = std::min((item + 1) * kInplaceRows, l.batch);
-  for (int64_t r = item * kInplaceRows; r < end; ++r)
+  const int64_t end = std::min((item + 1) * kFromOutputRows, l.batch);
+  for (int64_t r = item * kFromOutputRows; r < end; ++r)
     for (int64_t c = 0; c < l.channels; c += kStep)
       body(r * l.channels + c, std::min(kStep, l.channels - c), c, r, k + c, a.keep + c, any);
 }
 
-// Calls body(offset, n, y, keep, limit) for the runs of an item that may have kept x, in the order of memory.
+// Calls body(offset, n, y, keep, limit) for the runs of an item that may have stored x, in the order of memory.
 template <class T, class Body>
-void for_each_kept(const BatchNormInplace& a, int64_t item, const Body& body) {
+void for_each_stored(const BatchNormFromOutput& a, int64_t item, const Body& body) {
   using A = acc_t<T>;
   for_each_step<T>(a, item,
                    [&](int64_t offset, int64_t n, int64_t, int64_t, const auto& k, const auto& keep, bool any) {
@@ -157,37 +158,37 @@ void for_each_kept(const BatchNormInplace& a, int64_t item, const Body& body) {
 }
 
 template <class T>
-void keep_count(const BatchNormInplace& a, int64_t begin, int64_t end) {
+void count_all(const BatchNormFromOutput& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     int64_t count = 0;
-    for_each_kept<T>(a, item, [&](int64_t, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
-      count += count_kept(keep, y, limit, n);
+    for_each_stored<T>(a, item, [&](int64_t, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
+      count += count_stored(keep, y, limit, n);
     });
-    a.begins[item + 1] = count;
+    a.offsets[item + 1] = count;
   }
 }
 
 template <class T>
-void keep_copy(const BatchNormInplace& a, int64_t begin, int64_t end) {
+void copy_all(const BatchNormFromOutput& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    T* to = static_cast<T*>(a.kept) + a.begins[item];
-    for_each_kept<T>(a, item, [&](int64_t offset, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
+    T* to = static_cast<T*>(a.stored) + a.offsets[item];
+    for_each_stored<T>(a, item, [&](int64_t offset, int64_t n, const acc_t<T>* y, const auto& keep, const auto& limit) {
       const T* x = static_cast<const T*>(a.input) + offset;
-      T kept[kStep];
+      T chosen[kStep];
       int64_t count = 0;  // without a branch a value, which none could foresee
-      for (int64_t i = 0; i < n; ++i) kept[count] = x[i], count += is_kept<acc_t<T>>(keep[i], y[i], limit[i]);
-      to = std::copy_n(kept, count, to);
+      for (int64_t i = 0; i < n; ++i) chosen[count] = x[i], count += is_stored<acc_t<T>>(keep[i], y[i], limit[i]);
+      to = std::copy_n(chosen, count, to);
     });
   }
 }
 
-// h = 0 where a position does not count; returns how many do. Columns have one position a run.
+// h = 0 where a position does not count; returns how many do. NHWC has one position a run.
 template <class A>
 int64_t drop_invalid(const ChannelLayout& l, int64_t position, int64_t n, A* h) {
   if (!l.valid) return n;
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const bool counts = l.valid[l.columns() ? position : position + i];
+    const bool counts = l.valid[l.nhwc() ? position : position + i];
     count += counts;
     if (!counts) h[i] = 0;
   }
@@ -195,35 +196,35 @@ int64_t drop_invalid(const ChannelLayout& l, int64_t position, int64_t n, A* h) 
 }
 
 template <class T>
-void sums(const BatchNormInplace& a, int64_t begin, int64_t end) {
+void sums(const BatchNormFromOutput& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   alignas(64) A v[kStep], h[kStep];
-  const int64_t columns = l.columns() ? l.channels : 0;
+  const int64_t columns = l.nhwc() ? l.channels : 0;
   const std::unique_ptr<double[]> memory(new double[static_cast<size_t>(2 * columns)]);
   for (int64_t item = begin; item < end; ++item) {
-    Kept<T> kept = kept_of<T>(a, item);
+    Stored<T> stored = stored_of<T>(a, item);
     double *sum = memory.get(), *dot = memory.get() + columns, total = 0, product = 0;
     int64_t counted = 0;
     std::fill_n(sum, 2 * columns, 0.0);
     for_each_step<T>(
         a, item,
         [&](int64_t offset, int64_t n, int64_t column, int64_t position, const auto& k, const auto& keep, bool any) {
-          rebuild_run<T>(a, offset, n, k, keep, any, kept, v, h);
+          rebuild_run<T>(a, offset, n, k, keep, any, stored, v, h);
           const int64_t count = drop_invalid(l, position, n, h);
           if (!columns) {
             counted += count;
-            double lanes[8] = {}, dots[8] = {};
+            double sums[8] = {}, dots[8] = {};
             int64_t i = 0;
             for (; i + 8 <= n; i += 8) {
 #pragma omp simd
               for (int64_t j = 0; j < 8; ++j) {
-                lanes[j] += static_cast<double>(h[i + j]);
+                sums[j] += static_cast<double>(h[i + j]);
                 dots[j] += static_cast<double>(h[i + j]) * static_cast<double>(v[i + j]);
               }
             }
             for (; i < n; ++i) total += h[i], product += static_cast<double>(h[i]) * static_cast<double>(v[i]);
-            for (int64_t j = 0; j < 8; ++j) total += lanes[j], product += dots[j];
+            for (int64_t j = 0; j < 8; ++j) total += sums[j], product += dots[j];
             return;
           }
           if (column == 0) counted += count > 0;
@@ -239,7 +240,7 @@ void sums(const BatchNormInplace& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void grads(const BatchNormInplace& a, int64_t begin, int64_t end) {
+void grads(const BatchNormFromOutput& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const ChannelLayout& l = a.layout;
   const A *scale = row<A>(a.scale), *grad_mean = row<A>(a.grad_mean), *slope = row<A>(a.grad_slope);
@@ -255,18 +256,18 @@ void grads(const BatchNormInplace& a, int64_t begin, int64_t end) {
     store_chunk(static_cast<T*>(a.grad_input) + offset, 1, n, h);
   };
   for (int64_t item = begin; item < end; ++item) {
-    Kept<T> kept = kept_of<T>(a, item);
+    Stored<T> stored = stored_of<T>(a, item);
     for_each_step<T>(
         a, item,
         [&](int64_t offset, int64_t n, int64_t c, int64_t position, const auto& k, const auto& keep, bool any) {
-          rebuild_run<T>(a, offset, n, k, keep, any, kept, v, h);
-          if (l.columns())
+          rebuild_run<T>(a, offset, n, k, keep, any, stored, v, h);
+          if (l.nhwc())
             write(offset, n, scale + c, grad_mean + c, slope + c);
           else
             write(offset, n, Single<A>{scale[c]}, Single<A>{grad_mean[c]}, Single<A>{slope[c]});
           T* to = static_cast<T*>(a.grad_input) + offset;
           for (int64_t i = 0; l.valid && i < n; ++i)
-            if (!l.valid[l.columns() ? position : position + i]) to[i] = T{};
+            if (!l.valid[l.nhwc() ? position : position + i]) to[i] = T{};
         });
   }
 }
@@ -274,7 +275,7 @@ void grads(const BatchNormInplace& a, int64_t begin, int64_t end) {
 }  // namespace
 
 // kernel<T>(args, begin_item, end_item), in the function `entry` of the contract.
-#define FUSED_OPS_DISPATCH(kernel, entry)                                                     \
+#define FUSED_OPS_DISPATCH_FROM_OUTPUT(kernel, entry)                                         \
   switch (args.dtype) {                                                                       \
     case DType::float32: kernel<float>(args, begin_item, end_item); break;                    \
     case DType::float64: FUSED_OPS_FLOAT64(kernel, entry, args, begin_item, end_item); break; \
@@ -282,17 +283,17 @@ void grads(const BatchNormInplace& a, int64_t begin, int64_t end) {
     case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                \
   }
 
-void batch_norm_keep_count(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(keep_count, batch_norm_keep_count)
+void batch_norm_count_stored(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH_FROM_OUTPUT(count_all, batch_norm_count_stored)
 }
-void batch_norm_keep_copy(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(keep_copy, batch_norm_keep_copy)
+void batch_norm_copy_stored(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH_FROM_OUTPUT(copy_all, batch_norm_copy_stored)
 }
-void batch_norm_inplace_sums(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(sums, batch_norm_inplace_sums)
+void batch_norm_output_sums(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH_FROM_OUTPUT(sums, batch_norm_output_sums)
 }
-void batch_norm_inplace_grads(const BatchNormInplace& args, int64_t begin_item, int64_t end_item) {
-  FUSED_OPS_DISPATCH(grads, batch_norm_inplace_grads)
+void batch_norm_output_grads(const BatchNormFromOutput& args, int64_t begin_item, int64_t end_item) {
+  FUSED_OPS_DISPATCH_FROM_OUTPUT(grads, batch_norm_output_grads)
 }
 
 }  // namespace FUSED_OPS_ISA

@@ -1,4 +1,4 @@
-// How the batch-norm kernels walk over a layout's items, and what they load on the way.
+// The loops of the batch-norm kernels over the items of a layout, what they prefetch, and the sums they fill.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -9,25 +9,37 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+// Types with one path, where z and h go through a buffer and rows are summed one by one: float64, which is for checks
+// of gradients, and all in the x86 baseline, which no processor that trains needs. No bit depends on it.
+#if defined(__x86_64__) && !defined(__AVX2__)
+template <class T>
+constexpr bool kOnePath = true;
+#else
+template <class T>
+constexpr bool kOnePath = std::is_same_v<T, double>;
+#endif
+
 // Size of a run's buffer: room for a last line, and no multiple of 4 KiB, because buffers that far apart stall loads
 // behind each other's stores.
 constexpr int64_t kPadded = kRun + 48;
 
-// What the hardware does not foresee, the start of the next plane, page or piece of a row, is prefetched, a line with
+// What the hardware does not foresee, the start of the next slice, page or piece of a row, is prefetched, a line with
 // every line that is read: many at once wait for each other. A prefetch may point anywhere.
 constexpr int kRunsAhead = 2;
-constexpr int64_t kCacheBytes = int64_t{1} << 20;  // of a core: the second level of what this runs on
+// A core's second-level cache is taken to be of this size.
+constexpr int64_t kCacheBytes = int64_t{1} << 20;
+// What is prefetched in rows that are written lies this many values behind.
 template <class T>
 constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
+// The same for rows that are summed.
 template <class T>
-constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));  // of rows that are summed
+constexpr int64_t kAheadOfRows = 4096 / static_cast<int64_t>(sizeof(T));
 
 // Rows of a tile that are summed together: the more, the fewer loads and stores of their sums; the fewer, the more they
 // are read in the order of memory, which reads faster what is not in the cache. No bit depends on it.
-// float64, which is for checks of gradients, has one path: row by row.
 constexpr int kMostRows = 4;
 template <class T>
-constexpr int kRowsTogether = std::is_same_v<T, double> ? 1 : kMostRows;
+constexpr int kRowsTogether = kOnePath<T> ? 1 : kMostRows;
 
 // Calls body(begin, n) for every stretch of positions in [begin, end) of `valid` that count.
 template <class Body>
@@ -41,14 +53,14 @@ inline void for_each_valid(const uint8_t* valid, int64_t begin, int64_t end, con
   }
 }
 
-// Planes: a run of a channel, one part of a plane. The runs of a plane are of one length, but for the last.
-struct PlaneRun {
+// NCHW: a run of values of one channel, a part of a slice. The runs of a slice are of one length, but for the last.
+struct SliceRun {
   int64_t offset, n;   // of its values
   int64_t row, start;  // its first place in (batch, spatial)
   int64_t ahead;       // what is to be prefetched lies so many values behind,
   int64_t soon;        // and of what is read once, or written, so many
   int64_t position(const ChannelLayout& l) const { return row * l.spatial + start; }
-  // Its place in a mask of bits, where each plane starts a byte.
+  // Its place in a mask of bits, where each slice starts a byte.
   int64_t mask_byte(const ChannelLayout& l, int64_t channel) const {
     return (row * l.channels + channel) * ((l.spatial + 7) / 8) + start / 8;
   }
@@ -62,7 +74,7 @@ class RunCursor {
   }
   static int64_t runs_per_row(const ChannelLayout& l) { return (l.spatial + kRun - 1) / kRun; }
   int64_t offset() const { return (row_ * layout_.channels + channel_) * layout_.spatial + start_; }
-  PlaneRun at(int64_t later, int64_t soon) const {
+  SliceRun at(int64_t later, int64_t soon) const {
     const int64_t here = offset();
     return {here, std::min(length_, layout_.spatial - start_), row_, start_, later - here, soon - here};
   }
@@ -84,7 +96,7 @@ class RunCursor {
   int64_t per_row_, length_, channel_, row_, start_;
 };
 
-// Planes: calls body(run) for the runs of at most kRun values of item (channel, part). With `split`, a run is cut into
+// NCHW: calls body(run) for the runs of at most kRun values of item (channel, part). With `split`, a run is cut into
 // the stretches that count.
 template <class Body>
 inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const Body& body) {
@@ -94,7 +106,7 @@ inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const
   RunCursor cursor(l, item / parts, begin), later = cursor;
   for (int k = 0; k < kRunsAhead; ++k) later.next();
   for (int64_t left = end - begin; left > 0; --left, cursor.next(), later.next()) {
-    const PlaneRun run = cursor.at(later.offset(), later.offset());
+    const SliceRun run = cursor.at(later.offset(), later.offset());
     if (!split || !l.valid) {
       body(run);
       continue;
@@ -102,7 +114,7 @@ inline void for_each_run(const ChannelLayout& l, int64_t item, bool split, const
     const int64_t position = run.position(l);
     for_each_valid(l.valid, position, position + run.n, [&](int64_t at, int64_t count) {
       const int64_t over = at - position;
-      body(PlaneRun{run.offset + over, count, run.row, run.start + over, run.ahead, run.soon});
+      body(SliceRun{run.offset + over, count, run.row, run.start + over, run.ahead, run.soon});
     });
   }
 }
@@ -124,18 +136,18 @@ inline void for_each_run_again(const ChannelLayout& l, int64_t item, int64_t byt
     body(cursor.at(foresees && k < fit ? next.offset() : soon.offset(), soon.offset()));
 }
 
-// Planes in the order of memory, as (batch, channel): calls body(run, channel) for the runs of planes [begin, end).
+// NCHW in the order of memory: calls body(run, channel) for the runs of slices [begin, end).
 // For what needs no sums over a channel.
 template <class Body>
-inline void for_each_plane_run(const ChannelLayout& l, int64_t begin, int64_t end, int64_t ahead, const Body& body) {
-  for (int64_t plane = begin; plane < end; ++plane)
+inline void for_each_slice_run(const ChannelLayout& l, int64_t begin, int64_t end, int64_t ahead, const Body& body) {
+  for (int64_t slice = begin; slice < end; ++slice)
     for (int64_t s = 0; s < l.spatial; s += kRun)
-      body(PlaneRun{plane * l.spatial + s, std::min(kRun, l.spatial - s), plane / l.channels, s, ahead, ahead},
-           plane % l.channels);
+      body(SliceRun{slice * l.spatial + s, std::min(kRun, l.spatial - s), slice / l.channels, s, ahead, ahead},
+           slice % l.channels);
 }
 
-// Columns: the rows and columns of one item. Where rows are short and all of them count, `fused` consecutive ones are
-// walked as one of `width` values, with the coefficients repeated: a row is then many vectors long.
+// NHWC: the rows and columns of one item. Where rows are short and all of them count, `fused` consecutive ones are
+// taken as one of `width` values, with the coefficients repeated: a row is then many vectors long.
 struct Tile {
   int64_t block, row_begin, row_end, column, n, fused, width;
   explicit Tile(const ChannelLayout& l, int64_t item, bool may_fuse = true) {
@@ -212,7 +224,7 @@ inline int64_t for_rows_together(const ChannelLayout& l, const Tile& t, int64_t 
   return counted;
 }
 
-// What is prefetched with the lines of rows that are walked together. Where the tile is all columns, so that the rows
+// What is prefetched with the lines of rows that are read together. Where the tile is all columns, so that the rows
 // are one piece of memory, its lines in their order: in the order in which they are read, one of each row in turn, the
 // same bytes took a sixth longer.
 template <class T>
@@ -279,7 +291,7 @@ struct TileSums {
       }
     }
   }
-  // What was folded of the t.n columns, over the rows that were walked as one.
+  // What was folded of the t.n columns, over the rows that were taken as one.
   void take(const Tile& t, double* to_a, double* to_b) const {
     const auto one = [&](const auto* from, double* to) {
       alignas(kLineBytes) double natural[Line<T>::kPairs ? kTile : 1];
@@ -293,6 +305,37 @@ struct TileSums {
     else
       one(a, to_a), one(b, to_b);
   }
+};
+
+// A value near `mean`, representable in T: then deviations of 16-bit values from it are exact, and the rounding of
+// their sums has no bias.
+template <class T>
+inline acc_t<T> center_of(double mean) {
+  T rounded;
+  store(&rounded, static_cast<acc_t<T>>(mean));
+  return to_acc(rounded);
+}
+
+template <class V>
+inline double sum_of(V v) {
+  double total = 0;
+  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) total += static_cast<double>(v[l]);
+  return total;
+}
+
+// Adds four registers to two of doubles, and clears them.
+struct WideSums {
+  double_vec low{}, high{};
+  void take(float_vec* v) {
+    const DoublePair d = widen((v[0] + v[1]) + (v[2] + v[3]));
+    low += d.low, high += d.high;
+    for (int i = 0; i < 4; ++i) v[i] = float_vec{};
+  }
+  void take(double_vec* v) {
+    low += (v[0] + v[1]) + (v[2] + v[3]);
+    for (int i = 0; i < 4; ++i) v[i] = double_vec{};
+  }
+  double sum() const { return sum_of(low + high); }
 };
 
 // kernel<double> in these passes is compiled with vectors, but once: AVX-512 calls AVX2's.
@@ -311,7 +354,7 @@ struct TileSums {
     case DType::float16: kernel<float16_t>(args, begin_item, end_item); break;                        \
   }
 
-// The coefficients of a tile's columns, repeated over the rows that are walked as one, in the order of lines; unset
+// The coefficients of a tile's columns, repeated over the rows that are taken as one, in the order of lines; unset
 // where they are not wanted.
 template <class T>
 struct TileValues {

@@ -6,8 +6,6 @@
 // summed in double, where their mean is as exact as PyTorch's, and so are the squares of those of columns: there a
 // block's first row may serve as pilot, whose sum of squares is at most n M2. 16-bit deviations are exact.
 // docs/batch_norm.md.
-#include "batch_norm/cpu/moments.h"
-
 #include <cmath>
 
 #include "batch_norm/cpu/loops.h"
@@ -15,6 +13,108 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
+
+// Sums of x - center and of its square over values of one channel. Squares are of the accumulator's type for at most
+// kFoldAt values and a run, then double; so are the deviations of 16-bit values, which are exact. float32 values
+// themselves are summed in double.
+template <class T>
+class DeviationSums {
+  using L = Line<T>;
+  using A = acc_t<T>;
+  using V = typename L::V;
+  static constexpr bool kExact = std::is_same_v<T, float>;
+  static constexpr int kGroup =
+      std::max(1, 4 / L::kVectors);  // lines that are added together: no sum waits for the last
+
+ public:
+  // What is prefetched lies `ahead` values behind x.
+  void add(const T* x, int64_t n, A center, int64_t ahead) {
+    Registers t = registers_;
+    const V c = V{} + center;
+    int64_t i = 0;
+    for (; i + kGroup * L::kSize <= n; i += kGroup * L::kSize)
+      for (int g = 0; g < kGroup; ++g) {
+        prefetch(x + i + g * L::kSize + ahead);
+        t.step(x + i + g * L::kSize, c, g * L::kVectors);
+      }
+    for (; i + L::kSize <= n; i += L::kSize) t.step(x + i, c, 0);
+    if (i < n) {  // padded with the center, which every T has
+      T fill;
+      store(&fill, center);
+      prefetch_part(x + i + ahead);
+      t.step_part(L::load_part(x + i, n - i, fill), c);
+      padded_ += L::kSize - (n - i);
+    }
+    registers_ = t;
+    pending_ += n;
+    if (pending_ >= kFoldAt) fold();
+  }
+
+  // Returns both sums over n values and starts again from zero.
+  void take(double center, double n, double* sum, double* squares) {
+    fold();
+    *squares = squares_.sum();
+    if constexpr (kExact)
+      *sum = sum_of((registers_.exact[0] + registers_.exact[1]) + (registers_.exact[2] + registers_.exact[3])) -
+             (n + static_cast<double>(padded_)) * center;
+    else
+      *sum = sum_.sum();
+    *this = DeviationSums();
+  }
+
+ private:
+  struct Registers {
+    V square[4] = {}, sum[kExact ? 1 : 4] = {};
+    double_vec exact[kExact ? 4 : 1] = {};
+
+    inline FUSED_OPS_INLINE void step(const T* from, V center, int first) {
+      const L x = L::load(from);
+      for (int k = 0; k < L::kVectors; ++k) {
+        const int at = (first + k) % 4;
+        const V d = x.v[k] - center;
+        square[at] += d * d;
+        if constexpr (kExact) {
+          const DoublePair wide = widen_at(from + k * L::kLane);
+          exact[at % 2 * 2] += wide.low, exact[at % 2 * 2 + 1] += wide.high;
+        } else {
+          sum[at] += d;
+        }
+      }
+    }
+    inline FUSED_OPS_INLINE void step_part(const L& x, V center) {
+      for (int k = 0; k < L::kVectors; ++k) {
+        const V d = x.v[k] - center;
+        square[k % 4] += d * d;
+        if constexpr (kExact) {
+          const DoublePair wide = widen(x.v[k]);
+          exact[k % 2 * 2] += wide.low, exact[k % 2 * 2 + 1] += wide.high;
+        } else {
+          sum[k % 4] += d;
+        }
+      }
+    }
+  };
+  void fold() {
+    squares_.take(registers_.square);
+    if constexpr (!kExact) sum_.take(registers_.sum);
+    pending_ = 0;
+  }
+
+  Registers registers_;
+  WideSums squares_, sum_;
+  int64_t pending_ = 0, padded_ = 0;
+};
+
+// The mean of n values in one pass, rounded: what deviations are taken from, not the result.
+template <class T>
+inline double pilot_mean(const T* x, int64_t n) {
+  DeviationSums<T> sums;
+  double sum, squares;
+  const acc_t<T> first = to_acc(x[0]);
+  sums.add(x, n, first, 0);
+  sums.take(static_cast<double>(first), static_cast<double>(n), &sum, &squares);
+  return static_cast<double>(first) + sum / static_cast<double>(n);
+}
 
 template <class T>
 constexpr int64_t kPilotRows = std::is_same_v<T, float> ? 1 : 8;
@@ -34,7 +134,7 @@ Partial slow_moments(const Visit& visit) {
 // Values of one channel: segments, each with a center of its own that stays at most 8 times as long as what it is the
 // mean of.
 template <class T>
-Partial plane_moments(const BatchNormForward& a, int64_t item) {
+Partial nchw_moments(const BatchNormForward& a, int64_t item) {
   const T* x = static_cast<const T*>(a.input);
   acc_t<T> center = 0;
   Moments total;
@@ -48,7 +148,7 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
     total.merge(c + sum / n, squares - sum * sum / n, pending);
     pending = 0;
   };
-  for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
+  for_each_run(a.layout, item, true, [&](const SliceRun& run) {
     if (pending == 0) {
       center = center_of<T>(total.n ? total.mean : pilot_mean(x + run.offset, run.n));
       merge_at = 8 * std::max(total.n, run.n);
@@ -60,7 +160,7 @@ Partial plane_moments(const BatchNormForward& a, int64_t item) {
   merge();
   if (total.n && !(std::isfinite(total.mean) && std::isfinite(total.m2)))
     return slow_moments([&](auto f) {
-      for_each_run(a.layout, item, true, [&](const PlaneRun& run) {
+      for_each_run(a.layout, item, true, [&](const SliceRun& run) {
         for (int64_t i = 0; i < run.n; ++i) f(static_cast<double>(to_acc(x[run.offset + i])));
       });
     });
@@ -164,7 +264,7 @@ int64_t add_tile_rows(const BatchNormForward& a, const Tile& t, int64_t begin, i
 // Segments of rows, each with centers of its own: the pilot's, then the mean so far, for at most 8 times the rows it
 // is the mean of. In float32, whose sums are in double, the pilot's serve all rows.
 template <class T>
-void tile_moments(const BatchNormForward& a, int64_t item) {
+void nhwc_moments(const BatchNormForward& a, int64_t item) {
   const ChannelLayout& l = a.layout;
   const Tile t(l, item);
   const T* x = static_cast<const T*>(a.input) + t.column;
@@ -211,10 +311,10 @@ void tile_moments(const BatchNormForward& a, int64_t item) {
 template <class T>
 void moments(const BatchNormForward& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    if (a.layout.columns())
-      tile_moments<T>(a, item);
+    if (a.layout.nhwc())
+      nhwc_moments<T>(a, item);
     else
-      a.partials[item] = plane_moments<T>(a, item);
+      a.partials[item] = nchw_moments<T>(a, item);
   }
 }
 

@@ -6,7 +6,7 @@
 //
 // where `lost` is what rounding the mean to the accumulator loses, and sum and dot are those of h and h * (x - mean).
 // Memory: as the passes; everything stays in the first-level cache. The gradient before an activation that takes an exp
-// is computed once and kept for the second pass. docs/batch_norm.md.
+// is computed once, into a buffer that the second pass reads. docs/batch_norm.md.
 #include <algorithm>
 #include <cmath>
 
@@ -74,14 +74,16 @@ struct Coefficients {
   }
 };
 
-constexpr int64_t kKeptBytes = 16384;  // of h that is kept between the two passes
+// At most this many bytes of h are buffered between the two passes.
+constexpr int64_t kBufferedBytes = 16384;
 
 // h = g * activation'(z) of a float32 input, where the two passes would each compute it. False if it is left to them:
 // it is cheap, z's sign is known, or h is too large for a buffer on the stack.
-bool keep_before(const BatchNormBackward& a, float* __restrict h) {
+bool buffer_before(const BatchNormBackward& a, float* __restrict h) {
   const bool sign = a.activation == Activation::relu || a.activation == Activation::leaky_relu;
   const int64_t n = a.layout.numel(), channels = a.layout.channels;
-  if (a.activation == Activation::none || sign || n * static_cast<int64_t>(sizeof(float)) > kKeptBytes) return false;
+  if (a.activation == Activation::none || sign || n * static_cast<int64_t>(sizeof(float)) > kBufferedBytes)
+    return false;
   const float *x = static_cast<const float*>(a.input), *r = static_cast<const float*>(a.residual);
   const float *mean = static_cast<const float*>(a.mean), *scale = static_cast<const float*>(a.scale);
   const float* shift = static_cast<const float*>(a.shift);
@@ -149,9 +151,8 @@ void batch_norm_small_backward(const BatchNormBackward& given, const SmallBackwa
   double weight[kSmallChannels], bias[kSmallChannels], lost[kSmallChannels];
   load(s.params, s.weight, 1, n, weight), load(s.params, s.bias, 0, n, bias);
   coefficients.write_affine(s.mean, s.invstd, weight, bias, n, lost);
-  alignas(64) float kept[kKeptBytes / sizeof(float)];
-  if (args.dtype == DType::float32 && keep_before(args, kept))
-    args.grad_output = kept, args.activation = Activation::none;
+  alignas(64) float h[kBufferedBytes / sizeof(float)];
+  if (args.dtype == DType::float32 && buffer_before(args, h)) args.grad_output = h, args.activation = Activation::none;
   if (s.reduces) {
     Partial partials[kSmallChannels];
     args.partials = partials;
