@@ -72,7 +72,10 @@ def define_ops():
     for name in [name for names in OPS.values() for name in names]:
         schema = str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1]
         library.define(schema)
-        if name in ("batch_norm_forward", "batch_norm_backward"):  # what a kernel does not serve, it hands over by this name
+        if name in (
+            "batch_norm_forward",
+            "batch_norm_backward",
+        ):  # what a kernel does not serve, it hands over by this name
             library.define(schema.replace(name, f"{name}_reference", 1))
             function = getattr(batch_norm, name.removeprefix("batch_norm_"))
             library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")

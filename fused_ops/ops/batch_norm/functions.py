@@ -59,19 +59,17 @@ _BACKWARD_OPTIONS = (
     "Tensor(a!)? grad_residual=None, Tensor? stored=None, Tensor? offsets=None"
 )
 _GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
-_forward_op, _plain_forward_op = (
-    register(schema, reference.forward, _fake_forward)
-    for schema in (
-        f"batch_norm_forward({_FORWARD}, {_OPTIONS}) -> {_OUTPUTS}",
-        f"batch_norm_plain_forward({_FORWARD}) -> {_OUTPUTS}",
-    )
+_forward_op: Any = register(
+    f"batch_norm_forward({_FORWARD}, {_OPTIONS}) -> {_OUTPUTS}", reference.forward, _fake_forward
 )
-_backward_op, _plain_backward_op = (
-    register(schema, reference.backward, _fake_backward)
-    for schema in (
-        f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}",
-        f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}",
-    )
+_plain_forward_op: Any = register(
+    f"batch_norm_plain_forward({_FORWARD}) -> {_OUTPUTS}", reference.forward, _fake_forward
+)
+_backward_op: Any = register(
+    f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}", reference.backward, _fake_backward
+)
+_plain_backward_op: Any = register(
+    f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}", reference.backward, _fake_backward
 )
 
 

@@ -100,8 +100,8 @@ class BatchNormKeptOutputFunction(FusedFunction):
         if torch.is_grad_enabled() or transforms_active():
             saved = _rebuilt(ctx, output, weight, bias, statistics, stored, valid, grad_output)
             needs = need_input, False, need_weight, need_bias
-            grad_input, _, *grads = functions.gradients(grad_output, saved, o, needs)
-            return grad_input, None, None, None, *grads, *(None,) * 9
+            grad_input, _none, grad_weight, grad_bias = functions.gradients(grad_output, saved, o, needs)
+            return grad_input, None, None, None, grad_weight, grad_bias, *(None,) * 9
         numbers = o.training, need_input, need_weight or need_bias, o.correction, o.activation, o.slope
         rest = None, None, valid, o.groups, None, stored, offsets
         found = functions._backward_op(grad_output, output, weight, bias, statistics, *numbers, *rest)
