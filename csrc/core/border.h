@@ -49,7 +49,7 @@ inline void define(torch::stable::detail::StableLibrary& m, const char* schema) 
   m.def(schema);
 }
 
-// "input" of "op(Tensor input, ...) -> ...", by its place; the place itself for an op that another library defines.
+// "input" of "op(Tensor input, ...) -> ...", by its place; the place itself for an op that is not defined here.
 inline std::string argument_name(const char* op, size_t index) {
   const size_t length = std::strlen(op);
   for (const char* schema : schemas()) {
@@ -90,13 +90,19 @@ class ArgumentCheck {
     else
       ++index_;
   }
+  // The same for arguments that say their names, of an op whose schema is not defined here.
+  template <class T>
+  void next(const char* name, const T& t) {
+    name_ = name;
+    next(t);
+  }
   void next(const Tensor& t) {
     const Device device = device_of(t);
     if (!first_) first_ = device;
     if (device.type != first_->type || device.index != first_->index) raise_device(device);
     int64_t bytes = 0, offset = 0;
     if (aoti_torch_get_storage_size(t.get(), &bytes) != TORCH_SUCCESS)
-      raise(op_, ": ", argument_name(op_, index_), " must be of layout torch.strided");
+      raise(op_, ": ", name(), " must be of layout torch.strided");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
     const int64_t extent = t.extent();
     if (extent > 0 && (offset + extent) * item_bytes(t.scalar_type()) > bytes) raise_data(t, bytes);
@@ -123,19 +129,30 @@ class ArgumentCheck {
   }
   [[noreturn]] __attribute__((noinline, cold)) void raise_device(const Device& device) const {
     raise("Expected all tensors to be on the same device, but found at least two devices, ", name_of(*first_), " and ",
-          name_of(device), "! (when checking argument for argument ", argument_name(op_, index_),
-          " in method fused_ops::", op_, ")");
+          name_of(device), "! (when checking argument for argument ", name(), " in method fused_ops::", op_, ")");
   }
   [[noreturn]] __attribute__((noinline, cold)) void raise_data(const Tensor& t, int64_t bytes) const {
-    raise(op_, ": ", argument_name(op_, index_),
+    raise(op_, ": ", name(),
           ": The tensor has a non-zero number of elements, but its data is not allocated yet; shape ", shape_of(t),
           " in a storage of ", bytes, " bytes");
   }
 
-  const char* op_;
+  std::string name() const { return name_ ? name_ : argument_name(op_, index_); }
+
+  const char *op_, *name_ = nullptr;
   size_t index_ = 0;
   std::optional<Device> first_;
 };
+
+// Results, in their order, to where libtorch looks for them.
+template <class T>
+void give(StableIValue* stack, const T& result) {
+  *stack = torch::stable::detail::from(static_cast<const Stable<T>&>(result));
+}
+template <class... T>
+void give(StableIValue* stack, const std::tuple<T...>& results) {
+  std::apply([&](const T&... each) { (give(stack++, each), ...); }, results);
+}
 
 // An op written with Tensor, as libtorch calls it.
 template <auto op>
@@ -157,20 +174,57 @@ struct Border<op> {
     else
       give(stack, std::apply(op, args));
   }
-  template <class T>
-  static void give(StableIValue* stack, const T& result) {
-    *stack = torch::stable::detail::from(static_cast<const Stable<T>&>(result));
-  }
-  template <class... T>
-  static void give(StableIValue* stack, const std::tuple<T...>& results) {
-    std::apply([&](const T&... each) { (give(stack++, each), ...); }, results);
-  }
 };
 
 template <auto op>
 void implement(torch::stable::detail::StableLibrary& m, const char* name) {
   Border<op>::name = name;
   m.impl(name, &Border<op>::boxed);
+}
+
+// The arguments of a call, as they lie on libtorch's stack. All must be taken, in the order of the schema, before
+// anything raises: a tensor that is not taken is never given back.
+class Arguments {
+ public:
+  Arguments(const char* op, StableIValue* stack) : check(op), next_(stack) {}
+
+  Tensor tensor() { return take<torch::stable::Tensor>(); }
+  std::optional<Tensor> maybe_tensor() { return take<std::optional<torch::stable::Tensor>>(); }
+  bool flag() { return take<bool>(); }
+  int64_t integer() { return take<int64_t>(); }
+  double number() { return take<double>(); }
+
+  ArgumentCheck check;
+
+ private:
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  StableIValue* next_;
+};
+
+// An op whose arguments travel as one struct, which is made of Arguments and checks its tensors itself.
+template <auto op>
+struct StructBorder;
+template <class Result, class Struct, Result (*op)(const Struct&)>
+struct StructBorder<op> {
+  static inline const char* name = "";
+
+  static void boxed(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(name, stack);
+    const Struct given(arguments);
+    if constexpr (std::is_void_v<Result>)
+      op(given);
+    else
+      give(stack, op(given));
+  }
+};
+
+template <auto op>
+void implement_struct(torch::stable::detail::StableLibrary& m, const char* name) {
+  StructBorder<op>::name = name;
+  m.impl(name, &StructBorder<op>::boxed);
 }
 
 }  // namespace fused_ops

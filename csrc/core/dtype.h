@@ -27,4 +27,29 @@ struct acc<double> {
 template <class T>
 using acc_t = typename acc<T>::type;
 
+// The one choice of a template's instance by dtype: f(TypeOf<T>()) for the T of `dtype`. Inlined, so that nothing of it
+// is shared between the instruction sets.
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+template <class F>
+__attribute__((always_inline)) inline auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float64: return f(TypeOf<double>());
+    case DType::bfloat16: return f(TypeOf<bfloat16_t>());
+    case DType::float16: return f(TypeOf<float16_t>());
+    default: return f(TypeOf<float>());
+  }
+}
+// The same of a dtype that is computed in float: not float64, of which no instance is made.
+template <class F>
+__attribute__((always_inline)) inline auto with_float_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::bfloat16: return f(TypeOf<bfloat16_t>());
+    case DType::float16: return f(TypeOf<float16_t>());
+    default: return f(TypeOf<float>());
+  }
+}
+
 }  // namespace fused_ops

@@ -1,6 +1,6 @@
 // Facts about the library itself.
 #include "core/isa.h"
-#include "core/stable.h"
+#include "core/tensor.h"
 
 namespace fused_ops {
 namespace {

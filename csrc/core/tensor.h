@@ -1,15 +1,44 @@
-// The tensors of the checking files.
+// The stable ABI of libtorch, and the tensors of the checking files on it.
+//
+// A failed call says why in PyTorch's own words (where it tells them: torch 2.13), and never names a path of the build.
 //
 // Every question to a torch::stable::Tensor is a call into libtorch, its dtype alone up to a dozen; asked again and
 // again, and each from a place of its own in that large library, they cost a small call more than its arithmetic does
 // (mostly misses of the instruction cache). This Tensor asks once for the sizes, the strides and the dtype.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
-#include "core/stable.h"
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace fused_ops {
+
+[[noreturn]] inline __attribute__((noinline, cold)) void raise_failed_call(const char* call) {
+  const char* why = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  if (why && *why) throw std::runtime_error(why);
+  const std::string text = call;
+  throw std::runtime_error("fused_ops: PyTorch's " + text.substr(0, text.find('(')) +
+                           " failed, and said why on stderr");
+}
+
+}  // namespace fused_ops
+
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call) \
+  if ((call) != TORCH_SUCCESS) ::fused_ops::raise_failed_call(#call);
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace fused_ops {
 

@@ -1,31 +1,28 @@
-// Checks, allocation and launch of the cross-entropy ops on a GPU; the schemas are in op.cpp.
+// Checks, allocation and launch of the cross-entropy ops on a GPU.
 //
 // Nothing here waits for the device: the count of rows and the upstream gradient stay there, and a target out of range
 // is an error of the device, as in PyTorch.
-#include <tuple>
-
-#include "core/border.h"
-#include "core/cuda_device.h"
-#include "cross_entropy/arguments.h"
+#include "cross_entropy/arguments_cuda.h"
 #include "cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
 namespace cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_, const Tensor& target_, int64_t ignore_index,
-                                           int64_t reduction) {
-  check_input_and_target(input_, target_, reduction);
-  const OnDevice device(input_);
-  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_), target = dense(target_);
+// ---- class indices alone, reduced
+
+std::tuple<Tensor, Tensor, Tensor> forward(const IndexForward& a) {
+  check_input_and_target(a.input, a.target, a.reduction);
+  const OnDevice device(a.input);
+  const Tensor input = spatial_is_one_dim(a.input) ? a.input : dense(a.input), target = dense(a.target);
   ForwardCall call{};
   call.dtype = float_dtype(kOp, "input", input);
   call.layout = layout_of(input);
-  call.reduction = static_cast<Reduction>(reduction);
-  call.targets = {target.const_data_ptr(), target_type(target), ignore_index};
+  call.reduction = static_cast<Reduction>(a.reduction);
+  call.targets = {target.const_data_ptr(), target_type(target), a.ignore_index};
 
   const IntHeaderOnlyArrayRef scalar_shape{};
-  Tensor loss = empty(input, reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
+  Tensor loss = empty(input, a.reduction == 0 ? target.sizes() : scalar_shape, input.scalar_type());
   Tensor lse = empty(input, target.sizes(), ScalarType::Double);
   Tensor total = empty(input, scalar_shape, ScalarType::Double);
   const Tensor memory = scratch(input, forward_scratch(call.dtype, call.layout));
@@ -35,46 +32,68 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_, const Tensor& t
   return {loss, lse, total};
 }
 
-Tensor backward(const Tensor& grad_loss_, const Tensor& input_, const Tensor& target_, const Tensor& lse_,
-                const Tensor& total, int64_t ignore_index, int64_t reduction, bool in_place) {
-  check_input_and_target(input_, target_, reduction);
-  check_backward(grad_loss_, input_, target_, lse_, total, reduction);
-  if (in_place) check_in_place(input_);
-  const auto mode = static_cast<Reduction>(reduction);
-  const OnDevice device(input_);
-  const Tensor input = spatial_is_one_dim(input_) ? input_ : dense(input_);
-  const Tensor target = dense(target_), lse = dense(lse_), grad_loss = dense(grad_loss_);
-  Tensor grad = in_place ? input : empty_output(input_);
+Tensor index_backward(const IndexBackward& a, bool in_place) {
+  check_backward(a);
+  if (in_place) check_in_place(a.input);
+  const OnDevice device(a.input);
+  const Tensor input = spatial_is_one_dim(a.input) ? a.input : dense(a.input);
+  const Tensor target = dense(a.target), lse = dense(a.lse), grad_loss = dense(a.grad_loss);
+  Tensor grad = in_place ? input : empty_output(a.input);
   BackwardCall call{};
   call.dtype = float_dtype(kOp, "input", input);
   call.layout = layout_of(input), call.grad_layout = layout_of(grad);
-  call.reduction = mode;
-  call.targets = {target.const_data_ptr(), target_type(target), ignore_index};
+  call.reduction = static_cast<Reduction>(a.reduction);
+  call.targets = {target.const_data_ptr(), target_type(target), a.ignore_index};
   const Tensor memory = scratch(input, backward_scratch(call.dtype, call.layout));
   call.logits = input.const_data_ptr(), call.grad_logits = grad.mutable_data_ptr();
   call.lse = static_cast<const double*>(lse.const_data_ptr());
-  call.total = static_cast<const double*>(total.const_data_ptr());
+  call.total = static_cast<const double*>(a.total.const_data_ptr());
   call.grad_loss = grad_loss.const_data_ptr(), call.scratch = doubles_of(memory);
   check_launch(kOp, cross_entropy_backward(call, device.stream()));
   return grad;
 }
 
-Tensor backward_fresh(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& lse,
-                      const Tensor& total, int64_t ignore_index, int64_t reduction) {
-  return backward(grad_loss, input, target, lse, total, ignore_index, reduction, false);
+Tensor backward(const IndexBackward& a) { return index_backward(a, false); }
+void backward_in_place(const IndexBackward& a) { index_backward(a, true); }
+
+// ---- every option, row by row, nothing reduced
+
+RowResults rows_forward(const RowsForward& a) {
+  const RowsOnGpu p(a.tensors, a.options);
+  const OnDevice device(a.tensors.input);
+  RowOutputs outputs(p);
+  const Tensor memory = scratch(p.input, rows_forward_scratch(p.rows));
+  check_launch(kOp, cross_entropy_rows_forward({outputs.forward(p), doubles_of(memory)}, device.stream()));
+  return outputs.all();
 }
 
-void backward_in_place(const Tensor& grad_loss, Tensor input, const Tensor& target, const Tensor& lse,
-                       const Tensor& total, int64_t ignore_index, int64_t reduction) {
-  backward(grad_loss, input, target, lse, total, ignore_index, reduction, true);
+Tensor rows_gradient(const RowsBackward& a, bool in_place) {
+  const RowsOnGpu p(a.tensors, a.options);
+  if (in_place) check_in_place(a.tensors.input);
+  const OnDevice device(a.tensors.input);
+  RowsBackwardCall call{};
+  BackwardValues values(a, p, call.steps);
+  Tensor grad = in_place ? p.input : empty_output(p.input);
+  values.write_to(grad, p.input);
+  const Tensor memory = scratch(p.input, rows_backward_scratch(p.rows));
+  call.args = values.args, call.scratch = doubles_of(memory);
+  check_launch(kOp, cross_entropy_rows_backward(call, device.stream()));
+  return grad;
 }
+
+Tensor rows_backward(const RowsBackward& a) { return rows_gradient(a, false); }
+void rows_backward_in_place(const RowsBackward& a) { rows_gradient(a, true); }
 
 }  // namespace
 }  // namespace cuda
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
-  fused_ops::implement<&fused_ops::cuda::forward>(m, "cross_entropy_forward");
-  fused_ops::implement<&fused_ops::cuda::backward_fresh>(m, "cross_entropy_backward");
-  fused_ops::implement<&fused_ops::cuda::backward_in_place>(m, "cross_entropy_backward_");
+  using namespace fused_ops;
+  implement_struct<&cuda::forward>(m, "cross_entropy_forward");
+  implement_struct<&cuda::backward>(m, "cross_entropy_backward");
+  implement_struct<&cuda::backward_in_place>(m, "cross_entropy_backward_");
+  implement_struct<&cuda::rows_forward>(m, "cross_entropy_rows_forward");
+  implement_struct<&cuda::rows_backward>(m, "cross_entropy_rows_backward");
+  implement_struct<&cuda::rows_backward_in_place>(m, "cross_entropy_rows_backward_");
 }

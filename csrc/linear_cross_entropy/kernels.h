@@ -3,17 +3,17 @@
 #include <cstdint>
 
 #include "core/isa.h"
-#include "cross_entropy/rows_kernels.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 
 // A chunk of logits: the rows' results, and, with row_scale, the logits overwritten with the gradient of
 // sum_r row_scale_r (nll_r + z_loss lse_r^2).
 struct LinearCrossEntropyChunk {
-  CrossEntropyRowsForward forward;
-  CrossEntropyRowsBackward backward;  // grad_nll is row_scale; grad_lse is `grad_lse` with a z_loss
-  const double* row_scale;            // (rows,) or null: the logits stay
-  double* grad_lse;                   // (rows,) scratch, or null without z_loss
+  CrossEntropyForward forward;
+  CrossEntropyBackward backward;  // grad_nll is row_scale; grad_lse is `grad_lse` with a z_loss
+  const double* row_scale;        // (rows,) or null: the logits stay
+  double* grad_lse;               // (rows,) scratch, or null without z_loss
   double z_loss;
 };
 

@@ -1,34 +1,30 @@
-// Schemas, checks and dispatch of the raw ops between linear cross-entropy's matrix products.
-#include <tuple>
+// Checks and dispatch of the raw ops between linear cross-entropy's matrix products, and of the one that is a small
+// head.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "core/border.h"
-#include "cross_entropy/rows_arguments.h"
+#include "cross_entropy/on_cpu.h"
+#include "linear_cross_entropy/arguments.h"
 #include "linear_cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_chunk_(
-    Tensor logits, const MaybeTensor& indices, const MaybeTensor& probabilities, const MaybeTensor& weight,
-    const MaybeTensor& class_mask, const MaybeTensor& row_scale, double z_loss, int64_t ignore_index,
-    double label_smoothing, double logit_scale, double softcap, bool statistics) {
-  if (row_scale) check_in_place(logits);
-  const Prepared p(logits, indices, probabilities, weight, class_mask, ignore_index, label_smoothing, logit_scale,
-                   softcap, statistics);
+constexpr const char* kHere = "linear_cross_entropy";
+
+RowResults linear_cross_entropy_chunk_(const ChunkArguments& a) {
+  const Tensor& logits = a.tensors.input;
+  if (a.row_scale) check_in_place(logits);
+  const Prepared p(a.tensors, a.options);
   RowOutputs outputs(p);
   MaybeTensor scale;
   LinearCrossEntropyChunk args{};
   args.forward = outputs.forward(p);
-  args.row_scale = row_values("row_scale", row_scale, p, scale);
-  args.z_loss = z_loss;
+  args.row_scale = row_values("row_scale", a.row_scale, p, scale);
+  args.z_loss = a.z_loss;
   MaybeTensor grad_lse;
   if (args.row_scale) {
-    if (p.indices) {  // nothing may be written if any target is bad
-      const int64_t bad =
-          FUSED_OPS_SELECT(cross_entropy_bad_target)(p.rows.indices, 0, p.indices->numel(), p.classes());
-      if (bad >= 0) raise_bad_target(*p.indices, bad);
-    }
-    if (z_loss != 0) {
+    if (p.indices) check_targets(p.rows, p.indices->numel(), *p.indices);
+    if (a.z_loss != 0) {
       grad_lse = empty(logits, outputs.lse.sizes(), ScalarType::Double);
       args.grad_lse = static_cast<double*>(grad_lse->mutable_data_ptr());
     }
@@ -43,14 +39,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_
   return outputs.all();
 }
 
-constexpr const char* kHere = "linear_cross_entropy";
-
 // Uninitialised memory for logits or a gradient, in huge pages where it is large.
-Tensor linear_cross_entropy_buffer(const Tensor& like, int64_t rows, int64_t columns) {
-  if (rows < 0 || columns < 0) raise(kHere, ": rows and columns must not be negative, got ", rows, " and ", columns);
-  const int64_t shape[2] = {rows, columns};
-  const Tensor t = empty(like, {shape, 2}, like.scalar_type());
-  advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(kHere, "like", like)));
+Tensor linear_cross_entropy_buffer(const BufferArguments& a) {
+  if (a.rows < 0 || a.columns < 0)
+    raise(kHere, ": rows and columns must not be negative, got ", a.rows, " and ", a.columns);
+  const int64_t shape[2] = {a.rows, a.columns};
+  const Tensor t = empty(a.like, {shape, 2}, a.like.scalar_type());
+  advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(kHere, "like", t)));
   return t;
 }
 
@@ -61,8 +56,10 @@ const float* floats(const char* name, const Tensor& t, int64_t rows) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// `classes` is how many there are in all: a target that is none of them raises.
-LinearCrossEntropyTile tile_of(const Tensor& logits, const Tensor& target, int64_t first_class, int64_t classes) {
+// A target that is none of all classes raises.
+LinearCrossEntropyTile tile_of(const TileArguments& a) {
+  const Tensor &logits = a.logits, &target = a.target;
+  const int64_t first_class = a.first_class, classes = a.classes;
   LinearCrossEntropyTile tile{};
   tile.dtype = float_dtype(kHere, "logits", logits);
   if (tile.dtype == DType::float64) raise(kHere, ": logits must have a dtype that is computed in float32, got float64");
@@ -83,9 +80,9 @@ LinearCrossEntropyTile tile_of(const Tensor& logits, const Tensor& target, int64
   return tile;
 }
 
-void linear_cross_entropy_tile_sums_(const Tensor& logits, const Tensor& target, int64_t first_class, int64_t classes,
-                                     Tensor max, Tensor others, Tensor target_logit) {
-  const LinearCrossEntropyTile tile = tile_of(logits, target, first_class, classes);
+void linear_cross_entropy_tile_sums_(const TileSums& a) {
+  const LinearCrossEntropyTile tile = tile_of(a);
+  const auto& [max, others, target_logit] = a.rows;
   check_dtype(kHere, "others", others, ScalarType::Double, "float64");
   check_numel(kHere, "others", others, tile.rows);
   if (!others.is_contiguous()) raise(kHere, ": others must be contiguous");
@@ -100,10 +97,10 @@ void linear_cross_entropy_tile_sums_(const Tensor& logits, const Tensor& target,
   });
 }
 
-void linear_cross_entropy_tile_grads_(Tensor logits, const Tensor& target, int64_t first_class, int64_t classes,
-                                      const Tensor& max, const Tensor& factor, const Tensor& target_grad) {
-  LinearCrossEntropyTile tile = tile_of(logits, target, first_class, classes);
-  tile.logits = logits.mutable_data_ptr();
+void linear_cross_entropy_tile_grads_(const TileGrads& a) {
+  LinearCrossEntropyTile tile = tile_of(a);
+  tile.logits = a.logits.mutable_data_ptr();
+  const auto& [max, factor, target_grad] = a.rows;
   const LinearCrossEntropyGrads grads{floats("max", max, tile.rows), floats("factor", factor, tile.rows),
                                       floats("target_grad", target_grad, tile.rows)};
   const auto kernel = FUSED_OPS_SELECT(linear_cross_entropy_tile_grads);
@@ -112,7 +109,8 @@ void linear_cross_entropy_tile_grads_(Tensor logits, const Tensor& target, int64
                               [&](int64_t begin, int64_t end) { kernel(tile, grads, begin, end); });
 }
 
-void linear_cross_entropy_add_(Tensor sum, const Tensor& part) {
+void linear_cross_entropy_add_(const AddArguments& a) {
+  const auto& [sum, part] = a;
   check_dtype(kHere, "sum", sum, ScalarType::Float, "float32");
   check_numel(kHere, "part", part, sum.numel());
   const DType dtype = float_dtype(kHere, "part", part);
@@ -125,32 +123,91 @@ void linear_cross_entropy_add_(Tensor sum, const Tensor& part) {
                               [&](int64_t begin, int64_t end) { kernel(to, from, dtype, begin, end); });
 }
 
+// ---- a small head: its product, loss and gradients in one call, as calls are what it costs
+//
+// logits = input linear_weight^T + linear_bias; the loss of class indices, reduced; the logits become their gradient
+// for an upstream gradient of 1, of which the head's gradients are products. The products are PyTorch's.
+// Memory: one copy of the logits. See docs/linear_cross_entropy.md.
+
+enum Needs : int64_t { kInput = 1, kWeight = 2, kBias = 4 };
+
+// A matrix seen the other way round. torch::stable::transpose takes the boxed dispatcher.
+Tensor transposed(const Tensor& t) {
+  const int64_t sizes[2] = {t.size(1), t.size(0)}, strides[2] = {t.stride(1), t.stride(0)};
+  AtenTensorHandle handle = nullptr;  // the offset is counted from the tensor's own
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[2] = {rows, columns};
+  return empty(like, {sizes, 2}, like.scalar_type());
+}
+
+Tensor product(const Tensor& left, const Tensor& right) {
+  Tensor out = matrix(left, left.size(0), right.size(1));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  return out;
+}
+
+void check_head(const HeadArguments& a) {
+  const auto& [input, weight, bias, target, ignore_index, reduction, needs] = a;
+  float_dtype(kHere, "input", input);
+  check_same_dtype(kHere, "linear_weight", weight, "input", input);
+  if (input.dim() != 2 || weight.dim() != 2 || input.size(1) != weight.size(1))
+    raise(kHere, ": expected input (rows, in_features) and linear_weight (classes, in_features), got ", shape_of(input),
+          " and ", shape_of(weight));
+  if (target.dim() != 1 || target.size(0) != input.size(0))
+    raise(kHere, ": expected a target of each of ", input.size(0), " rows, got shape ", shape_of(target));
+  if (reduction != 1 && reduction != 2) raise(kHere, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
+  if (!bias) return;
+  check_same_dtype(kHere, "linear_bias", *bias, "input", input);
+  if (bias->dim() != 1 || bias->size(0) != weight.size(0))
+    raise(kHere, ": linear_bias must have the shape [", weight.size(0), "], got ", shape_of(*bias));
+}
+
+// Writes the loss; where a gradient is needed, the logits become theirs.
+void reduce(const HeadArguments& a, Tensor logits, const Tensor& target, Tensor loss) {
+  const CrossEntropyRows rows = index_rows(logits, target, a.ignore_index);
+  const auto mode = static_cast<Reduction>(a.reduction);
+  void* gradient = a.needs != 0 ? logits.mutable_data_ptr() : nullptr;
+  const BlockResult found =
+      forward_then_backward(rows, gradient, rows.layout, rows_per_block(rows.layout), target, mode);
+  write_scalar(loss, found.loss_sum / denominator(found, mode));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_small(const HeadArguments& a) {
+  check_head(a);
+  const Tensor target = dense(a.target);
+  Tensor loss = empty(a.input, {}, a.input.scalar_type());
+  Tensor z = matrix(a.input, a.input.size(0), a.linear_weight.size(0));
+  const Tensor columns = transposed(a.linear_weight);
+  if (a.linear_bias) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(z.get(), a.linear_bias->get(), a.input.get(), columns.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(z.get(), a.input.get(), columns.get()));
+  }
+  reduce(a, z, target, loss);
+  const int64_t none[1] = {0};
+  const auto nothing = [&] { return empty(a.input, {none, 1}, a.input.scalar_type()); };
+  Tensor grad_input = a.needs & kInput ? product(z, a.linear_weight) : nothing();
+  Tensor grad_weight = a.needs & kWeight ? product(transposed(z), a.input) : nothing();
+  const int64_t rows[1] = {0};
+  Tensor grad_bias =
+      a.linear_bias && a.needs & kBias ? torch::stable::sum(z, IntHeaderOnlyArrayRef{rows, 1}) : nothing();
+  return {loss, grad_input, grad_weight, grad_bias};
+}
+
 }  // namespace
 }  // namespace fused_ops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_ops, m) {
-  fused_ops::define(
-      m,
-      "linear_cross_entropy_chunk_(Tensor(a!) logits, Tensor? indices, Tensor? probabilities, Tensor? weight, "
-      "Tensor? class_mask, Tensor? row_scale, float z_loss, int ignore_index, float label_smoothing, "
-      "float logit_scale, float softcap, bool statistics) -> (Tensor nll, Tensor lse, Tensor mass, "
-      "Tensor target_weight, Tensor entropy, Tensor prediction, Tensor target_log_probability)");
-  fused_ops::define(m, "linear_cross_entropy_buffer(Tensor like, SymInt rows, SymInt columns) -> Tensor");
-  fused_ops::define(
-      m,
-      "linear_cross_entropy_tile_sums_(Tensor logits, Tensor target, int first_class, int classes, Tensor(a!) max, "
-      "Tensor(b!) others, Tensor(c!) target_logit) -> ()");
-  fused_ops::define(
-      m,
-      "linear_cross_entropy_tile_grads_(Tensor(a!) logits, Tensor target, int first_class, int classes, Tensor max, "
-      "Tensor factor, Tensor target_grad) -> ()");
-  fused_ops::define(m, "linear_cross_entropy_add_(Tensor(a!) sum, Tensor part) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  fused_ops::implement<&fused_ops::linear_cross_entropy_chunk_>(m, "linear_cross_entropy_chunk_");
-  fused_ops::implement<&fused_ops::linear_cross_entropy_buffer>(m, "linear_cross_entropy_buffer");
-  fused_ops::implement<&fused_ops::linear_cross_entropy_tile_sums_>(m, "linear_cross_entropy_tile_sums_");
-  fused_ops::implement<&fused_ops::linear_cross_entropy_tile_grads_>(m, "linear_cross_entropy_tile_grads_");
-  fused_ops::implement<&fused_ops::linear_cross_entropy_add_>(m, "linear_cross_entropy_add_");
+  using namespace fused_ops;
+  implement_struct<&linear_cross_entropy_chunk_>(m, "linear_cross_entropy_chunk_");
+  implement_struct<&linear_cross_entropy_buffer>(m, "linear_cross_entropy_buffer");
+  implement_struct<&linear_cross_entropy_tile_sums_>(m, "linear_cross_entropy_tile_sums_");
+  implement_struct<&linear_cross_entropy_tile_grads_>(m, "linear_cross_entropy_tile_grads_");
+  implement_struct<&linear_cross_entropy_add_>(m, "linear_cross_entropy_add_");
+  implement_struct<&linear_cross_entropy_small>(m, "linear_cross_entropy_small");
 }

@@ -51,13 +51,13 @@ def register(
     """Defines one raw op as far as the library has not, and returns it ready to be called.
 
     Args:
-        schema: The op's schema, the same text as in ``csrc/<op>/op.cpp``.
+        schema: The op's schema. It is defined here, unless the library has defined it already.
         reference: Plain-PyTorch implementation; serves every device that has no kernel.
         fake: Implementation on shapes, strides and dtypes alone.
         native: Whether the library defines the op; one that only strings other ops together is Python's.
     """
     name = schema.split("(", 1)[0]
-    if missing_reason is not None or not native:
+    if not hasattr(torch.ops.fused_ops, name):
         _fragment.define(schema)
     packet = getattr(torch.ops.fused_ops, name)
     arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]

@@ -3,41 +3,37 @@
 // With m the maximum of a row and s = sum_j exp(x_j - m):  loss = log s - (x_target - m),
 //                                                          grad_x_j = (exp(x_j - m) / s - [j == target]) * scale.
 // The exponentials are computed once: they wait in the gradient's memory for their sum. Memory: every logit is read
-// once and every gradient written once, beyond the caches; each row is gone over three times in L1. Little code on
-// purpose: of a small call, instructions that are not in the cache are what costs. Stability as in index.cpp;
-// x_j - m does not depend on how large lse is.
+// once and every gradient written once, beyond the caches; each row is looped over three times in L1. Little code on
+// purpose: of a small call, instructions that are not in the cache are what costs. Stability as in forward.cpp;
+// x_j - m does not depend on how large lse is. What this buys: of (32, 27) one op of 7.8 us instead of two of 4.6
+// and 4.5, and half of what a Function around them costs.
 #include <algorithm>
 
-#include "cross_entropy/cpu/row.h"
-#include "cross_entropy/cpu/targets.h"
+#include "cross_entropy/cpu/along_classes.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
 
-struct Row {
-  double max, others, below;
-};
-
 // grad = exp(x - max).
-Row exponentials(const float* x, float* grad, int64_t classes, int64_t target) {
+ExpSum<float> exponentials(const float* x, float* grad, int64_t classes, int64_t target) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
-  const float max = max_of_row(x, classes), shift = max == kNone ? 0.0f : max;
-  double others = 0;
+  ExpSum<float> sum{largest(x, classes), 0};
+  const float shift = sum.shift();
   for (int64_t c = 0; c < classes; c += kChunk) {
     const int64_t end = std::min(c + kChunk, classes);
     const int_vec wanted = int_vec{} + static_cast<int32_t>(target);
     int_vec at = iota() + static_cast<int32_t>(c);
-    float_vec sum{};
+    float_vec chunk{};
     for (int64_t i = c; i < end; i += kWidth, at += static_cast<int32_t>(kWidth)) {
       const int64_t n = std::min(kWidth, end - i);
       const float_vec e = exp_vec(load_up_to(x + i, n, kNone) - shift);
       store_up_to(grad + i, n, e);
-      sum += at == wanted ? float_vec{} : e;
+      chunk += at == wanted ? float_vec{} : e;
     }
-    others += static_cast<double>(reduce_add(sum));
+    sum.others += static_cast<double>(reduce_add(chunk));
   }
-  return {max, others, static_cast<double>(x[target]) - static_cast<double>(max)};
+  return sum;
 }
 
 // grad = (grad / their sum - [j == target]) * scale.
@@ -55,7 +51,7 @@ void finish_gradient(float* grad, int64_t classes, int64_t target, double others
 
 BlockResult cross_entropy_with_gradient(const CrossEntropyWithGradient& a) {
   const int64_t rows = a.layout.rows(), classes = a.layout.classes;
-  BlockResult result{0.0, 0, cross_entropy_bad_target(a.targets, 0, rows, classes)};
+  BlockResult result{0.0, 0, first_bad_target(a.targets, 0, rows, classes)};
   if (result.bad_row >= 0) return result;
   for (int64_t r = 0; r < rows; ++r) result.count += target_at(a.targets, r) != a.targets.ignore_index;
   const double scale = a.mean ? 1 / static_cast<double>(result.count) : 1;
@@ -71,11 +67,13 @@ BlockResult cross_entropy_with_gradient(const CrossEntropyWithGradient& a) {
         std::fill(grad, grad + classes, 0.0f);
         continue;
       }
-      const Row row = exponentials(a.logits + a.layout.offset(begin + r), grad, classes, target);
-      sums.max[r] = row.max, sums.others[r] = row.others, sums.below[r] = row.below;
-      finish_gradient(grad, classes, target, row.others, scale);
+      const float* x = a.logits + a.layout.offset(begin + r);
+      const float at_target = x[target];
+      const ExpSum<float> sum = exponentials(x, grad, classes, target);
+      sums.set(r, sum, at_target);
+      finish_gradient(grad, classes, target, sum.others, scale);
     }
-    sums.finish<false>(n, lse, loss);
+    sums.finish(n, lse, loss);
     for (int64_t r = 0; r < n; ++r)
       if (target_at(a.targets, begin + r) != a.targets.ignore_index) result.loss_sum += loss[r];
   }

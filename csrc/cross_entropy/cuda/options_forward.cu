@@ -1,5 +1,5 @@
 // Cross-entropy with every option on a GPU, row by row, forward. With u, q and the mass S = sum_j q_j of
-// cross_entropy/rows_kernels.h:
+// cross_entropy/kernels.h:
 //
 //   lse = log sum_j exp(u_j),   nll = sum_j q_j (lse - u_j),   entropy = lse - sum_j p_j u_j
 //

@@ -27,7 +27,7 @@ struct RowGradient {
 };
 template <class T>
 __device__ inline RowGradient row_gradient(const RowsBackwardCall& c, int64_t row, const OptionTarget& t) {
-  const CrossEntropyRowsBackward& b = c.args;
+  const CrossEntropyBackward& b = c.args;
   const CrossEntropyRows& a = b.rows;
   const auto read = [&](const double* from, int which) { return from ? from[row * c.steps[which]] : 0.0; };
   if (t.ignored && !a.statistics) return {0, 0, 0, 0, 0, 0, true};

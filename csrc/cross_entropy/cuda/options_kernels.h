@@ -1,19 +1,19 @@
-// The contract of the kernels behind cross-entropy's options on a GPU: csrc/cross_entropy/rows_kernels.h with device
+// The contract of the kernels behind cross-entropy's options on a GPU: csrc/cross_entropy/kernels.h with device
 // pointers and a stream. Nothing here waits for the device or allocates. The result is a cudaError_t as a number.
 #pragma once
-#include "cross_entropy/rows_kernels.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace cuda {
 
 // In both: smoothing_weight is not read, and class probabilities are of the logits' dtype or of their accumulator's.
 struct RowsForwardCall {
-  CrossEntropyRowsForward args;
+  CrossEntropyForward args;
   double* scratch;  // rows_forward_scratch(...) doubles
 };
 
 struct RowsBackwardCall {
-  CrossEntropyRowsBackward args;
+  CrossEntropyBackward args;
   double z_loss;    // adds 2 z_loss lse grad_nll to grad_lse
   double* scratch;  // rows_backward_scratch(...) doubles
   // From a row's upstream gradient to the next one's, in the order of the arguments: 0 where one value is for all rows.

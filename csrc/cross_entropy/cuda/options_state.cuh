@@ -81,7 +81,7 @@ __device__ inline void add_indices(const CrossEntropyRows& a, int64_t row, const
 }
 
 template <class T>
-__device__ inline void finish_row(const CrossEntropyRowsForward& f, int64_t row, const OptionTarget& t,
+__device__ inline void finish_row(const CrossEntropyForward& f, int64_t row, const OptionTarget& t,
                                   const State<acc_t<T>>& s) {
   using A = acc_t<T>;
   const CrossEntropyRows& a = f.rows;

@@ -1,7 +1,7 @@
 // What lies between linear cross-entropy's matrix products, on the CPU.
 //
 // A chunk of rows of logits becomes its rows' results and, in the same memory, its gradient. Per row: lse, nll and the
-// rest as in cross_entropy/cpu/rows_forward.cpp; then grad_u = s (q-terms of nll) + 2 s z_loss lse p for the row's
+// rest as in cross_entropy/cpu/forward.cpp; then grad_u = s (q-terms of nll) + 2 s z_loss lse p for the row's
 // scale s. Memory: each logit is read from memory and written to it once. A row is 128 KiB at 32000 float32 classes, so
 // the second pass over it finds it in the second-level cache.
 //
@@ -96,31 +96,27 @@ void add(float* sum, const T* part, int64_t n) {
 }  // namespace
 
 int64_t linear_cross_entropy_chunk(const LinearCrossEntropyChunk& args, int64_t begin, int64_t end) {
-  if (!args.row_scale) return cross_entropy_rows_forward(args.forward, begin, end);
+  if (!args.row_scale) return cross_entropy_forward(args.forward, begin, end).bad_row;
   const int64_t step = args.forward.rows.layout.adjacent_classes() ? 1 : 64;
   for (int64_t row = begin, n = 0; row < end; row += n) {
     n = std::min(step, end - row);
-    const int64_t bad = cross_entropy_rows_forward(args.forward, row, row + n);
+    const int64_t bad = cross_entropy_forward(args.forward, row, row + n).bad_row;
     if (bad >= 0) return bad;
     for (int64_t r = row; args.grad_lse && r < row + n; ++r)
       args.grad_lse[r] = args.row_scale[r] == 0 ? 0 : 2 * args.z_loss * args.forward.lse[r] * args.row_scale[r];
-    cross_entropy_rows_backward(args.backward, row, row + n);
+    cross_entropy_backward(args.backward, row, row + n);
   }
   return -1;
 }
 
 void linear_cross_entropy_tile_sums(const LinearCrossEntropyTile& tile, const LinearCrossEntropySums& sums,
                                     int64_t begin, int64_t end) {
-  if (tile.dtype == DType::float32) return tile_sums<float>(tile, sums, begin, end);
-  if (tile.dtype == DType::bfloat16) return tile_sums<bfloat16_t>(tile, sums, begin, end);
-  tile_sums<float16_t>(tile, sums, begin, end);
+  with_float_dtype(tile.dtype, [&](auto type) { tile_sums<typename decltype(type)::type>(tile, sums, begin, end); });
 }
 
 void linear_cross_entropy_tile_grads(const LinearCrossEntropyTile& tile, const LinearCrossEntropyGrads& grads,
                                      int64_t begin, int64_t end) {
-  if (tile.dtype == DType::float32) return tile_grads<float>(tile, grads, begin, end);
-  if (tile.dtype == DType::bfloat16) return tile_grads<bfloat16_t>(tile, grads, begin, end);
-  tile_grads<float16_t>(tile, grads, begin, end);
+  with_float_dtype(tile.dtype, [&](auto type) { tile_grads<typename decltype(type)::type>(tile, grads, begin, end); });
 }
 
 void linear_cross_entropy_add(float* sum, const void* part, DType dtype, int64_t begin, int64_t end) {

@@ -1,18 +1,134 @@
-// Tiles of logits as cross-entropy's options see them: scaled, capped and masked, beside their target coefficients.
+// What cross-entropy's kernels read: targets, and tiles of logits as the options see them (scaled, capped, masked)
+// beside their target coefficients.
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy/cpu/row.h"
-#include "cross_entropy/cpu/targets.h"
+#include "cross_entropy/kernels.h"
 #include "simd/special_functions.h"
+#include "simd/vector.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
-constexpr int64_t kGroup = 16;          // rows of adjacent float64 that are walked together
-constexpr int64_t kGroupClasses = 256;  // and how many of their classes at a time
+constexpr int64_t kRowTile = 256;  // Rows of the plain loss whose targets are read and logarithms taken together.
+constexpr int64_t kIgnored = -1;   // Stands for the target of a row that does not count.
+// Rows of adjacent float64 that are transposed together, and how many of their classes at a time.
+constexpr int64_t kGroup = 16;
+constexpr int64_t kGroupClasses = 256;
 constexpr int64_t kTile = kGroup * kGroupClasses;
 static_assert(kTile >= kChunk);
+
+constexpr int64_t kFewClasses = 64;  // Rows of at most so many classes are taken several together.
+inline bool has_few_classes(const RowLayout& l) {
+  return l.adjacent_classes() && l.classes > 0 && l.classes <= kFewClasses;
+}
+
+// Class indices with at most a factor for each: the loss has no coefficients beside the target's own.
+inline bool is_plain(const CrossEntropyRows& a) {
+  return !a.has_dense && !a.sparse && !a.has_mask && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 &&
+         !a.statistics;
+}
+
+// Whether the plain loss has a loop for these strides, beside those of another tensor of the rows.
+inline bool has_plain_loop(const CrossEntropyRows& a, const RowLayout& other) {
+  const bool classes = a.layout.adjacent_classes() && other.adjacent_classes();
+  const bool rows = a.layout.adjacent_rows() && other.adjacent_rows();
+  return is_plain(a) && a.dtype != DType::float64 && (classes || rows);
+}
+
+// Rows from `row` on that one step of it takes: not beyond `end`, nor beyond a batch entry where registers hold rows.
+inline int64_t rows_of_step(const RowLayout& l, int64_t row, int64_t end) {
+  const int64_t n = std::min(kRowTile, end - row);
+  return l.adjacent_classes() ? n : std::min(n, l.spatial - row % l.spatial);
+}
+
+// ---- targets
+
+inline int64_t target_at(const Targets& t, int64_t row) {
+  switch (t.type) {
+    case TargetType::int64: return static_cast<const int64_t*>(t.data)[row];
+    case TargetType::int32: return static_cast<const int32_t*>(t.data)[row];
+    case TargetType::int16: return static_cast<const int16_t*>(t.data)[row];
+    case TargetType::int8: return static_cast<const int8_t*>(t.data)[row];
+    case TargetType::uint8: return static_cast<const uint8_t*>(t.data)[row];
+  }
+  return -1;
+}
+
+// The first row whose target is neither a class nor ignore_index, or -1.
+inline int64_t first_bad_target(const Targets& t, int64_t begin, int64_t end, int64_t classes) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t target = target_at(t, row);
+    if (target != t.ignore_index && (target < 0 || target >= classes)) return row;
+  }
+  return -1;
+}
+
+// The targets of rows [begin, begin + n).
+inline void read_targets(const Targets& t, int64_t begin, int64_t n, int64_t* to) {
+  const auto read = [&](const auto* from) {
+    for (int64_t r = 0; r < n; ++r) to[r] = from[begin + r];
+  };
+  switch (t.type) {
+    case TargetType::int64: return read(static_cast<const int64_t*>(t.data));
+    case TargetType::int32: return read(static_cast<const int32_t*>(t.data));
+    case TargetType::int16: return read(static_cast<const int16_t*>(t.data));
+    case TargetType::int8: return read(static_cast<const int8_t*>(t.data));
+    case TargetType::uint8: return read(static_cast<const uint8_t*>(t.data));
+  }
+}
+
+// One row's target: its indices, or none where it is a distribution over all classes.
+class RowTarget {
+ public:
+  RowTarget() = default;
+  RowTarget(const CrossEntropyRows& a, int64_t row) : a_(&a), all_ignored_(!a.has_dense) {
+    if (a.has_dense) return;
+    step_ = a.index_spatial;
+    first_ = row / step_ * step_ * a.per_row + row % step_;
+    for (int64_t k = 0; k < a.per_row; ++k) {
+      const int64_t t = index(k);
+      if (t == a.indices.ignore_index) continue;
+      all_ignored_ = false;
+      bad_ |= t < 0 || t >= a.layout.classes;
+    }
+  }
+
+  bool has_indices() const { return !a_->has_dense; }
+  int64_t per_row() const { return has_indices() ? a_->per_row : 0; }
+  bool one() const { return has_indices() && !a_->sparse && !all_ignored_; }  // a class index that counts
+  bool all_ignored() const { return all_ignored_; }
+  bool bad() const { return bad_; }
+  int64_t index(int64_t k) const { return target_at(a_->indices, first_ + k * step_); }
+  bool ignored(int64_t k) const { return index(k) == a_->indices.ignore_index; }
+  double probability(int64_t k) const { return a_->sparse ? a_->sparse[first_ + k * step_] : 1.0; }
+
+ private:
+  const CrossEntropyRows* a_ = nullptr;
+  int64_t first_ = 0, step_ = 1;
+  bool all_ignored_ = false, bad_ = false;
+};
+
+// The targets of up to kRowTile rows: a class, or kIgnored.
+struct TargetTile {
+  int64_t target[kRowTile];
+  int64_t count = 0;     // rows of them that are not ignored
+  int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
+
+  TargetTile(const Targets& t, int64_t begin, int64_t n, int64_t classes) {
+    read_targets(t, begin, n, target);
+    bool bad = false;
+    for (int64_t r = 0; r < n; ++r) {
+      const bool ignored = target[r] == t.ignore_index;
+      target[r] = ignored ? kIgnored : target[r];
+      bad |= !ignored && (target[r] < 0 || target[r] >= classes);
+      count += !ignored;
+    }
+    if (bad) bad_row = first_bad_target(t, begin, begin + n, classes);
+  }
+};
+
+// ---- logits and what goes with them
 
 inline double weight_of(const CrossEntropyRows& a, int64_t c) {
   if (!a.class_weight) return 1;
@@ -23,17 +139,6 @@ inline double weight_of(const CrossEntropyRows& a, int64_t c) {
 // Whether T is read into A in whole registers.
 template <class T, class A>
 constexpr bool kInRegisters = std::is_same_v<A, float> && !std::is_same_v<T, double>;
-
-// f(data of its type), a pointer to constants as `data` is.
-template <class F>
-void with_dtype(const void* data, DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32: return f(static_cast<const float*>(data));
-    case DType::float64: return f(static_cast<const double*>(data));
-    case DType::bfloat16: return f(static_cast<const bfloat16_t*>(data));
-    case DType::float16: return f(static_cast<const float16_t*>(data));
-  }
-}
 
 // n values next to one another, converted.
 template <class T, class A>
@@ -56,8 +161,8 @@ template <class A>
 void load_tile(const void* data, DType dtype, const RowLayout& l, int64_t row, int64_t rows, int64_t c, int64_t n,
                A* to) {
   const int64_t at = l.offset(row) + c * l.class_stride;
-  with_dtype(data, dtype, [&](const auto* from) {
-    from += at;
+  with_dtype(dtype, [&](auto type) {
+    const auto* from = static_cast<const typename decltype(type)::type*>(data) + at;
     if (rows == 1 && l.class_stride == 1) return convert(from, n, to);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t r = 0; r < rows; ++r)
@@ -69,8 +174,8 @@ template <class A>
 void store_tile(void* data, DType dtype, const RowLayout& l, int64_t row, int64_t rows, int64_t c, int64_t n,
                 const A* from) {
   const int64_t at = l.offset(row) + c * l.class_stride;
-  with_dtype(data, dtype, [&](const auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
     T* to = static_cast<T*>(data) + at;
     if (rows == 1 && l.class_stride == 1) return convert_back(from, n, to);
     for (int64_t i = 0; i < n; ++i)
@@ -171,7 +276,7 @@ class Tile {
   const Transform<A> transform;
   int64_t n = 0;  // classes of the tile
 
-  // Rows from `row` on that are walked together.
+  // Rows from `row` on that one step takes.
   int64_t rows_from(int64_t row, int64_t end) const {
     if (!grouped()) return 1;
     return std::min({kGroup, end - row, a_.layout.spatial - row % a_.layout.spatial});

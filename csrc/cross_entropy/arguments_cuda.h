@@ -3,8 +3,8 @@
 #include <array>
 
 #include "core/cuda_device.h"
+#include "cross_entropy/arguments.h"
 #include "cross_entropy/cuda/options_kernels.h"
-#include "cross_entropy/rows_arguments.h"
 
 namespace fused_ops {
 namespace cuda {
@@ -13,14 +13,10 @@ namespace cuda {
 struct RowsOnGpu : RowArguments {
   MaybeTensor weight, sparse;
 
-  RowsOnGpu(const Tensor& input_, const MaybeTensor& indices_, const MaybeTensor& probabilities_,
-            const MaybeTensor& weight_, const MaybeTensor& class_mask, int64_t ignore_index, double label_smoothing,
-            double logit_scale, double softcap, bool statistics)
-      : RowArguments(input_, indices_, probabilities_, weight_, class_mask, ignore_index, label_smoothing, logit_scale,
-                     softcap, statistics) {
+  RowsOnGpu(const RowTensors& t, const RowOptions& o) : RowArguments(t, o) {
     const DType acc = rows.dtype == DType::float64 ? DType::float64 : DType::float32;
-    if (weight_) {
-      weight = dense(converted(*weight_, acc));
+    if (t.weight) {
+      weight = dense(converted(*t.weight, acc));
       rows.class_weight = weight->const_data_ptr();
     }
     if (indices && probabilities) {
@@ -41,8 +37,6 @@ struct RowsOnGpu : RowArguments {
     return torch::stable::to(t, to == DType::float64 ? ScalarType::Double : ScalarType::Float);
   }
 };
-
-using RowResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 }  // namespace cuda
 }  // namespace fused_ops

@@ -1,107 +1,97 @@
-// Cross-entropy with every option, row by row, on the CPU: the backward (the forward: rows_forward.cpp).
+// Cross-entropy on the CPU: the backward (the forward: forward.cpp).
 //
 // Per row, for upstream gradients g of nll, l of lse, h of entropy and t of the target's log-probability:
 //   grad_u_j = p_j (g S + l - t - h (log p_j + entropy)) - g q_j + t [j == target],  grad_x_j = grad_u_j du_j/dx_j.
+// The plain loss: grad_x_j = (p_j - [j == target]) g.
 //
 // Memory: every logit (and class probability, and mask) is read once, every gradient written once; a chunk of kChunk
-// classes of the gradient is made in a buffer only where it cannot be made in its place.
+// classes of the gradient is made in a buffer only where it cannot be made in its place. Loops as in forward.cpp.
 //
 // Stability: the target's gradient is minus the sum of the others' p where p - 1 would cancel, and log p_j is taken
 // before it meets the entropy, which is of its size: lse and u_j are not. See docs/cross_entropy.md.
 #include <algorithm>
 
-#include "cross_entropy/cpu/index_alone.h"
-#include "cross_entropy/cpu/option_lanes.h"
-#include "cross_entropy/rows_kernels.h"
+#include "cross_entropy/cpu/across_rows.h"
+#include "cross_entropy/cpu/few_classes.h"
+#include "cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 namespace {
 
-// grad_u_j = nll (p_j mass - q_j) + p_j (rest - slope (log p_j + entropy)), with one index target
-// (p_j - [j == target]) target besides.
+// ---- the plain loss
+
+// The upstream gradient of n rows, times the class weight.
+template <class T>
+void read_scales(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target, double* scale) {
+  if (a.grad_nll)
+    std::copy_n(a.grad_nll + row, n, scale);
+  else if (!a.grad_loss)
+    std::fill_n(scale, n, a.scale);
+  else
+    for (int64_t r = 0; r < n; ++r) scale[r] = static_cast<double>(to_acc(static_cast<const T*>(a.grad_loss)[row + r]));
+  for (int64_t r = 0; a.rows.class_weight && r < n; ++r)
+    scale[r] *= target[r] == kIgnored ? 0 : weight_of(a.rows, target[r]);
+}
+
+template <class T>
+void plain_step(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target, PackedRows<T>& packed) {
+  const RowLayout &l = a.rows.layout, &g = a.grad_layout;
+  const T* logits = static_cast<const T*>(a.rows.logits);
+  T* grads = static_cast<T*>(a.grad_logits);
+  double scale[kRowTile];
+  read_scales<T>(a, row, n, target, scale);
+  if (l.adjacent_rows())
+    return plain_gradients(logits + l.offset(row), l.class_stride, grads + g.offset(row), g.class_stride, l.classes, n,
+                           target, a.lse + row, scale);
+  if (has_few_classes(l))
+    return few_classes_gradient(packed, RowsAt<const T>(logits, l, row), RowsAt<T>(grads, g, row), n, target,
+                                a.lse + row, scale);
+  for (int64_t r = 0; r < n; ++r) {
+    T* grad = grads + g.offset(row + r);
+    if (target[r] == kIgnored)
+      std::fill(grad, grad + l.classes, T{});
+    else
+      plain_gradient(logits + l.offset(row + r), grad, l.classes, target[r], a.lse[row + r], scale[r]);
+  }
+}
+
+template <class T>
+int64_t plain_backward(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
+  PackedRows<T> packed(a.rows.layout.classes);
+  for (int64_t row = begin, n = 0; row < end; row += n) {
+    n = std::min(rows_of_step(a.rows.layout, row, end), rows_of_step(a.grad_layout, row, end));
+    const TargetTile targets(a.rows.indices, row, n, a.rows.layout.classes);
+    if (targets.bad_row >= 0) return targets.bad_row;
+    plain_step<T>(a, row, n, targets.target, packed);
+  }
+  return -1;
+}
+
+// ---- the options, and float64
+
+// Factors, and with one index target (p_j - [j == target]) target besides.
 struct Coefficients {
   double nll, mass, rest, slope, entropy, target;
   bool zero() const { return nll == 0 && rest == 0 && slope == 0 && target == 0; }
-};
-
-// The same for a chunk, in the accumulator.
-template <class A>
-struct Factors {
-  A nll, mass, rest, slope, entropy;
-  explicit Factors(const Coefficients& k)
-      : nll(static_cast<A>(k.nll)),
-        mass(static_cast<A>(k.mass)),
-        rest(static_cast<A>(k.rest + k.target)),
-        slope(static_cast<A>(k.slope)),
-        entropy(static_cast<A>(k.entropy)) {}
-};
-
-inline float_vec own_gradient(float_vec p, const Factors<float>& k, NoShares, int64_t, int64_t) {
-  return p * (k.nll * k.mass + k.rest);
-}
-template <class Q>
-float_vec own_gradient(float_vec p, const Factors<float>& k, Q q, int64_t i, int64_t n) {
-  return k.nll * (p * k.mass - q.at(i, n)) + p * k.rest;
-}
-
-// out[0, n) = the gradients of a chunk; returns the sum of p but for the class `except`, if kSum. In place where out
-// is u.
-template <bool kSlope, bool kSum, class Q>
-double grads_of(const float* u, float* out, int64_t n, float high, float low, Factors<float> k, Q q, int64_t except) {
-  float_vec s[2] = {};
-  const int_vec wanted = int_vec{} + static_cast<int32_t>(except);
-  int_vec at = iota();
-  const auto step = [&](int64_t i, int64_t count, float_vec& sum) {
-    const float_vec x = load_up_to(u + i, count, -std::numeric_limits<float>::infinity());
-    const float_vec log_p = (x - high) - low, p = exp_vec(log_p);
-    if constexpr (kSum) sum += at == wanted ? float_vec{} : p, at += static_cast<int32_t>(kWidth);
-    float_vec grad = own_gradient(p, k, q, i, count);
-    if constexpr (kSlope) grad -= p == 0.0f ? float_vec{} : p * (k.slope * (log_p + k.entropy));
-    store_up_to(out + i, count, grad);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth)
-    for (int64_t j = 0; j < 2; ++j) step(i + j * kWidth, kWidth, s[j]);
-  for (; i < n; i += kWidth) step(i, std::min(kWidth, n - i), s[0]);
-  return kSum ? static_cast<double>(reduce_add(s[0] + s[1])) : 0.0;
-}
-
-double grads_of(const float* u, float* out, int64_t n, float high, float low, const Factors<float>& k,
-                const Shares<float>& q, bool sum, int64_t except) {
-  except = except >= 0 && except < n ? except : -1;
-  return with_shares(q, [&](auto shares) {
-    if (k.slope != 0) return grads_of<true, true>(u, out, n, high, low, k, shares, except);
-    if (sum) return grads_of<false, true>(u, out, n, high, low, k, shares, except);
-    return grads_of<false, false>(u, out, n, high, low, k, shares, except);
-  });
-}
-
-// Of float64, which only the DEFAULT kernels call.
-[[maybe_unused]] double grads_of(const double* u, double* out, int64_t n, double high, double low,
-                                 const Factors<double>& k, const Shares<double>& q, bool, int64_t except) {
-  double s[kLanes] = {}, sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double log_p = (u[i] - high) - low, p = exp_(log_p);
-    s[i % kLanes] += i == except ? 0 : p;
-    out[i] = q.any() ? k.nll * (p * k.mass - q.at(i)) + p * k.rest : p * (k.nll * k.mass + k.rest);
-    if (k.slope != 0 && p != 0) out[i] -= p * (k.slope * (log_p + k.entropy));
+  template <class A>
+  Factors<A> factors() const {
+    return {static_cast<A>(nll), static_cast<A>(mass), static_cast<A>(rest + target), static_cast<A>(slope),
+            static_cast<A>(entropy)};
   }
-  for (double lane : s) sum += lane;
-  return sum;
-}
+};
 
-// What the backward needs of each of the rows that are walked together.
+// What the backward needs of each of the rows of a step.
 template <class A>
 struct Rows {
-  const CrossEntropyRowsBackward& args;
+  const CrossEntropyBackward& args;
   const CrossEntropyRows& a = args.rows;
   const RowValues<A> values{args.rows};
   A high[kGroup] = {}, low[kGroup] = {}, u[kGroup], q[kGroup];  // lse, and the target's u and q
   double others[kGroup], p_target[kGroup];
   Coefficients coefficient[kGroup];
 
-  explicit Rows(const CrossEntropyRowsBackward& backward) : args(backward) {}
+  explicit Rows(const CrossEntropyBackward& backward) : args(backward) {}
 
   // sum(row, high): of exp(u - high) over the classes.
   template <class Sum>
@@ -137,7 +127,7 @@ struct Rows {
   void set_target(int64_t row, int64_t r, const RowTarget& target) const {
     if (!target.one()) return;
     const Coefficients& k = coefficient[r];
-    const double p = p_target[r], residual = p >= 0.5 ? -others[r] : p - 1.0;
+    const double p = p_target[r], residual = target_residual(p, others[r]);
     const double log_p = static_cast<double>((u[r] - high[r]) - low[r]);
     const double own = k.nll * (p * k.mass - static_cast<double>(q[r]));
     const double rest = k.slope == 0 || p == 0 ? k.rest : k.rest - k.slope * (log_p + k.entropy);
@@ -147,35 +137,43 @@ struct Rows {
   }
 
  private:
+  double upstream(int64_t row) const {  // of nll
+    if (args.grad_nll) return args.grad_nll[row];
+    if (!args.grad_loss) return args.scale;
+    A value;
+    load_tile(args.grad_loss, a.dtype, {1, 1, 1, 0, 0, 1}, 0, 1, row, 1, &value);
+    return static_cast<double>(value);
+  }
   Coefficients coefficients(int64_t row, const RowTarget& target) const {
     const auto read = [&](const double* from) { return from ? from[row] : 0.0; };
     const bool counts = !target.all_ignored();
     if (!counts && !a.statistics) return {};
-    const double g = counts ? read(args.grad_nll) : 0, h = read(args.grad_entropy);
+    const double g = counts ? upstream(row) : 0, h = read(args.grad_entropy);
     const double t = counts && target.one() ? read(args.grad_target_log_probability) : 0;
     const double on = target.one() ? (1.0 - a.label_smoothing) * weight_of(a, target.index(0)) : 0;
-    return {g, args.mass[row], read(args.grad_lse), h, h != 0 ? args.entropy[row] : 0, g * on - t};
+    return {g, read(args.mass), read(args.grad_lse), h, h != 0 ? args.entropy[row] : 0, g * on - t};
   }
 };
 
-// A tile of rows, classes in registers.
+// A row, or of float64 a group of adjacent ones, with classes in registers.
 template <class A>
-class RowWalk {
+class AlongClasses {
  public:
-  explicit RowWalk(const CrossEntropyRowsBackward& backward) : args_(backward) {}
+  using Value = A;
+  explicit AlongClasses(const CrossEntropyBackward& backward) : args_(backward) {}
 
   int64_t rows_from(int64_t row, int64_t end) const { return tile_.rows_from(row, end); }
 
   double sum(int64_t row, A high) {
-    double sum = 0, none = 0;
+    double sum = 0;
     for (int64_t c = 0; c < args_.rows.layout.classes; c += tile_.n) {
       tile_.load(row, 1, c);
-      exp_sums<false>(tile_.u(0), tile_.n, high, -1, &sum, &none);
+      add_exp(tile_.u(0), tile_.n, high, -1, tile_.u(0), &sum);
     }
     return sum;
   }
 
-  void grads(int64_t row, int64_t rows, const RowTarget* targets, Rows<A>& state) {
+  void gradients_at(int64_t row, int64_t rows, const RowTarget* targets, Rows<A>& state) {
     state.find_targets(row, rows, targets);
     tile_.count_allowed(row, rows);
     for (int64_t c = 0; c < args_.rows.layout.classes; c += tile_.n) {
@@ -205,8 +203,8 @@ class RowWalk {
     const int64_t n = tile_.n;
     if (state.quiet(r, target)) return std::fill(out, out + n, A(0));
     const double sum =
-        grads_of(tile_.u(r), out, n, state.high[r], state.low[r], Factors<A>(state.coefficient[r]),
-                 tile_.coefficients(r), state.p_target[r] >= 0.5, target.one() ? target.index(0) - c : -1);
+        gradients(tile_.u(r), out, n, state.high[r], state.low[r], state.coefficient[r].template factors<A>(),
+                  tile_.coefficients(r), state.p_target[r] >= 0.5, target.one() ? target.index(0) - c : -1);
     state.others[r] += sum;
     for (int64_t j = 0; !target.one() && j < target.per_row(); ++j) {
       const int64_t t = target.ignored(j) ? -1 : target.index(j) - c;
@@ -215,15 +213,16 @@ class RowWalk {
     if (tile_.chains()) tile_.chain(r, out);
   }
 
-  const CrossEntropyRowsBackward& args_;
+  const CrossEntropyBackward& args_;
   Tile<A> tile_{args_.rows};
   alignas(64) A grad_[kTile];
 };
 
-// Rows in registers.
-class LaneWalk {
+// A register of rows.
+class AcrossRows {
  public:
-  explicit LaneWalk(const CrossEntropyRowsBackward& backward) : args_(backward) {}
+  using Value = float;
+  explicit AcrossRows(const CrossEntropyBackward& backward) : args_(backward) {}
 
   int64_t rows_from(int64_t row, int64_t end) const { return tile_.rows_from(row, end); }
 
@@ -234,8 +233,8 @@ class LaneWalk {
     return sum;
   }
 
-  void grads(int64_t row, int64_t rows, const RowTarget* targets, Rows<float>& state) {
-    const LaneFactors factors(rows, targets, state);
+  void gradients_at(int64_t row, int64_t rows, const RowTarget* targets, Rows<float>& state) {
+    const RegisterFactors factors(rows, targets, state);
     DoublePair others{};
     tile_.count_allowed(row, rows);
     for (int64_t c = 0; c < args_.rows.layout.classes; c += tile_.n) {
@@ -243,9 +242,9 @@ class LaneWalk {
       tile_.load_coefficients();
       tile_.with_shares([&](auto q) {
         if (factors.slopes)
-          grads_of<true>(factors, q, c, others);
+          gradients_of<true>(factors, q, c, others);
         else
-          grads_of<false>(factors, q, c, others);
+          gradients_of<false>(factors, q, c, others);
         tile_.each_target(targets, c, [&](int64_t r, float u) {
           state.u[r] = u, state.q[r] = share_at(q, targets[r].index(0) - c, r);
         });
@@ -267,17 +266,17 @@ class LaneWalk {
 
  private:
   // Coefficients of a register of rows.
-  struct LaneFactors {
+  struct RegisterFactors {
     float_vec high, low, nll, mass, rest, slope, entropy;
     int_vec wanted, quiet;
     bool slopes = false;
 
-    LaneFactors(int64_t rows, const RowTarget* targets, const Rows<float>& state)
-        : high(load_vec(state.high)), low(load_vec(state.low)), wanted(lane_targets(targets, rows)) {
+    RegisterFactors(int64_t rows, const RowTarget* targets, const Rows<float>& state)
+        : high(load_vec(state.high)), low(load_vec(state.low)), wanted(index_register(targets, rows)) {
       float f[5][kWidth] = {};
       int32_t q[kWidth] = {};
       for (int64_t r = 0; r < rows; ++r) {
-        const Factors<float> k(state.coefficient[r]);
+        const Factors<float> k = state.coefficient[r].factors<float>();
         f[0][r] = k.nll, f[1][r] = k.mass, f[2][r] = k.rest, f[3][r] = k.slope, f[4][r] = k.entropy;
         q[r] = state.quiet(r, targets[r]), slopes |= k.slope != 0;
       }
@@ -295,7 +294,7 @@ class LaneWalk {
   }
 
   template <bool kSlope, class Q>
-  void grads_of(const LaneFactors& k, Q q, int64_t c, DoublePair& others) {
+  void gradients_of(const RegisterFactors& k, Q q, int64_t c, DoublePair& others) {
     const int_vec wanted = k.wanted - static_cast<int32_t>(c);
     for (int64_t begin = 0; begin < tile_.n; begin += kClassesPerFold) {
       float_vec sum{};
@@ -314,52 +313,46 @@ class LaneWalk {
     }
   }
 
-  const CrossEntropyRowsBackward& args_;
-  LaneTile tile_{args_.rows};
-  alignas(64) float grad_[kLaneClasses * kWidth];
+  const CrossEntropyBackward& args_;
+  AcrossTile tile_{args_.rows};
+  alignas(64) float grad_[kTileClasses * kWidth];
 };
 
-template <class A, class Walk = RowWalk<A>>
-int64_t backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
-  Walk walk(args);
+template <class Loop>
+int64_t backward(const CrossEntropyBackward& args, int64_t begin, int64_t end) {
+  using A = typename Loop::Value;
+  Loop loop(args);
   Rows<A> state(args);
   RowTarget targets[kGroup];
   for (int64_t row = begin, rows = 0; row < end; row += rows) {
-    rows = walk.rows_from(row, end);
+    rows = loop.rows_from(row, end);
     for (int64_t r = 0; r < rows; ++r) {
       targets[r] = RowTarget(args.rows, row + r);
       if (targets[r].bad()) return row + r;
     }
-    state.set_up(row, rows, targets, [&](int64_t at, A high) { return walk.sum(at, high); });
-    walk.grads(row, rows, targets, state);
+    state.set_up(row, rows, targets, [&](int64_t at, A high) { return loop.sum(at, high); });
+    loop.gradients_at(row, rows, targets, state);
     for (int64_t r = 0; r < rows; ++r) state.set_target(row + r, r, targets[r]);
   }
   return -1;
 }
 
-int64_t index_alone_backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 512;
-  const CrossEntropyRows& a = args.rows;
-  const int64_t bad = cross_entropy_bad_target(a.indices, begin, end, a.layout.classes);
-  if (bad >= 0) return bad;
-  double scale[kRows];
-  for (int64_t row = begin, n = 0; row < end; row += n) {
-    n = std::min(kRows, end - row);
-    for (int64_t r = 0; r < n; ++r) scale[r] = args.grad_nll[row + r] * weight_of_row(a, row + r);
-    const CrossEntropyBackward plain{a.dtype, a.logits, a.layout, a.indices,        args.lse,        nullptr,
-                                     scale,   row,      1.0,      args.grad_logits, args.grad_layout};
-    cross_entropy_backward(plain, row, row + n);
-  }
-  return -1;
+template <class A>
+int64_t along_classes(const CrossEntropyBackward& args, int64_t begin, int64_t end) {
+  return backward<AlongClasses<A>>(args, begin, end);
 }
 
 }  // namespace
 
-int64_t cross_entropy_rows_backward(const CrossEntropyRowsBackward& args, int64_t begin, int64_t end) {
-  if (is_index_alone(args.rows) && args.grad_nll && !args.grad_lse) return index_alone_backward(args, begin, end);
-  if (fits_lanes(args.rows)) return backward<float, LaneWalk>(args, begin, end);
-  if (args.rows.dtype != DType::float64) return backward<float>(args, begin, end);
-  return FUSED_OPS_FLOAT64(backward, cross_entropy_rows_backward, args, begin, end);
+int64_t cross_entropy_backward(const CrossEntropyBackward& args, int64_t begin, int64_t end) {
+  const CrossEntropyRows& a = args.rows;
+  const bool nll_alone = !args.grad_lse && !args.grad_entropy && !args.grad_target_log_probability;
+  if (nll_alone && has_plain_loop(a, args.grad_layout))
+    return with_float_dtype(a.dtype,
+                            [&](auto type) { return plain_backward<typename decltype(type)::type>(args, begin, end); });
+  if (goes_across(a)) return backward<AcrossRows>(args, begin, end);
+  if (a.dtype != DType::float64) return along_classes<float>(args, begin, end);
+  return FUSED_OPS_FLOAT64(along_classes, cross_entropy_backward, args, begin, end);
 }
 
 }  // namespace FUSED_OPS_ISA
