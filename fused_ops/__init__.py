@@ -20,8 +20,8 @@ from fused_ops.ops.batch_norm.modules import (
     LazyBatchNorm3d,
 )
 from fused_ops.ops.cross_entropy.api import cross_entropy
-from fused_ops.ops.cross_entropy.arguments import CrossEntropyOutput
 from fused_ops.ops.cross_entropy.modules import CrossEntropyLoss
+from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 from fused_ops.ops.linear_cross_entropy.modules import LinearCrossEntropyLoss
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_ops.core.argument_checks import check_data
+from fused_ops.core.checks import check_data
 from fused_ops.core.torch_private import (
     call_backward_directly,
     dispatch_modes,

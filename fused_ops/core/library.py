@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fused_ops.core.argument_checks import checked
+from fused_ops.core.checks import checked
 from fused_ops.core.torch_private import has_kernel
 
 LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")

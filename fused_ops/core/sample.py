@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op's public function; each ``ops/<op>/reference.py`` lists its own in ``samples()``.
+    """One call of an op's public function; each op lists its own in ``samples()``, of its samples.py or its reference.
 
     The same list feeds gradcheck, gradgradcheck, forward-mode AD and opcheck, in the tests and in the command line.
     """

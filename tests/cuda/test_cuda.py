@@ -3,8 +3,6 @@
 ``make gpu-report`` runs all of it, and what is called sanitized under compute-sanitizer besides.
 """
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import fused_ops
 from fused_ops.core import library
 from fused_ops.core.sample import Sample
-from fused_ops.testing import assert_no_worse_than, check_op
+from fused_ops.testing import assert_no_worse_than, check_op, samples_of
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -43,10 +41,6 @@ def compare(ours, eager, tensors, upstream):
     )
     for i, (mine, theirs, exact) in enumerate(zip(found, other, truth, strict=True)):
         assert_no_worse_than(mine, theirs, exact, f"result {i}")
-
-
-def samples(op):
-    return importlib.import_module(f"fused_ops.ops.{op}.reference").samples()
 
 
 def on_gpu(value, dtype=None):
@@ -87,7 +81,7 @@ def test_kernels_serve_the_ops():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sanitized_samples(op, dtype):
     """Forward and backward of every sample: small calls through every kernel."""
-    for sample in samples(op):
+    for sample in samples_of(op):
         call, leaves = call_of(op, *on_gpu((sample.args, sample.kwargs), dtype))
         outputs = call(*leaves)
         grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
@@ -140,7 +134,7 @@ def test_linear_cross_entropy(dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    moved = [Sample(s.name, on_gpu(s.args), on_gpu(s.kwargs)) for s in samples(op)[::6]]
+    moved = [Sample(s.name, on_gpu(s.args), on_gpu(s.kwargs)) for s in samples_of(op)[::6]]
     assert not [r.details for r in check_op(getattr(fused_ops, op), moved) if r.failed]
 
 
@@ -183,7 +177,7 @@ def test_batch_norm(shape, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op):
-    for sample in samples(op):
+    for sample in samples_of(op):
         call, leaves = call_of(op, *on_gpu((sample.args, sample.kwargs)))
         assert torch.autograd.gradcheck(call, leaves), sample.name
 

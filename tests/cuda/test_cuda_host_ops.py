@@ -11,13 +11,13 @@ from test_raw_ops import CLEAN, fingerprint, same, spoil, valid_calls
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
-from fused_ops.testing import compare_gradients
+from fused_ops.testing import compare_gradients, samples_of
 
 CALLED_AS = {  # by whom, in the order of OPS
     "cross_entropy": [
-        f"{module}.{name}"
-        for module in ("cross_entropy.functions", "cross_entropy.rows")
-        for name in ("_forward_op", "_backward_op", "_backward_inplace_op")
+        f"cross_entropy.functions.{rows}{name}"
+        for rows in ("", "rows_")
+        for name in ("forward_op", "backward_op", "backward_inplace_op")
     ],
     "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op"],
     "batch_norm": [
@@ -75,15 +75,11 @@ def gradients(function, sample):
     return [o.detach() for o in outputs], grads, [v for v in values if torch.is_tensor(v)]
 
 
-def samples(op):
-    return importlib.import_module(f"fused_ops.ops.{op}.reference").samples()
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_samples_give_what_the_cpu_gives(op, emulated, monkeypatch, cuda_host):
     function = getattr(fused_ops, op)
-    assert len(samples(op)) > 10
-    for sample in samples(op):
+    assert len(samples_of(op)) > 10
+    for sample in samples_of(op):
         cuda_host.cuda_host_launches()
         ours = gradients(function, sample)
         k = sample.kwargs  # what the reference serves
@@ -104,7 +100,7 @@ def test_samples_give_what_the_cpu_gives(op, emulated, monkeypatch, cuda_host):
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op, emulated):
     function = getattr(fused_ops, op)
-    for sample in samples(op)[:: max(1, len(samples(op)) // 12)]:
+    for sample in samples_of(op)[:: max(1, len(samples_of(op)) // 12)]:
         call, leaves, _ = call_of(function, sample)
         assert torch.autograd.gradcheck(lambda *t, call=call: tuple(o for o in call(*t) if o.requires_grad), leaves)
 

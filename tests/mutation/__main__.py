@@ -42,7 +42,7 @@ LAST = ["contracts/test_corners.py", "contracts/test_contracts.py"]
 SUITES = {
     "ce": [
         *FIRST,
-        *(f"cross_entropy/test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_walks", "_small")),
+        *(f"cross_entropy/test_cross_entropy{part}.py" for part in ("", "_options", "_numerics", "_layouts", "_small")),
         *LAST,
     ],
     "bn": [

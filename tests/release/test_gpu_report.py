@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from benchmarks import __main__ as command_line
 from benchmarks import cases, harness, rivals
-from fused_ops.ops.linear_cross_entropy.gpu_plan import chosen_rows
+from fused_ops.ops.linear_cross_entropy.plan import chosen_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.checks import as_int64, check_tensors
 from fused_ops.core.graph import in_graph, needs_formulas, no_script
-from fused_ops.core.integers import as_int64
 from fused_ops.core.torch_private import graph_task_id, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.ops.batch_norm import activations, graph

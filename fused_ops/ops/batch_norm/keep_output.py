@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.core.argument_checks import check_data
+from fused_ops.core.checks import check_data
 from fused_ops.core.function import FusedFunction, checked_saved
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output

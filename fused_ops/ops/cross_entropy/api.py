@@ -1,4 +1,4 @@
-"""Cross-entropy: the public function."""
+"""Cross-entropy: the public function, and what serves a checked call."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops.core.function import autocast_enabled
-from fused_ops.core.graph import needs_formulas, no_script
+from fused_ops.core.graph import in_graph, needs_formulas, no_script
 from fused_ops.core.torch_private import has_torch_function, legacy_reduction, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.ops.cross_entropy.arguments import (
-    Numbers,
-    check_ignore_index,
-    check_logits,
-    class_indices,
-    prepare,
-    reduced_loss,
-)
-from fused_ops.ops.cross_entropy.dispatch import index_loss, rows
-from fused_ops.ops.cross_entropy.functions import REDUCTIONS, small_loss
+from fused_ops.ops.cross_entropy import functions, graph, rows_reference
+from fused_ops.ops.cross_entropy.arguments import Numbers, check_ignore_index, check_places, index_door, prepare
+from fused_ops.ops.cross_entropy.reduction import Reduction, reduced_loss
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
 
-def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The class indices, one per row."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
-    check_logits(input)
-    check_ignore_index(ignore_index)
-    return class_indices("target", target, input)
+def index_loss(
+    input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool = False
+) -> Tensor:
+    """The loss of checked class indices, where ``needs_formulas`` does not hold."""
+    if in_graph():
+        return graph.index_loss(input, target, ignore_index, reduction)
+    return functions.index_loss(input, target, ignore_index, reduction, inplace_backward)
+
+
+def rows(a: RowArgs, o: RowOptions, inplace_backward: bool = False) -> tuple[Tensor, ...]:
+    """nll, lse, mass, target_weight, entropy, prediction and target_log_probability of each row."""
+    if needs_formulas():
+        return rows_reference.formulas(a, o)
+    if in_graph():
+        return graph.rows(a, o)
+    return functions.rows(a, o, inplace_backward)
 
 
 def _check_inplace(input: Tensor) -> None:
@@ -49,15 +48,6 @@ def _check_inplace(input: Tensor) -> None:
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites input, which must not be a leaf that requires grad"
         )
-
-
-def _is_plain(input: Tensor, target: object) -> bool:
-    """Whether the fused op of class indices alone will do: no class probabilities, no autocast to float32."""
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        return not isinstance(target, (tuple, list))  # _check says what is wrong
-    if target.shape == input.shape and input.dim():
-        return False
-    return input.dtype.itemsize != 2 or not autocast_enabled(input)
 
 
 @no_script
@@ -156,7 +146,7 @@ def cross_entropy(
     )
     if alone and not (inplace_backward or torch.compiler.is_compiling()):
         try:
-            small = small_loss(input, target, ignore_index, reduction)
+            small = functions.small_loss(input, target, ignore_index, reduction)
         except RuntimeError:
             check_ignore_index(ignore_index)  # the dispatcher does not say that an integer is too large
             raise
@@ -188,16 +178,18 @@ def cross_entropy(
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
         refuse(cross_entropy, own)
         return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
-    if alone and _is_plain(input, target) and not needs_formulas():
-        indices = _check(input, target, ignore_index, reduction)  # type: ignore[arg-type]
-        if inplace_backward:
-            _check_inplace(input)
-        return index_loss(input, indices, ignore_index, reduction, inplace_backward)
+    if alone:
+        indices = index_door(input, target, ignore_index, reduction)
+        if indices is not None:
+            if inplace_backward:
+                _check_inplace(input)
+            return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
+    check_places(input, target, weight, class_mask, token_weight)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype)
     run = partial(rows, inplace_backward=inplace_backward)
-    return reduced_loss(call, reduction, normalizer, empty, return_outputs, run)
+    return reduced_loss(call, Reduction(reduction, normalizer, empty, return_outputs).check(), run)

@@ -1,47 +1,28 @@
-"""What cross-entropy's options mean: which target a call has, in which dtype, and how its rows become one loss."""
+"""What the arguments of cross-entropy mean, checked: which kind of target, in which dtype, and which door a call takes.
+
+The doors: ``functions.small_loss`` (few logits, plain eager mode), class indices alone (``index_door``), and the rows
+with every option (``prepare``). What serves the last two, a Function, an op of a graph or formulas, is in ``api.py``.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fused_ops.core.argument_checks import check_data, check_devices
+from fused_ops.core.checks import as_int64, check_data, check_devices
 from fused_ops.core.function import autocast_enabled
-from fused_ops.core.integers import as_int64
-from fused_ops.core.torch_private import is_tracing
+from fused_ops.core.graph import needs_formulas
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
 
-RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
-_BLOCK = 4096
 _REAL: Any = (numbers.Real, torch.SymFloat, torch.SymInt)
-_EMPTY = ("nan", "zero", "raise")
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class CrossEntropyOutput(NamedTuple):
-    """What ``cross_entropy(..., return_outputs=True)`` gives; per row: of the shape of the loss without reduction.
-
-    lse, target_log_probability and entropy are float32 for 16-bit logits, else of the logits' dtype, and are there for
-    ignored rows too (target_log_probability is 0 there). All but prediction and correct are differentiable.
-    """
-
-    loss: Tensor  # reduced as asked for, z_loss included
-    lse: Tensor  # log-sum-exp of each row's logits, after scale, softcap and mask
-    prediction: Tensor  # int64, the class of the largest logit
-    correct: (
-        Tensor | None
-    )  # bool, prediction == target (False where ignored); None for targets other than class indices
-    target_log_probability: Tensor | None  # None likewise
-    entropy: Tensor  # of softmax(logits), in nats
-    z_loss: Tensor  # the part of the loss that z_loss adds
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Numbers(NamedTuple):
@@ -64,6 +45,11 @@ class Call(NamedTuple):
     token_weight: Tensor | None
     loss_dtype: torch.dtype
 
+    def is_index_alone(self) -> bool:
+        """Whether the op of class indices alone gives its rows, and in the dtype that is wanted."""
+        alone = is_index_alone(self.args, self.options) and self.token_weight is None and not self.z_loss
+        return alone and self.loss_dtype == self.args.input.dtype
+
 
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
@@ -71,7 +57,7 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _number(name: str, value: Any, low: float, strict: bool = False) -> float:
+def number(name: str, value: Any, low: float, strict: bool = False) -> float:
     if isinstance(value, Tensor) or not isinstance(value, _REAL):
         raise TypeError(f"cross_entropy(): argument '{name}' must be a number, not {type(value).__name__}")
     # Comparisons alone: of a number that is a symbol of a graph they are guards, and nothing else can be asked of it.
@@ -92,7 +78,7 @@ def check_logits(input: Tensor) -> None:
     """Raises for a tensor that cannot be logits."""
     if input.dim() == 0:
         raise IndexError("cross_entropy: input must have at least one dimension (classes), got a scalar")
-    if input.dtype not in _INPUT_DTYPES:
+    if input.dtype not in INPUT_DTYPES:
         raise NotImplementedError(f"cross_entropy: input must be a floating-point tensor, got {input.dtype}")
 
 
@@ -104,7 +90,7 @@ def class_indices(name: str, target: Tensor, input: Tensor) -> Tensor:
             target = target.reshape(())
         else:
             _refuse_shape(name, target, input, want)
-    if target.dtype not in _INDEX_DTYPES:
+    if target.dtype not in INDEX_DTYPES:
         raise RuntimeError(f"cross_entropy: expected class indices of an integer dtype for {name}, got {target.dtype}")
     return target
 
@@ -140,7 +126,7 @@ def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     check_data("cross_entropy", target_tensors(target))
     dim, lam = class_dim(input), target[2]
     if not isinstance(lam, Tensor):
-        lam = torch.ones((), dtype=acc_dtype(input.dtype), device=input.device) * _number("lam", lam, 0.0)
+        lam = torch.ones((), dtype=acc_dtype(input.dtype), device=input.device) * number("lam", lam, 0.0)
     if not lam.is_floating_point():
         raise RuntimeError(f"cross_entropy: expected lam of a floating-point dtype, got {lam.dtype}")
     if lam.dim() == 1 and first.dim() > 1:
@@ -159,7 +145,7 @@ def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sparse(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     indices, probabilities = _tensor("indices", target[0]), _tensor("probabilities", target[1])
-    if indices.dtype not in _INDEX_DTYPES:
+    if indices.dtype not in INDEX_DTYPES:
         raise RuntimeError(f"cross_entropy: expected indices of an integer dtype, got {indices.dtype}")
     if not probabilities.is_floating_point():
         raise RuntimeError(
@@ -234,6 +220,39 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
         )
 
 
+def check_places(
+    input: Tensor, target: object, weight: Tensor | None, class_mask: Tensor | None, token_weight: Tensor | None
+) -> None:
+    """Raises for tensors of several devices, and for a token_weight without data: the ops check that of the others."""
+    check_logits(_tensor("input", input))
+    beside = [("input", input), *target_tensors(target), ("weight", weight), ("class_mask", class_mask)]
+    check_devices("cross_entropy", [*beside, ("token_weight", token_weight)])
+    if token_weight is not None:
+        check_data("cross_entropy", [("token_weight", token_weight)])
+
+
+def index_door(input: Any, target: Any, ignore_index: int, reduction: str) -> Tensor | None:
+    """The class indices of a call without options, checked, one per row; None of a call that is another.
+
+    Class probabilities and 16-bit logits under autocast, whose loss is float32, are rows; and so are formulas.
+    """
+    if isinstance(input, Tensor) and isinstance(target, Tensor):
+        if target.shape == input.shape and input.dim():
+            return None
+        if input.dtype.itemsize == 2 and autocast_enabled(input):
+            return None
+    elif isinstance(target, (tuple, list)):
+        return None
+    if needs_formulas():
+        return None
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    check_logits(_tensor("input", input))
+    _tensor("target", target)
+    check_ignore_index(ignore_index)
+    return class_indices("target", target, input)
+
+
 def prepare(
     input: Tensor,
     target: object,
@@ -243,12 +262,8 @@ def prepare(
     given: Numbers,
     loss_dtype: torch.dtype | None,
 ) -> Call:
-    """Checks every argument but the reduction's, and settles kind and dtypes."""
+    """Checks every argument but the reduction's, and settles kind and dtypes; the tensors are in one place already."""
     check_logits(_tensor("input", input))
-    beside = [("input", input), *target_tensors(target), ("weight", weight), ("class_mask", class_mask)]
-    check_devices("cross_entropy", [*beside, ("token_weight", token_weight)])
-    # The op of the rows checks the data of the others.
-    check_data("cross_entropy", [("token_weight", token_weight)] if token_weight is not None else [])
     given = given._replace(ignore_index=check_ignore_index(given.ignore_index))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
@@ -261,8 +276,8 @@ def prepare(
         _check_mask(class_mask, input)
     if token_weight is not None:
         _check_rows("token_weight", _tensor("token_weight", token_weight), input)
-    z_loss, scale = _number("z_loss", given.z_loss, -math.inf), _number("logit_scale", given.logit_scale, -math.inf)
-    softcap = 0.0 if given.softcap is None else _number("softcap", given.softcap, 0.0, strict=True)
+    z_loss, scale = number("z_loss", given.z_loss, -math.inf), number("logit_scale", given.logit_scale, -math.inf)
+    softcap = 0.0 if given.softcap is None else number("softcap", given.softcap, 0.0, strict=True)
     dtype = input.dtype
     for other in (probabilities if kind in ("dense", "sparse") else None, weight):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
@@ -271,143 +286,8 @@ def prepare(
         input = input.to(dtype)
     if autocast and dtype.itemsize == 2:
         dtype = torch.float32
-    if loss_dtype is not None and loss_dtype not in _INPUT_DTYPES:
-        raise TypeError(f"cross_entropy: expected loss_dtype to be one of {_INPUT_DTYPES}, got {loss_dtype}")
+    if loss_dtype is not None and loss_dtype not in INPUT_DTYPES:
+        raise TypeError(f"cross_entropy: expected loss_dtype to be one of {INPUT_DTYPES}, got {loss_dtype}")
     args = RowArgs(input, indices, probabilities, weight, class_mask)
     options = RowOptions(given.ignore_index, smoothing, scale, softcap, False)
     return Call(args, options, kind, z_loss, token_weight, loss_dtype or dtype)
-
-
-def _counted(call: Call) -> Tensor | None:
-    """The rows that count, or None if all of them do."""
-    if call.kind == "dense":
-        return None
-    assert call.args.indices is not None
-    valid = counts(call.args.indices, call.options.ignore_index)
-    return valid if call.kind == "index" else valid.any(class_dim(call.args.input))
-
-
-def fixed_order_sum(rows: Tensor) -> Tensor:
-    """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
-    # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
-    if rows.is_cuda or torch.compiler.is_compiling() or is_tracing() or type(rows.numel()) is not int:
-        return rows.sum()
-    blocks = rows.reshape(-1)
-    while blocks.numel() > _BLOCK:
-        whole = blocks.numel() // _BLOCK * _BLOCK
-        blocks = torch.cat((blocks[:whole].view(-1, _BLOCK).sum(1), blocks[whole:].sum().reshape(1)))
-    return blocks.sum()
-
-
-def _denominator(call: Call, target_weight: Tensor) -> Tensor:
-    """What the mean divides by."""
-    rows = target_weight
-    if call.kind == "sparse":
-        counted = _counted(call)
-        assert counted is not None
-        rows = counted.double()
-    elif call.kind == "mixup":  # lam is differentiable, target_weight is not
-        indices, probabilities, dim = call.args.indices, call.args.probabilities, class_dim(call.args.input)
-        assert indices is not None and probabilities is not None
-        valid = counts(indices, call.options.ignore_index)
-        shares = probabilities.double()
-        if call.args.weight is not None:
-            shares = shares * call.args.weight.double()[torch.where(valid, indices, 0).long()]
-        rows = torch.where(valid, shares, 0.0).sum(dim)
-    if call.token_weight is not None:
-        rows = rows * call.token_weight.double()
-    return fixed_order_sum(rows)
-
-
-def row_scale(call: Call, reduction: str, normalizer: object, empty: str) -> Tensor:
-    """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: float64."""
-    check_reduction(reduction, normalizer, empty)
-    a, dim = call.args, class_dim(call.args.input)
-    if call.kind == "index":
-        assert a.indices is not None
-        valid = counts(a.indices, call.options.ignore_index)
-        weights = valid.double()
-        if a.weight is not None:
-            classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
-            weights = torch.where(valid, a.weight.double()[classes], 0.0)
-    else:
-        weights = torch.ones(a.input.select(dim, 0).shape, dtype=torch.float64, device=a.input.device)
-    scale = torch.ones_like(weights) if call.token_weight is None else call.token_weight.double()
-    if reduction == "sum":
-        return scale
-    denominator = _denominator(call, weights) if normalizer is None else _normalizer(normalizer, call)
-    return _mean(scale, denominator, empty) if isinstance(denominator, Tensor) else scale / denominator
-
-
-def _mean(total: Tensor, denominator: Tensor, empty: str) -> Tensor:
-    if empty == "nan":
-        return total / denominator
-    nothing = denominator == 0
-    if empty == "raise":
-        if bool(nothing):
-            raise ValueError("cross_entropy: nothing counts in the mean: the batch is empty, or all of it is ignored")
-        return total / denominator
-    return torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, denominator))
-
-
-def _normalizer(value: object, call: Call) -> Tensor | float:
-    if not isinstance(value, Tensor):
-        return _number("normalizer", value, -math.inf)
-    if value.numel() != 1:
-        raise RuntimeError(f"cross_entropy: expected normalizer to have one element, got shape {list(value.shape)}")
-    if value.device.type != "cpu":  # a number of the CPU goes with any device, as in PyTorch
-        check_devices("cross_entropy", [("input", call.args.input), ("normalizer", value)])
-    check_data("cross_entropy", [("normalizer", value)])
-    return value.reshape(()).double()
-
-
-def check_reduction(reduction: str, normalizer: object, empty: str) -> None:
-    """Raises for a reduction that is none."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    if empty not in _EMPTY:
-        raise ValueError(f"cross_entropy: empty must be one of {_EMPTY}, got {empty!r}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"cross_entropy: normalizer is for reduction='mean', got reduction={reduction!r}")
-
-
-def reduced_loss(
-    call: Call, reduction: str, normalizer: object, empty: str, return_outputs: bool, run: RunRows
-) -> Tensor | CrossEntropyOutput:
-    """Runs the rows and reduces them."""
-    check_reduction(reduction, normalizer, empty)
-    options = call.options._replace(statistics=return_outputs)
-    denominator = None if normalizer is None else _normalizer(normalizer, call)
-    nll, lse, _, target_weight, entropy, prediction, log_probability = run(call.args, options)
-    if normalizer is None and reduction == "mean":
-        denominator = _denominator(call, target_weight)
-
-    def reduced(rows: Tensor) -> Tensor:
-        if call.token_weight is not None:
-            rows = rows * call.token_weight.double()
-        if reduction == "none":
-            return rows
-        total = fixed_order_sum(rows)
-        if denominator is None:
-            return total
-        return _mean(total, denominator, empty) if isinstance(denominator, Tensor) else total / denominator
-
-    z_rows = None
-    if call.z_loss != 0:
-        counted = _counted(call) if return_outputs else None  # without statistics lse is 0 in rows that do not count
-        z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0)).square()
-    loss = reduced(nll if z_rows is None else nll + z_rows).to(call.loss_dtype)
-    if not return_outputs:
-        return loss
-    z_part = reduced(z_rows if z_rows is not None else torch.zeros_like(nll)).to(call.loss_dtype)
-    dtype = acc_dtype(call.args.input.dtype)
-    index = call.args.indices if call.kind == "index" else None
-    return CrossEntropyOutput(
-        loss,
-        lse.to(dtype),
-        prediction,
-        None if index is None else prediction == index,
-        None if index is None else log_probability.to(dtype),
-        entropy.to(dtype),
-        z_part,
-    )

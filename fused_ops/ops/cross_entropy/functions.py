@@ -1,13 +1,17 @@
-"""Cross-entropy of class indices alone, reduced in the op: raw ops, their fake kernels and the Functions."""
+"""The raw ops of cross-entropy, their fake kernels and the autograd Functions.
+
+Two pairs of ops: class indices alone, reduced in the op, and every option, row by row and nothing reduced. The kernels
+below are one family; the first pair spares a plain call five outputs, at up to half a microsecond each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_one, save
 from fused_ops.core.library import register
@@ -17,14 +21,17 @@ from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
     has_torch_function,
+    increment_version,
     is_tracing,
     transforms_active,
     without_overrides,
 )
-from fused_ops.ops.cross_entropy import reference
-from fused_ops.ops.cross_entropy.rows import refuse_inplace_transforms
+from fused_ops.ops.cross_entropy import reference, rows_reference
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 
-_SMALL = 32768  # logits: one task of the kernels, so that nothing is lost by one thread
+# Logits of a call whose gradient may come with its loss: one task of the kernels, so that one thread loses nothing.
+_SMALL = 32768
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
 
 _grad_enabled = torch.is_grad_enabled
@@ -32,7 +39,10 @@ _grad_enabled = torch.is_grad_enabled
 REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
 
-def _fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+# ---- class indices alone
+
+
+def fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = target.shape if reduction == reference.NONE else ()
     lse = input.new_empty(target.shape, dtype=torch.float64)
     return input.new_empty(shape), lse, input.new_empty((), dtype=torch.float64)
@@ -42,7 +52,7 @@ def _fake_with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduct
     return input.new_empty(()), empty_output(input), 0
 
 
-def _fake_backward(
+def fake_backward(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> Tensor:
     return empty_output(input)
@@ -52,11 +62,11 @@ def _fake_backward_(*_: Any) -> None:
     return None
 
 
-_forward_op: Any = register(
+forward_op: Any = register(
     "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int reduction) "
     "-> (Tensor loss, Tensor lse, Tensor total)",
     reference.forward,
-    _fake_forward,
+    fake_forward,
 )
 _with_gradient_op: Any = register(
     "cross_entropy_with_gradient(Tensor input, Tensor target, int ignore_index, int reduction) "
@@ -65,18 +75,27 @@ _with_gradient_op: Any = register(
     _fake_with_gradient,
 )
 _with_gradient = without_overrides(_with_gradient_op)
-_backward_op = register(
+backward_op = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
     "int ignore_index, int reduction) -> Tensor",
     reference.backward,
-    _fake_backward,
+    fake_backward,
 )
-_backward_inplace_op = register(
+backward_inplace_op = register(
     "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor lse, Tensor total, "
     "int ignore_index, int reduction) -> ()",
     reference.backward_,
     _fake_backward_,
 )
+
+
+def refuse_inplace_transforms() -> None:
+    """Raises where a gradient that overwrites the logits would be wrong."""
+    if torch.is_grad_enabled() or transforms_active():
+        raise RuntimeError(
+            "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
+            "transform; expected inplace_backward=False for those"
+        )
 
 
 class CrossEntropyBackwardFunction(FusedFunction):
@@ -86,7 +105,7 @@ class CrossEntropyBackwardFunction(FusedFunction):
     def forward(
         grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
     ) -> Any:
-        return _backward_op(grad_loss, input, target, lse, total, ignore_index, reduction)
+        return backward_op(grad_loss, input, target, lse, total, ignore_index, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,7 +135,7 @@ def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
     """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
     refuse_inplace_transforms()
     gradient = input.detach()
-    _backward_inplace_op(grad_loss, gradient, *rest)
+    backward_inplace_op(grad_loss, gradient, *rest)
     increment_version(input)
     return gradient
 
@@ -128,7 +147,7 @@ class CrossEntropyFunction(FusedFunction):
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int, inplace_backward: bool) -> Any:
-        return _forward_op(input, target, ignore_index, reduction)
+        return forward_op(input, target, ignore_index, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -146,7 +165,7 @@ class CrossEntropyFunction(FusedFunction):
             return _inplace_gradient(*args), None, None, None, None
         if torch.is_grad_enabled() or transforms_active():
             return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
-        return _backward_op(*args), None, None, None, None
+        return backward_op(*args), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, *_: Any) -> Any:
@@ -184,12 +203,141 @@ class _SmallFunction(Function):
                 ctx.found = None, ignored, options  # it is handed over, not only lent
                 return gradient, None, None
             return gradient.mul(grad_loss), None, None
-        _, lse, total = _forward_op(input.detach(), target, *options)
+        _, lse, total = forward_op(input.detach(), target, *options)
         return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
 
 
 _small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what _brings_gradient has asked already
 call_backward_directly(_SmallFunction)
+
+
+# ---- every option, row by row
+
+# The parts of the schemas: what the loss of a row is, the upstream gradients, the options, and what is saved.
+TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
+GRADS = "Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_target_log_probability"
+NUMBERS = "int ignore_index, float label_smoothing, float logit_scale, float softcap, bool statistics"
+SAVED = "Tensor lse, Tensor mass, Tensor? entropy"
+RESULTS = (
+    "Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
+    "Tensor target_log_probability"
+)
+
+
+def fake_rows_forward(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dim = class_dim(input)
+    rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+    wanted = rows if rest[-1] else (0,)
+    doubles = [input.new_empty(shape, dtype=torch.float64) for shape in (rows, rows, rows, rows, wanted, wanted)]
+    return *doubles[:5], input.new_empty(wanted, dtype=torch.int64), doubles[5]
+
+
+def fake_rows_gradient(*args: Any) -> Tensor:
+    return empty_output(args[4])
+
+
+rows_forward_op = register(
+    f"cross_entropy_rows_forward(Tensor input, {TENSORS}, {NUMBERS}) -> ({RESULTS})",
+    rows_reference.forward,
+    fake_rows_forward,
+)
+rows_backward_op = register(
+    f"cross_entropy_rows_backward({GRADS}, Tensor input, {TENSORS}, {SAVED}, {NUMBERS}) -> Tensor",
+    rows_reference.backward,
+    fake_rows_gradient,
+)
+rows_backward_inplace_op = register(
+    f"cross_entropy_rows_backward_({GRADS}, Tensor(a!) input, {TENSORS}, {SAVED}, {NUMBERS}) -> ()",
+    rows_reference.backward_,
+    _fake_backward_,
+)
+
+
+def mark_fixed(ctx: Any, statistics: bool, output: Sequence[Tensor]) -> None:
+    """Says which of the seven results have no gradient."""
+    _, _, mass, target_weight, entropy, prediction, log_probability = output
+    fixed = (mass, target_weight, prediction)
+    ctx.mark_non_differentiable(*(fixed if statistics else (*fixed, entropy, log_probability)))
+
+
+def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
+    """The upstream gradients of the results that are differentiable."""
+    return RowGrads(grads[0], grads[1], *((grads[4], grads[6]) if statistics else (None, None)))
+
+
+class CrossEntropyRowsFunction(FusedFunction):
+    """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, float64.
+
+    nll, lse, entropy and target_log_probability are differentiable. The gradient of the gradient, and anything beyond,
+    goes through the plain-PyTorch formulas of the reference.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        indices: Tensor | None,
+        probabilities: Tensor | None,
+        weight: Tensor | None,
+        class_mask: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        logit_scale: float,
+        softcap: float,
+        statistics: bool,
+        inplace_backward: bool,
+    ) -> Any:
+        options = (ignore_index, label_smoothing, logit_scale, softcap, statistics)
+        return rows_forward_op(input, indices, probabilities, weight, class_mask, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors, ctx.options, ctx.inplace_backward = inputs[:5], RowOptions(*inputs[5:10]), inputs[10]
+        mark_fixed(ctx, ctx.options.statistics, output)
+        save(ctx, *tensors, output[1], output[2], output[4])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        g = row_grads(ctx.options.statistics, grads)
+        *tensors, lse, mass, entropy = ctx.saved_tensors
+        a, o = RowArgs(*tensors), ctx.options
+        found: list[Tensor | None] = [None] * 11
+        if all(grad is None for grad in g):
+            return tuple(found)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or torch.is_grad_enabled():
+            checked_saved(tensors, *g)
+        if g.nll is not None and ctx.needs_input_grad[2]:
+            found[2] = rows_reference.grad_probabilities(g, a, o)
+        if g.nll is not None and ctx.needs_input_grad[3]:
+            found[3] = rows_reference.grad_weight(g, a, o)
+        if not ctx.needs_input_grad[0]:
+            return tuple(found)
+        if ctx.inplace_backward:
+            refuse_inplace_transforms()
+            found[0] = gradient = a.input.detach()
+            rows_backward_inplace_op(*g, gradient, *a[1:], lse, mass, entropy, *o)
+            increment_version(a.input)
+        elif torch.is_grad_enabled() or transforms_active():
+            found[0] = rows_reference.grad_input(g, a, o, acc_dtype(a.input.dtype)).to(a.input.dtype)
+        else:
+            gradient = rows_backward_op(*g, *a, lse, mass, entropy, *o)  # type: ignore[assignment]
+            found[0] = gradient
+        return tuple(found)
+
+    @staticmethod
+    def jvp(ctx: Any, input_t: Tensor | None, _: None, probabilities_t: Any, weight_t: Any, *__: Any) -> Any:
+        *tensors, _lse, _mass, _entropy = checked_saved(ctx.saved_tensors, input_t, probabilities_t, weight_t)
+        nll_t, lse_t, entropy_t, log_probability_t = rows_reference.jvp(
+            RowArgs(*tensors), ctx.options, input_t, probabilities_t, weight_t
+        )
+        return nll_t, lse_t, None, None, entropy_t, None, log_probability_t
+
+
+# ---- what serves a call in eager mode
+
+
+def rows(a: RowArgs, o: RowOptions, inplace_backward: bool) -> tuple[Tensor, ...]:
+    """The seven results of each row."""
+    return CrossEntropyRowsFunction.apply(*a, *o, inplace_backward)  # type: ignore[no-any-return]
 
 
 def _brings_gradient(input: Tensor) -> bool:

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from fused_ops.core.graph import as_tensor, register_graph_op
 from fused_ops.core.memory_format import empty_output
-from fused_ops.ops.cross_entropy import functions as plain
-from fused_ops.ops.cross_entropy import rows
+from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as reference
-from fused_ops.ops.cross_entropy.reference import acc_dtype
-from fused_ops.ops.cross_entropy.reference import double_backward as plain_double_backward
+from fused_ops.ops.cross_entropy.reference import acc_dtype, double_backward
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 
 # ---- class indices alone, reduced in the op
@@ -42,23 +40,23 @@ def _index_grad_backward(ctx: Any, grad: Tensor | None) -> Any:
     if grad is None:
         return (None,) * 7
     grad_loss, input, target, total = ctx.saved_tensors
-    found = plain_double_backward(grad, grad_loss, input, target, total, ctx.ignore_index, ctx.reduction)
+    found = double_backward(grad, grad_loss, input, target, total, ctx.ignore_index, ctx.reduction)
     return *found, None, None, None, None, None
 
 
 _index_op: Any = register_graph_op(
     "cross_entropy(Tensor input, Tensor target, SymInt ignore_index, int reduction) "
     "-> (Tensor loss, Tensor lse, Tensor total)",
-    plain._forward_op,
-    plain._fake_forward,
+    functions.forward_op,
+    functions.fake_forward,
     _index_context,
     _index_backward,
 )
 _index_grad_op = register_graph_op(
     "cross_entropy_grad(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
     "SymInt ignore_index, int reduction) -> Tensor",
-    plain._backward_op,
-    plain._fake_backward,
+    functions.backward_op,
+    functions.fake_backward,
     _index_grad_context,
     _index_grad_backward,
 )
@@ -66,7 +64,7 @@ _index_grad_op = register_graph_op(
 
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """The loss of checked class indices."""
-    loss: Tensor = _index_op(input, target, ignore_index, plain.REDUCTIONS[reduction])[0]
+    loss: Tensor = _index_op(input, target, ignore_index, functions.REDUCTIONS[reduction])[0]
     return loss
 
 
@@ -83,23 +81,23 @@ def _options(ignore_index: int, numbers: Tensor | None, statistics: bool) -> Row
 
 
 def _forward(input: Tensor, *args: Any) -> Any:
-    return rows._forward_op(input, *args[:4], *_options(*args[4:]))
+    return functions.rows_forward_op(input, *args[:4], *_options(*args[4:]))
 
 
 def _fake_forward(input: Tensor, *args: Any) -> Any:
-    return rows._fake_forward(input, args[-1])
+    return functions.fake_rows_forward(input, args[-1])
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.ignore_index, numbers, ctx.statistics = inputs
-    rows.mark_fixed(ctx, ctx.statistics, output)
+    functions.mark_fixed(ctx, ctx.statistics, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, numbers, output[1], output[2], output[4])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
     *tensors, numbers, lse, mass, entropy = ctx.saved_tensors
-    g = rows.row_grads(ctx.statistics, grads)
+    g = functions.row_grads(ctx.statistics, grads)
     need = ctx.needs_input_grad
     needs = need[0] * _INPUT + need[2] * _PROBABILITIES + need[3] * _WEIGHT
     if not needs or all(grad is None for grad in g):
@@ -135,7 +133,7 @@ def _grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor, needed in zip(("input", "probabilities", "weight"), *_wanted(a, needs), strict=True):
         if needed and tensor is None:
             raise RuntimeError(f"cross_entropy_rows_grad: needs asks for the gradient of {name}, which is None")
-    grad_input: Any = rows._backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
+    grad_input: Any = functions.rows_backward_op(*g, *a, lse, mass, entropy, *o) if needs & _INPUT else None
     found: tuple[Tensor | None, ...] = (grad_input, *_formulas(g, a, o, needs & ~_INPUT)[1:])
     made = [_or_zeros(a, t, like, need) for t, like, need in zip(found, *_wanted(a, needs), strict=True)]
     return made[0], made[1], made[2]
@@ -160,23 +158,22 @@ def _fake_grad(*args: Any) -> tuple[Tensor, ...]:
 
 
 _rows_op: Any = register_graph_op(
-    f"cross_entropy_rows(Tensor input, {rows._TENSORS}, {_NUMBERS}) "
-    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
-    "Tensor target_log_probability)",
+    f"cross_entropy_rows(Tensor input, {functions.TENSORS}, {_NUMBERS}) -> ({functions.RESULTS})",
     _forward,
     _fake_forward,
     _context,
     _backward,
 )
 _grad_op: Any = register_graph_op(
-    f"cross_entropy_rows_grad({rows._GRADS}, Tensor input, {rows._TENSORS}, Tensor lse, Tensor mass, Tensor entropy, "
-    f"{_NUMBERS}, int needs) -> (Tensor grad_input, Tensor grad_probabilities, Tensor grad_weight)",
+    f"cross_entropy_rows_grad({functions.GRADS}, Tensor input, {functions.TENSORS}, "
+    f"Tensor lse, Tensor mass, Tensor entropy, {_NUMBERS}, int needs) "
+    "-> (Tensor grad_input, Tensor grad_probabilities, Tensor grad_weight)",
     _grad,
     _fake_grad,
 )
 
 
-def cross_entropy_rows(a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
+def rows(a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
     """The seven results of each row."""
     numbers = o.label_smoothing, o.logit_scale, o.softcap
     packed = None if numbers == (0.0, 1.0, 0.0) else as_tensor(*numbers)

@@ -8,14 +8,10 @@ For one row of logits x and its target t::
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import empty_output
-from fused_ops.core.sample import Sample
-from fused_ops.ops.cross_entropy.samples import option_samples
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -190,23 +186,3 @@ def staged(input: Tensor, target: Tensor) -> dict[str, Tensor]:
     names = ("logit_maxes", "norm_logits", "counts", "counts_sum", "counts_sum_inv", "probs", "logprobs", "loss")
     values = (logit_maxes, norm_logits, counts, counts_sum, counts_sum_inv, probs, logprobs, loss)
     return dict(zip(names, values, strict=True))
-
-
-def samples() -> list[Sample]:
-    """Small float64 calls over the option grid."""
-    found: list[Sample] = []
-    shapes = ((3,), (1, 1), (5, 4), (2, 3, 4), (2, 3, 2, 2))
-    target_dtypes = itertools.cycle((torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8))
-    for shape, reduction in itertools.product(shapes, ("none", "mean", "sum")):
-        dtype = next(target_dtypes)
-        generator = torch.Generator().manual_seed(len(found))
-        input = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
-        target = torch.randint(0, classes, rows, generator=generator).to(dtype)
-        options: dict[str, int | str] = {"reduction": reduction}
-        if len(shape) > 1 and input.numel() > 1:
-            options["ignore_index"] = 7
-            target.view(-1)[-1] = 7
-        name = f"{list(shape)} {reduction}, {str(dtype).removeprefix('torch.')} target"
-        found.append(Sample(name, (input, target), options))
-    return found + option_samples()

@@ -44,6 +44,12 @@ class RowArgs(NamedTuple):
     class_mask: Tensor | None  # (classes,) or of the input's shape
 
 
+def is_index_alone(a: RowArgs, o: RowOptions) -> bool:
+    """Whether the rows are class indices with no option."""
+    tensors = a.indices is not None and a.probabilities is None and a.weight is None and a.class_mask is None
+    return tensors and o[1:] == (0.0, 1.0, 0.0, False)
+
+
 def along_classes(values: Tensor, input: Tensor) -> Tensor:
     """(classes,) values, broadcastable to the input; what has the input's shape stays."""
     if input.dim() < 2 or values.dim() > 1:

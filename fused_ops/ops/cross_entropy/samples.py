@@ -1,7 +1,8 @@
-"""Small float64 calls over cross-entropy's options, for the derivative checks."""
+"""Small float64 calls of cross-entropy, for the derivative checks and the fuzzed raw ops."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from fused_ops.core.sample import Sample
 _MASKED = (True, True, False, True)
 
 
-def _leaf(shape: tuple[int, ...], generator: torch.Generator, low: float | None = None) -> Tensor:
+def leaf(shape: tuple[int, ...], generator: torch.Generator, low: float | None = None) -> Tensor:
+    """Random values that require grad; with ``low`` all at least that."""
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (values if low is None else values.abs() + low).requires_grad_()
 
 
-def _targets(shape: tuple[int, ...], g: torch.Generator) -> dict[str, Any]:
+def targets(shape: tuple[int, ...], g: torch.Generator) -> dict[str, Any]:
     """A target of each kind for logits of this shape."""
     rows = (shape[0], *shape[2:])
     classes = shape[1]
@@ -28,13 +30,13 @@ def _targets(shape: tuple[int, ...], g: torch.Generator) -> dict[str, Any]:
     ignored.view(-1)[-1] = -100
     return {
         "index": ignored,
-        "dense": _leaf(shape, g, 0.1),
-        "sparse": (several, _leaf(several.shape, g, 0.1)),
-        "mixup": (ignored, index.flip(0), _leaf((shape[0],), g, 0.1)),
+        "dense": leaf(shape, g, 0.1),
+        "sparse": (several, leaf(several.shape, g, 0.1)),
+        "mixup": (ignored, index.flip(0), leaf((shape[0],), g, 0.1)),
     }
 
 
-def option_samples() -> list[Sample]:
+def _option_samples() -> list[Sample]:
     """One call per option and kind of target, and some with everything at once."""
     found: list[Sample] = []
     g = torch.Generator().manual_seed(11)
@@ -48,15 +50,15 @@ def option_samples() -> list[Sample]:
     )
     for shape in ((3, 4), (2, 4, 3)):
         for name, options in extras if len(shape) == 2 else extras[1:2] + extras[5:]:
-            for kind, target in _targets(shape, g).items():
+            for kind, target in targets(shape, g).items():
                 if name == "mask":  # a target that is masked has an infinite loss
                     target = _off_the_mask(kind, target)
-                found.append(Sample(f"{list(shape)} {kind}, {name}", (_leaf(shape, g), target), options))
-    rows: dict[str, Any] = {"token_weight": _leaf((3,), g, 0.1), "normalizer": _leaf((), g, 1.0)}
-    for kind, target in _targets((3, 4), g).items():
-        weight = _leaf((4,), g, 0.5) if kind != "index" else _leaf((4,), g, 0.5).detach()
+                found.append(Sample(f"{list(shape)} {kind}, {name}", (leaf(shape, g), target), options))
+    rows: dict[str, Any] = {"token_weight": leaf((3,), g, 0.1), "normalizer": leaf((), g, 1.0)}
+    for kind, target in targets((3, 4), g).items():
+        weight = leaf((4,), g, 0.5) if kind != "index" else leaf((4,), g, 0.5).detach()
         options = {"weight": weight, "label_smoothing": 0.1, **rows}
-        found.append(Sample(f"[3, 4] {kind}, weights", (_leaf((3, 4), g), target), options))
+        found.append(Sample(f"[3, 4] {kind}, weights", (leaf((3, 4), g), target), options))
     return found
 
 
@@ -69,32 +71,21 @@ def _off_the_mask(kind: str, target: Any) -> Any:
     return tuple(moved)
 
 
-def linear_samples() -> list[Sample]:
-    """Calls of ``linear_cross_entropy``, in chunks of two rows."""
+def samples() -> list[Sample]:
+    """Class indices over shapes, reductions and dtypes of the target; then the options."""
     found: list[Sample] = []
-    g = torch.Generator().manual_seed(5)
-
-    def head(rows: int = 3) -> tuple[Tensor, Tensor]:
-        return _leaf((rows, 2), g), _leaf((4, 2), g)
-
-    chunks = {"chunk_rows": 2}
-    for reduction in ("none", "mean", "sum"):
-        options: dict[str, Any] = {"reduction": reduction, "linear_bias": _leaf((4,), g), **chunks}
-        found.append(Sample(f"index, {reduction}", (*head(), _targets((3, 4), g)["index"]), options))
-    for kind, target in _targets((3, 4), g).items():
-        options = {"z_loss": 0.1, "label_smoothing": 0.1, **chunks}
-        found.append(Sample(f"{kind}, z_loss and smoothing", (*head(), target), options))
-    index = _targets((3, 4), g)["index"]
-    low_rank = (_leaf((1, 2), g), _leaf((4, 1), g), 0.5)
-    more: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("lora", {"lora": low_rank, "linear_bias": _leaf((4,), g)}),
-        ("softcap and scale", {"softcap": 2.0, "logit_scale": 1.5}),
-        ("weights", {"weight": torch.rand(4, generator=g, dtype=torch.float64), "token_weight": _leaf((3,), g, 0.1)}),
-        ("outputs", {"return_outputs": True, "z_loss": 0.1}),
-    )
-    found += [Sample(f"index, {name}", (*head(), index), {**options, **chunks}) for name, options in more]
-    positions = (_leaf((3, 2), g), _leaf((4, 3, 2), g), _targets((3, 4, 3), g)["index"])
-    found.append(Sample("several positions", positions, {"linear_bias": _leaf((4, 3), g), **chunks}))
-    shifted = (_leaf((2, 3, 2), g), _leaf((4, 2), g), torch.randint(0, 4, (2, 3), generator=g))
-    found.append(Sample("shift", shifted, {"shift": True, **chunks}))
-    return found
+    shapes = ((3,), (1, 1), (5, 4), (2, 3, 4), (2, 3, 2, 2))
+    target_dtypes = itertools.cycle((torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8))
+    for shape, reduction in itertools.product(shapes, ("none", "mean", "sum")):
+        dtype = next(target_dtypes)
+        generator = torch.Generator().manual_seed(len(found))
+        input = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
+        target = torch.randint(0, classes, rows, generator=generator).to(dtype)
+        options: dict[str, int | str] = {"reduction": reduction}
+        if len(shape) > 1 and input.numel() > 1:
+            options["ignore_index"] = 7
+            target.view(-1)[-1] = 7
+        name = f"{list(shape)} {reduction}, {str(dtype).removeprefix('torch.')} target"
+        found.append(Sample(name, (input, target), options))
+    return found + _option_samples()

@@ -10,23 +10,15 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.checks import check_tensors
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
 from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
-from fused_ops.ops.cross_entropy.arguments import (
-    Call,
-    CrossEntropyOutput,
-    Numbers,
-    check_reduction,
-    prepare,
-    reduced_loss,
-    row_scale,
-    target_tensors,
-)
-from fused_ops.ops.cross_entropy.dispatch import index_loss, rows
+from fused_ops.ops.cross_entropy.api import index_loss, rows
+from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
+from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput, Reduction, reduced_loss, row_scale
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
@@ -52,13 +44,13 @@ def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Te
     return rows(a._replace(input=reference.logits(head, classes)), o)
 
 
-def _is_sum(call: Call, head: Head, reduction: str, normalizer: object, return_outputs: bool) -> int:
+def _is_sum(call: Call, head: Head, reduction: Reduction) -> int:
     """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart."""
-    if reduction == "none" or return_outputs or not torch.is_grad_enabled() or transforms_active():
+    if reduction.name == "none" or reduction.outputs or not torch.is_grad_enabled() or transforms_active():
         return 0
     if not torch.compiler.is_compiling() and call.args.input.numel() == 0:
         return 0
-    others = (call.args.probabilities, call.args.weight, call.token_weight, normalizer)
+    others = (call.args.probabilities, call.args.weight, call.token_weight, reduction.normalizer)
     if forward_ad._current_level >= 0 or any(isinstance(t, Tensor) and t.requires_grad for t in others):
         return 0
     return sum(1 << i for i, t in enumerate(head) if t is not None and t.requires_grad)
@@ -206,7 +198,7 @@ def linear_cross_entropy(
     check_tensors("linear_cross_entropy", named)
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
-    check_reduction(reduction, normalizer, empty)
+    wanted = Reduction(reduction, normalizer, empty, return_outputs).check()
     shape = shapes(input, linear_weight, linear_bias)
     head = head_of(input, linear_weight, linear_bias, lora, shape)
     found = flat_target(target, shape, ignore_index)
@@ -225,7 +217,7 @@ def linear_cross_entropy(
     call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights
         head = Head(*(None if t is None else t.to(call.args.input.dtype) for t in head))  # type: ignore[arg-type]
-    result = _run(call, head, shape.classes, cut, reduction, normalizer, empty, return_outputs)
+    result = _run(call, head, shape.classes, cut, wanted)
     if reduction != "none" and not return_outputs:
         return result
     row_shape = shape.rows(False)
@@ -234,45 +226,19 @@ def linear_cross_entropy(
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(row_shape) for t in result))
 
 
-def _run(
-    call: Call,
-    head: Head,
-    classes: int,
-    cut: Cut,
-    reduction: str,
-    normalizer: object,
-    empty: str,
-    return_outputs: bool,
-) -> Any:
+def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction) -> Any:
     """The loss of a prepared call, in the way that suits it."""
     compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
     if in_formulas or (not compiling and cut.is_small(head)):
-        if not in_formulas and _is_plain(call, normalizer, empty, return_outputs):
-            indices = call.args.indices
-            assert indices is not None
-            return index_loss(reference.logits(head, classes), indices, call.options.ignore_index, reduction)
-        run = partial(_whole_rows, head, classes)
-        return reduced_loss(call, reduction, normalizer, empty, return_outputs, run)
-    needs = _is_sum(call, head, reduction, normalizer, return_outputs)
+        if not in_formulas and reduction.is_ordinary() and call.is_index_alone():
+            assert call.args.indices is not None
+            logits = reference.logits(head, classes)
+            return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name)
+        return reduced_loss(call, reduction, partial(_whole_rows, head, classes))
+    needs = _is_sum(call, head, reduction)
     if needs:
-        scale = row_scale(call, reduction, normalizer, empty)
-        nan_if_empty = reduction == "mean" and normalizer is None and empty == "nan"
+        scale = row_scale(call, reduction)
+        nan_if_empty = reduction.name == "mean" and reduction.normalizer is None and reduction.empty == "nan"
         loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty)
         return loss.to(call.loss_dtype)
-    return reduced_loss(call, reduction, normalizer, empty, return_outputs, partial(linear_rows, head, cut))
-
-
-def _is_plain(call: Call, normalizer: object, empty: str, return_outputs: bool) -> bool:
-    """Whether the fused op of class indices alone will do."""
-    return (
-        call.kind == "index"
-        and call.args.weight is None
-        and call.args.class_mask is None
-        and call.token_weight is None
-        and normalizer is None
-        and empty == "nan"
-        and not call.z_loss
-        and not return_outputs
-        and call.options[1:] == (0.0, 1.0, 0.0, False)
-        and call.loss_dtype == call.args.input.dtype
-    )
+    return reduced_loss(call, reduction, partial(linear_rows, head, cut))

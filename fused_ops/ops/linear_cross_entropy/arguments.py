@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops.core.checks import as_int64, as_integer
 from fused_ops.core.function import autocast_enabled
-from fused_ops.core.integers import as_int64, as_integer
-from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES
+from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 
@@ -138,7 +138,7 @@ def checked_ignore_index(value: object) -> int:
 
 def shifted(input: Tensor, target: Any, ignore_index: int | None) -> tuple[Tensor, int]:
     """Each position's target is the next one's; the last has none."""
-    if not isinstance(target, Tensor) or target.dtype not in _INDEX_DTYPES or target.dim() < 1 or input.dim() < 2:
+    if not isinstance(target, Tensor) or target.dtype not in INDEX_DTYPES or target.dim() < 1 or input.dim() < 2:
         raise RuntimeError(
             "linear_cross_entropy: shift=True takes input (..., positions, in_features) and class indices of shape "
             "(..., positions)"

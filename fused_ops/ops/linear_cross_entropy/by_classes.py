@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_ops.core.library import register
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
@@ -56,9 +56,8 @@ def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
 
 def suits(head: Head, a: RowArgs, o: RowOptions) -> bool:
     """Whether a call is of the kind that the tiles know: class indices, no option that changes the logits."""
-    x, indices = head.input, a.indices
-    plain = a.probabilities is None and a.weight is None and a.class_mask is None and o[1:] == (0.0, 1.0, 0.0, False)
-    if not plain or indices is None or indices.dim() != 1 or head.low_input is not None:
+    x = head.input
+    if not is_index_alone(a, o) or a.indices is None or a.indices.dim() != 1 or head.low_input is not None:
         return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.size(1) > 0
 

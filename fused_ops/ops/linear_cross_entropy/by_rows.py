@@ -10,15 +10,12 @@ from torch import Tensor
 
 from fused_ops.core.function import has_values
 from fused_ops.core.library import register
-from fused_ops.ops.cross_entropy import rows as rows_ops
+from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
-
-_TENSORS = "Tensor? indices, Tensor? probabilities, Tensor? weight, Tensor? class_mask"
-_NUMBERS = "int ignore_index, float label_smoothing, float logit_scale, float softcap, bool statistics"
 
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
@@ -27,13 +24,12 @@ _WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a tim
 
 
 def _fake_chunk_(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return rows_ops._fake_forward(logits, rest[-1])
+    return functions.fake_rows_forward(logits, rest[-1])
 
 
 _chunk_op = register(
-    f"linear_cross_entropy_chunk_(Tensor(a!) logits, {_TENSORS}, Tensor? row_scale, float z_loss, {_NUMBERS}) "
-    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
-    "Tensor target_log_probability)",
+    f"linear_cross_entropy_chunk_(Tensor(a!) logits, {functions.TENSORS}, Tensor? row_scale, float z_loss, "
+    f"{functions.NUMBERS}) -> ({functions.RESULTS})",
     reference.chunk_,
     _fake_chunk_,
 )
@@ -211,6 +207,6 @@ def backward(
         cut = cut_args(a, logits, part)
         grads = (_cut(grad, part) for grad in g)
         saved = (lse[part], mass[part], entropy[part] if o.statistics else entropy)
-        rows_ops._backward_inplace_op(*grads, *cut, *saved, *o)
+        functions.rows_backward_inplace_op(*grads, *cut, *saved, *o)
         gradients.add(part, flat)
     return gradients.all()

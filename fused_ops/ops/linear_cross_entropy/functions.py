@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_ops.core.function import FusedFunction, checked_saved, has_values, save
 from fused_ops.core.torch_private import forward_ad, transforms_active
-from fused_ops.ops.cross_entropy.rows import mark_fixed, row_grads
+from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import graph, reference
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core import torch_private
 from fused_ops.core.graph import as_tensor, register_graph_op
-from fused_ops.ops.cross_entropy import rows as rows_ops
+from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as rows
-from fused_ops.ops.cross_entropy.arguments import fixed_order_sum
+from fused_ops.ops.cross_entropy.reduction import fixed_order_sum
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_rows as chunks
@@ -185,7 +185,7 @@ _scale_op: Any = register_graph_op(
     _fake_scale,
 )
 sum_op: Any = register_graph_op(
-    f"linear_cross_entropy({_HEAD}, {chunks._TENSORS}, Tensor row_scale, {_NUMBERS}, {_CUT}, int needs, "
+    f"linear_cross_entropy({_HEAD}, {functions.TENSORS}, Tensor row_scale, {_NUMBERS}, {_CUT}, int needs, "
     f"bool nan_if_empty) -> (Tensor loss, {_GRADIENTS})",
     _sum,
     _fake_sum,
@@ -214,7 +214,7 @@ def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.ignore_index, numbers, *ctx.cut, ctx.statistics = inputs[9:]
-    rows_ops.mark_fixed(ctx, ctx.statistics, output)
+    functions.mark_fixed(ctx, ctx.statistics, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], output[1], output[2], output[4], numbers)
 
@@ -226,7 +226,7 @@ def row_needs(need: Sequence[bool]) -> int:
 
 def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
     *tensors, lse, mass, entropy, numbers = ctx.saved_tensors
-    g, needs = rows_ops.row_grads(ctx.statistics, grads), row_needs(ctx.needs_input_grad)
+    g, needs = functions.row_grads(ctx.statistics, grads), row_needs(ctx.needs_input_grad)
     none = (None,) * 15
     if not needs or all(grad is None for grad in g):
         return none
@@ -388,16 +388,15 @@ def _rows_grad_backward(ctx: Any, *outer: Tensor | None) -> Any:
 
 
 rows_op: Any = register_graph_op(
-    f"linear_cross_entropy_rows({_HEAD}, {chunks._TENSORS}, {_NUMBERS}, {_CUT}, bool statistics) "
-    "-> (Tensor nll, Tensor lse, Tensor mass, Tensor target_weight, Tensor entropy, Tensor prediction, "
-    "Tensor target_log_probability)",
+    f"linear_cross_entropy_rows({_HEAD}, {functions.TENSORS}, {_NUMBERS}, {_CUT}, bool statistics) "
+    f"-> ({functions.RESULTS})",
     _rows,
     _fake_rows,
     _rows_context,
     _rows_backward,
 )
 rows_grad_op: Any = register_graph_op(
-    f"linear_cross_entropy_rows_grad({rows_ops._GRADS}, {_HEAD}, {chunks._TENSORS}, {rows_ops._SAVED}, {_NUMBERS}, "
+    f"linear_cross_entropy_rows_grad({functions.GRADS}, {_HEAD}, {functions.TENSORS}, {functions.SAVED}, {_NUMBERS}, "
     f"{_CUT}, bool statistics, int needs) -> ({_GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
     _rows_grad,
     _fake_rows_grad,

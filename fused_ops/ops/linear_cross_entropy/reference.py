@@ -13,12 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.sample import Sample
 from fused_ops.ops.cross_entropy import reference as cross_entropy
 from fused_ops.ops.cross_entropy import rows_reference as rows
 from fused_ops.ops.cross_entropy.reference import acc_dtype
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
-from fused_ops.ops.cross_entropy.samples import linear_samples
 
 
 class Head(NamedTuple):
@@ -159,8 +157,3 @@ def jvp(
     if tangents.bias is not None:
         z_t = z_t + tangents.bias
     return rows.jvp(a._replace(input=z), o, z_t.reshape(z.shape), probabilities_t, weight_t)
-
-
-def samples() -> list[Sample]:
-    """Small float64 calls over the options."""
-    return linear_samples()

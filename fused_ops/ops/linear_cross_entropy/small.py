@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_ops.core.argument_checks import check_tensors
+from fused_ops.core.checks import check_tensors
 from fused_ops.core.function import is_one
 from fused_ops.core.graph import needs_formulas
 from fused_ops.core.library import register
 from fused_ops.core.torch_private import forward_ad, is_tracing, transforms_active
-from fused_ops.ops.cross_entropy.arguments import _INDEX_DTYPES, _INPUT_DTYPES
-from fused_ops.ops.cross_entropy.dispatch import index_loss
+from fused_ops.ops.cross_entropy.api import index_loss
+from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES, INPUT_DTYPES
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES
@@ -124,10 +124,10 @@ def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> b
     if (
         not 0 < shape[0] * weight_shape[0] * dtype.itemsize <= SMALL_BYTES
         or not shape[1]
-        or target.dtype not in _INDEX_DTYPES
+        or target.dtype not in INDEX_DTYPES
     ):
         return False
-    if linear_weight.dtype != dtype or dtype not in _INPUT_DTYPES or not input.is_cpu:
+    if linear_weight.dtype != dtype or dtype not in INPUT_DTYPES or not input.is_cpu:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

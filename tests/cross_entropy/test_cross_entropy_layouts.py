@@ -1,4 +1,4 @@
-"""The walks of cross-entropy's options: chunks, registers of rows, moving maxima, and every instruction set."""
+"""Every layout of cross-entropy's options (chunks of classes, registers of rows) on every instruction set."""
 
 import itertools
 

@@ -1,0 +1,181 @@
+"""How the rows of a cross-entropy become one loss: which of them count, what the mean divides by, and the outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops.core.checks import check_data, check_devices
+from fused_ops.core.torch_private import is_tracing
+from fused_ops.ops.cross_entropy.arguments import Call, number
+from fused_ops.ops.cross_entropy.functions import REDUCTIONS
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+
+RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
+_BLOCK = 4096  # Rows of a partial sum: so few that PyTorch does not split them between threads.
+_EMPTY = ("nan", "zero", "raise")
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What ``cross_entropy(..., return_outputs=True)`` gives; per row: of the shape of the loss without reduction.
+
+    lse, target_log_probability and entropy are float32 for 16-bit logits, else of the logits' dtype, and are there for
+    ignored rows too (target_log_probability is 0 there). All but prediction and correct are differentiable.
+    """
+
+    loss: Tensor  # reduced as asked for, z_loss included
+    lse: Tensor  # log-sum-exp of each row's logits, after scale, softcap and mask
+    prediction: Tensor  # int64, the class of the largest logit
+    correct: (
+        Tensor | None
+    )  # bool, prediction == target (False where ignored); None for targets other than class indices
+    target_log_probability: Tensor | None  # None likewise
+    entropy: Tensor  # of softmax(logits), in nats
+    z_loss: Tensor  # the part of the loss that z_loss adds
+
+
+class Reduction(NamedTuple):
+    """What becomes of the rows' losses, as given."""
+
+    name: str  # "none", "mean" or "sum"
+    normalizer: Any  # in the place of the mean's denominator, or None
+    empty: str  # the mean where nothing counts: "nan", "zero" or "raise"
+    outputs: bool  # whether a CrossEntropyOutput is wanted
+
+    def check(self) -> Reduction:
+        """Raises for a reduction that is none."""
+        if self.name not in REDUCTIONS:
+            raise ValueError(f"{self.name} is not a valid value for reduction")
+        if self.empty not in _EMPTY:
+            raise ValueError(f"cross_entropy: empty must be one of {_EMPTY}, got {self.empty!r}")
+        if self.normalizer is not None and self.name != "mean":
+            raise ValueError(f"cross_entropy: normalizer is for reduction='mean', got reduction={self.name!r}")
+        return self
+
+    def is_ordinary(self) -> bool:
+        """Whether the op of class indices alone can do it."""
+        return self.normalizer is None and self.empty == "nan" and not self.outputs
+
+
+def _counted(call: Call) -> Tensor | None:
+    """The rows that count, or None if all of them do."""
+    if call.kind == "dense":
+        return None
+    assert call.args.indices is not None
+    valid = counts(call.args.indices, call.options.ignore_index)
+    return valid if call.kind == "index" else valid.any(class_dim(call.args.input))
+
+
+def fixed_order_sum(rows: Tensor) -> Tensor:
+    """The sum in an order that does not depend on the number of threads: blocks, each too small to be split."""
+    # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
+    if rows.is_cuda or torch.compiler.is_compiling() or is_tracing() or type(rows.numel()) is not int:
+        return rows.sum()
+    blocks = rows.reshape(-1)
+    while blocks.numel() > _BLOCK:
+        whole = blocks.numel() // _BLOCK * _BLOCK
+        blocks = torch.cat((blocks[:whole].view(-1, _BLOCK).sum(1), blocks[whole:].sum().reshape(1)))
+    return blocks.sum()
+
+
+def _denominator(call: Call, target_weight: Tensor) -> Tensor:
+    """What the mean divides by."""
+    rows = target_weight
+    if call.kind == "sparse":
+        counted = _counted(call)
+        assert counted is not None
+        rows = counted.double()
+    elif call.kind == "mixup":  # lam is differentiable, target_weight is not
+        indices, probabilities, dim = call.args.indices, call.args.probabilities, class_dim(call.args.input)
+        assert indices is not None and probabilities is not None
+        valid = counts(indices, call.options.ignore_index)
+        shares = probabilities.double()
+        if call.args.weight is not None:
+            shares = shares * call.args.weight.double()[torch.where(valid, indices, 0).long()]
+        rows = torch.where(valid, shares, 0.0).sum(dim)
+    if call.token_weight is not None:
+        rows = rows * call.token_weight.double()
+    return fixed_order_sum(rows)
+
+
+def row_scale(call: Call, reduction: Reduction) -> Tensor:
+    """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: float64."""
+    a, dim = call.args, class_dim(call.args.input)
+    if call.kind == "index":
+        assert a.indices is not None
+        valid = counts(a.indices, call.options.ignore_index)
+        weights = valid.double()
+        if a.weight is not None:
+            classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
+            weights = torch.where(valid, a.weight.double()[classes], 0.0)
+    else:
+        weights = torch.ones(a.input.select(dim, 0).shape, dtype=torch.float64, device=a.input.device)
+    scale = torch.ones_like(weights) if call.token_weight is None else call.token_weight.double()
+    if reduction.name == "sum":
+        return scale
+    given = reduction.normalizer
+    return _mean(scale, _denominator(call, weights) if given is None else _normalizer(given, call), reduction.empty)
+
+
+def _mean(total: Tensor, denominator: Tensor | float, empty: str) -> Tensor:
+    if empty == "nan" or not isinstance(denominator, Tensor):
+        return total / denominator
+    nothing = denominator == 0
+    if empty == "raise":
+        if bool(nothing):
+            raise ValueError("cross_entropy: nothing counts in the mean: the batch is empty, or all of it is ignored")
+        return total / denominator
+    return torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, denominator))
+
+
+def _normalizer(value: object, call: Call) -> Tensor | float:
+    if not isinstance(value, Tensor):
+        return number("normalizer", value, -math.inf)
+    if value.numel() != 1:
+        raise RuntimeError(f"cross_entropy: expected normalizer to have one element, got shape {list(value.shape)}")
+    if value.device.type != "cpu":  # a number of the CPU goes with any device, as in PyTorch
+        check_devices("cross_entropy", [("input", call.args.input), ("normalizer", value)])
+    check_data("cross_entropy", [("normalizer", value)])
+    return value.reshape(()).double()
+
+
+def reduced_loss(call: Call, reduction: Reduction, run: RunRows) -> Tensor | CrossEntropyOutput:
+    """Runs the rows and reduces them."""
+    options = call.options._replace(statistics=reduction.outputs)
+    denominator = None if reduction.normalizer is None else _normalizer(reduction.normalizer, call)
+    nll, lse, _, target_weight, entropy, prediction, log_probability = run(call.args, options)
+    if denominator is None and reduction.name == "mean":
+        denominator = _denominator(call, target_weight)
+
+    def reduced(rows: Tensor) -> Tensor:
+        if call.token_weight is not None:
+            rows = rows * call.token_weight.double()
+        if reduction.name == "none":
+            return rows
+        total = fixed_order_sum(rows)
+        return total if denominator is None else _mean(total, denominator, reduction.empty)
+
+    z_rows = None
+    if call.z_loss != 0:
+        counted = _counted(call) if reduction.outputs else None  # else lse is 0 in rows that do not count
+        z_rows = call.z_loss * (lse if counted is None else torch.where(counted, lse, 0.0)).square()
+    loss = reduced(nll if z_rows is None else nll + z_rows).to(call.loss_dtype)
+    if not reduction.outputs:
+        return loss
+    z_part = reduced(z_rows if z_rows is not None else torch.zeros_like(nll)).to(call.loss_dtype)
+    dtype = acc_dtype(call.args.input.dtype)
+    index = call.args.indices if call.kind == "index" else None
+    return CrossEntropyOutput(
+        loss,
+        lse.to(dtype),
+        prediction,
+        None if index is None else prediction == index,
+        None if index is None else log_probability.to(dtype),
+        entropy.to(dtype),
+        z_part,
+    )
