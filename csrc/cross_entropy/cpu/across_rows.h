@@ -202,17 +202,14 @@ inline bool goes_across(const CrossEntropyRows& a) {
 }
 
 // q of a register of rows, class by class.
-struct ClassShares {
+struct ClassShares {  // of all rows: each class' own, or with a step of 0 one for all
   const float* values;
-  float_vec at(int64_t i) const { return splat(values[i]); }
+  int64_t step;
+  float_vec at(int64_t i) const { return splat(values[i * step]); }
 };
 struct TileShares {
   const float* values;
   float_vec at(int64_t i) const { return load_vec(values + i * kWidth); }
-};
-struct SameShare {
-  float_vec value;
-  float_vec at(int64_t) const { return value; }
 };
 
 // n classes of `rows` rows, beneath one another.
@@ -304,8 +301,8 @@ class AcrossTile {
   template <class F>
   void with_shares(const F& f) const {
     if (a_.has_dense || smooths_rows()) return f(TileShares{q_});
-    if (share_of_all_ != 0) return f(SameShare{splat(share_of_all_)});
-    if (a_.smoothing_weight) return f(ClassShares{static_cast<const float*>(a_.smoothing_weight) + class_});
+    if (share_of_all_ != 0) return f(ClassShares{&share_of_all_, 0});
+    if (a_.smoothing_weight) return f(ClassShares{static_cast<const float*>(a_.smoothing_weight) + class_, 1});
     f(NoShares{});
   }
 
