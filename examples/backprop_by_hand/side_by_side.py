@@ -112,7 +112,7 @@ def compare_all() -> list[Comparison]:
 
 
 def step_microseconds(
-    split: Split, vocabulary: int, hidden: int, steps: int = 200, rounds: int = 15
+    split: Split, vocabulary: int, hidden: int, steps: int = 200, rounds: int = 7
 ) -> dict[str, float]:
     """Microseconds of one training step of the network, three ways, interleaved: the median of ``rounds`` runs each."""
     ways: dict[str, Step] = {}
