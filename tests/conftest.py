@@ -145,17 +145,18 @@ def _watched(op):
     return leaves_its_arguments_alone(op, tuple(written))
 
 
-SHARED = ("built", "pure", "two_processes", "counted")  # fixtures whose cost one process should bear
+SLOW = {"built", "counted"}  # fixtures that take a minute: a build of the whole library, every kernel under valgrind
+SHARED = {*SLOW, "pure", "two_processes"}  # and others whose cost one process should bear
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs a build of the whole library is slow; tests that share something costly run in one process."""
+    """Tests that share something costly run in one process, and what takes a minute is slow."""
     for item in items:
-        names = getattr(item, "fixturenames", ())
-        if "built" in names:
+        names = set(getattr(item, "fixturenames", ()))
+        if SLOW & names:
             item.add_marker(pytest.mark.slow)
-        for name in set(SHARED) & set(names):
+        for name in SHARED & names:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
 
 
