@@ -4,7 +4,6 @@ import json
 
 import pytest
 from conftest import ROOT
-
 from fused_ops.examples.backprop_by_hand import notebook
 from fused_ops.examples.backprop_by_hand.gradients import GRADIENTS
 
