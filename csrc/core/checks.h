@@ -1,6 +1,8 @@
 // What every op's checking file shares: dtype mapping, messages that show the value seen, and tensor plumbing.
 #pragma once
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <sstream>

@@ -2,6 +2,11 @@
 #include "core/isa.h"
 #include "core/stable.h"
 
+// glibc's from 2.32 on, which libstdc++ asks before it counts references: the library's own serves older systems too.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
+
 namespace fused_ops {
 namespace {
 

@@ -22,6 +22,14 @@
 #endif
 #endif
 
+// The versions of these two that every glibc has: the newer ones differ in how they report errors, which is not asked,
+// and would shut out systems before 2.29.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5\n.symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17\n.symver log, log@GLIBC_2.17");
+#endif
+
 #ifndef FUSED_OPS_ISA
 #define FUSED_OPS_ISA DEFAULT
 #endif
