@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow models check bench sanitize lint types clang-check cuda-compile gpu-report clean
+.PHONY: demo test test-slow test-torch models check bench sanitize lint types clang-check cuda-compile arm sdist wheel gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 # Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
@@ -62,6 +62,24 @@ clang-check: $(STAMP)
 # machine without nvcc there is nothing to compile with, and that is said. Prints registers and spills of each kernel.
 cuda-compile:
 	$(PYTHON) .ci/cuda_compile
+
+# The aarch64 library by a cross compiler, and every kernel of it under an emulator; says so where there is neither.
+arm: $(STAMP)
+	.ci/arm $(BIN)/python
+
+# What an index takes, in dist/, made and checked in an environment of its own: the sdist needs neither compiler nor torch.
+# ARM=1 makes the aarch64 wheel too, PYTHONS="python3.10 python3.13" installs and tries the wheel in each.
+sdist:
+	$(PYTHON) -c "import build" 2>/dev/null || { echo "make sdist: needs python -m pip install build"; exit 1; }
+	FUSED_OPS_BUILD=0 $(PYTHON) -m build -q --sdist --outdir dist
+wheel:
+	PYTHONS="$(PYTHONS)" ARM="$(ARM)" .ci/wheel $(PYTHON)
+
+# The tests beside another torch, in an environment of its own: TORCH=oldest, nightly (from the index that
+# TORCH_NIGHTLY_INDEX names) or a version.
+TORCH ?= oldest
+test-torch:
+	.ci/test_torch $(TORCH) $(PYTHON)
 
 # What a machine with a GPU still has to confirm, step by step, with that machine's own torch: build, tests, sanitizers,
 # benchmarks. GPU_PYTHON chooses the interpreter, STEPS="build tests" some of the steps.

@@ -6,7 +6,9 @@ Environment:
     FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built if they can be.
     TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; by default those that torch was built for.
     FUSED_OPS_SANITIZE=address|undefined|thread  build for a sanitizer (see .ci/sanitize).
-    CXX  the compiler; CPPFLAGS, CXXFLAGS: flags to add; MAX_JOBS: compilations at a time (default: processors).
+    CXX  the compiler, whose target decides the instruction sets; CPPFLAGS, CXXFLAGS: flags to add; MAX_JOBS:
+        compilations at a time (default: processors).
+    FUSED_OPS_TORCH  the folder of another torch, to build for: a cross build (see .ci/arm).
 """
 
 from __future__ import annotations
@@ -27,21 +29,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # which would complain of pyproject.toml's license
+    raise SystemExit(
+        f"fused_ops: expected setuptools >= 77, got {setuptools.__version__}: pip install -U 'setuptools>=77' wheel"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
 LIBRARY = "fused_ops._C"
-ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
+CXX = shlex.split(os.environ.get("CXX") or "c++")
 COLD = ("csrc/batch_norm/cpu/keep_output.cpp",)  # what few calls reach, where the ordinary optimisation is enough
-if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS["DEFAULT"] = ["-Os"]  # no processor that trains needs it, and at -O3 it is the largest of the three
-    ISA_FLAGS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["AVX512"] = [
+ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
+X86_FLAGS = {
+    "DEFAULT": ["-Os"],  # no processor that trains needs it, and at -O3 it is the largest of the three
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
         *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
-    ]
+    ],
+}
 COMMON_FLAGS = [
     *("-std=c++17", "-Icsrc", "-O2", "-g0", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-fopenmp-simd"),
     *("-DNDEBUG", "-Wall", "-Wextra"),
@@ -60,6 +70,19 @@ SANITIZERS = {
 LINK_FLAGS: list[str] = []
 if sys.platform == "linux":  # exports nothing, and drops the names of functions that are local to a file
     LINK_FLAGS = ["-Wl,--version-script=csrc/exports.map", "-Wl,--discard-all"]
+
+
+def target_machine() -> str:
+    """What the compiler compiles for: a cross compiler's is not this machine."""
+    try:
+        said = subprocess.run([*CXX, "-dumpmachine"], capture_output=True, text=True, check=False).stdout
+    except OSError:  # there is none
+        said = ""
+    return said.partition("-")[0].strip() or platform.machine().lower()
+
+
+if target_machine() in ("x86_64", "amd64"):
+    ISA_FLAGS = dict(X86_FLAGS)
 COMMON_FLAGS += shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
 SANITIZE = os.environ.get("FUSED_OPS_SANITIZE")
 if SANITIZE:
@@ -227,6 +250,13 @@ def binding_units(objects: Path, cxx: list[str], include: list[str], torch_versi
     return [Unit(s, object_of(objects, s), command, versions) for s in wanted]
 
 
+class PlatformWheel(bdist_wheel):
+    """For every Python of a platform, free-threaded ones too: the library has no symbol of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 class BuildLibrary(build_ext):
     """Compiles the units of the extension and links them into one library, which is no module of Python's."""
 
@@ -237,7 +267,7 @@ class BuildLibrary(build_ext):
         inplace = self.inplace
         try:
             super().run()
-        except (subprocess.CalledProcessError, CCompilerError) as error:
+        except (subprocess.CalledProcessError, BaseError, OSError) as error:  # OSError: a full disk, for one
             sys.stderr.write(getattr(error, "stderr", ""))
             leave_out(f"the library could not be built: {error}")
             for self.inplace in (False, inplace):  # an older one would be taken for it
@@ -262,8 +292,10 @@ def native_extension() -> dict[str, object]:
     if os.environ.get("FUSED_OPS_BUILD") == "0":
         leave_out("FUSED_OPS_BUILD=0")
         return {}
-    cxx = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(cxx[0]) is None:
+    if sys.platform != "linux" and os.environ.get("FUSED_OPS_BUILD") != "1":
+        leave_out(f"the library is for Linux, and this is {sys.platform}")
+        return {}
+    if shutil.which(CXX[0]) is None:
         leave_out("no C++ compiler found")
         return {}
     cuda = os.environ.get("FUSED_OPS_CUDA")
@@ -273,33 +305,38 @@ def native_extension() -> dict[str, object]:
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
-    except ImportError:
-        leave_out("torch is not installed in the build environment (use --no-build-isolation)")
+    except Exception as error:  # half an installation fails as it likes
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        why = "is not installed in the build environment (use --no-build-isolation)"
+        leave_out(f"torch {why}" if missing else f"torch cannot be imported: {type(error).__name__}: {error}")
+        return {}
+    if [int(n) for n in re.findall(r"\d+", torch.__version__)[:2]] < [2, 10]:
+        leave_out(f"expected torch >= 2.10 in the build environment, got {torch.__version__}")
         return {}
     no_cuda = "FUSED_OPS_CUDA=0" if cuda == "0" else why_no_cuda(torch, CUDA_HOME)
     if no_cuda and cuda == "1":
         raise SystemExit(f"fused_ops: FUSED_OPS_CUDA=1, but {no_cuda}")
     with_cuda = bool(cuda_sources) and no_cuda is None
-    limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python knows no wheels for all versions
     extension = (CUDAExtension if with_cuda else CppExtension)(
-        LIBRARY, [], extra_link_args=LINK_FLAGS, py_limited_api=limited
+        LIBRARY, [], extra_link_args=LINK_FLAGS, py_limited_api=True
     )
+    extension.py_limited_api = False  # said to torch, which links nothing of Python's then; setuptools has other ideas
+    if other := os.environ.get("FUSED_OPS_TORCH"):
+        here = str(Path(torch.__file__).parent)
+        extension.include_dirs = [folder.replace(here, other) for folder in extension.include_dirs]
+        extension.library_dirs = [folder.replace(here, other) for folder in extension.library_dirs]
 
     def units(objects: Path) -> list[Unit]:
-        found = kernel_units(objects, cxx)
+        found = kernel_units(objects, CXX)
         if with_cuda:
             nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
             versions = [compiler_version(nvcc[0])]
             found += [Unit(s, object_of(objects / "cuda", s), nvcc, versions) for s in cuda_sources]
-        return found + binding_units(objects, cxx, extension.include_dirs, torch.__version__, with_cuda)
+        return found + binding_units(objects, CXX, extension.include_dirs, torch.__version__, with_cuda)
 
     extension.units = units
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildLibrary},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
-    }
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}}
 
 
 if __name__ == "__main__":
-    setup(**native_extension())
+    setuptools.setup(**native_extension())

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -196,7 +197,9 @@ CUDAExtension = CppExtension
 def small_copy(tmp_path):
     """setup.py with one kernel and one binding that hold nothing, and a compiler that refuses all it is given."""
     tree = tmp_path / "tree"
-    for name, text in {"csrc/op/cpu/kernel.cpp": "", "csrc/op/binding.cpp": "", "fused_ops/__init__.py": ""}.items():
+    files = {"csrc/op/cpu/kernel.cpp": "", "csrc/op/binding.cpp": "", "fused_ops/__init__.py": ""}
+    files["setup.cfg"] = "[options]\npackages = fused_ops\n"
+    for name, text in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     for name, text in TORCH.items():
@@ -241,6 +244,87 @@ def test_a_failed_build_fails_where_the_library_is_required(small_copy):
     assert "fused_ops: FUSED_OPS_BUILD=1, but the library could not be built" in result.stderr
     result = set_up(tree, "build", CXX="/nonexistent/c++", FUSED_OPS_BUILD="1")
     assert result.returncode == 1 and "FUSED_OPS_BUILD=1, but no C++ compiler found" in result.stderr
+
+
+# What the disk that is full does: it takes an object, and not the note beside it.
+FULL = """#!/bin/sh
+[ "$1" = --version ] && exit 0
+while [ "$1" != -o ]; do shift; [ $# -gt 0 ] || exit 0; done
+echo object > "$2"
+echo "$2: $0" > "${2%.o}.d"
+ln -sf /dev/full "${2%.o}.json"
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_warning(small_copy, tmp_path):
+    tree, _ = small_copy
+    full = tmp_path / "full"
+    full.write_text(FULL)
+    full.chmod(0o755)
+    result = set_up(tree, "build_ext", "--inplace", CXX=str(full))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("fused_ops: WARNING: the library could not be built: [Errno 28] No space left") == 1
+    assert not (tree / "fused_ops" / "_C.so").exists()
+
+
+@pytest.mark.parametrize(
+    ("torch", "reason"),
+    [
+        (None, "torch is not installed in the build environment (use --no-build-isolation)"),
+        ("raise OSError('libtorch.so: cannot open')", "torch cannot be imported: OSError: libtorch.so: cannot open"),
+        ("import torch.gone", "torch cannot be imported: ModuleNotFoundError: No module named 'torch.gone'"),
+        ("__version__ = '2.9.1+cpu'", "expected torch >= 2.10 in the build environment, got 2.9.1+cpu"),
+    ],
+)
+def test_a_torch_that_is_no_use_is_one_warning(torch, reason, small_copy):
+    tree, refuses = small_copy
+    package = tree.parent / "torch"
+    if torch is None:
+        (package / "__init__.py").write_text("raise ModuleNotFoundError(name='torch')")
+    else:
+        (package / "__init__.py").write_text(torch)
+    result = set_up(tree, "build", CXX=refuses)
+    assert result.returncode == 0, result.stderr
+    assert f"fused_ops: WARNING: {reason}; installing without the native library" in result.stderr
+    assert result.stderr.count("WARNING") == 1
+    result = set_up(tree, "build", CXX=refuses, FUSED_OPS_BUILD="1")
+    assert result.returncode == 1 and f"FUSED_OPS_BUILD=1, but {reason}" in result.stderr
+
+
+# setup.py in this process' place, after a line that changes what it sees
+AS_IF = "import runpy, sys; sys.argv = ['setup.py', 'build']; {}; runpy.run_path('setup.py', run_name='__main__')"
+
+
+def test_another_system_is_one_warning(small_copy):
+    tree, refuses = small_copy
+    result = run_as_if(tree, "import setuptools.command.build_ext; sys.platform = 'darwin'", CXX=refuses)
+    assert result.returncode == 0, result.stderr
+    assert "fused_ops: WARNING: the library is for Linux, and this is darwin; installing without" in result.stderr
+
+
+def test_an_old_setuptools_is_told_what_to_do(small_copy):
+    tree, refuses = small_copy
+    result = run_as_if(tree, "import setuptools; setuptools.__version__ = '65.5.1'", CXX=refuses)
+    assert result.returncode == 1
+    assert "expected setuptools >= 77, got 65.5.1: pip install -U 'setuptools>=77' wheel" in result.stderr
+
+
+def run_as_if(tree, change, **environment):
+    env = {**os.environ, "FUSED_OPS_BUILD": "", "FUSED_OPS_CUDA": "0", "PYTHONPATH": str(tree.parent), **environment}
+    command = [sys.executable, "-c", AS_IF.format(change)]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "isas"), [("x86_64-linux-gnu", ["DEFAULT", "AVX2", "AVX512"]), ("aarch64-linux-gnu", ["DEFAULT"])]
+)
+def test_the_compilers_target_decides_the_instruction_sets(target, isas, tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho {target}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert list(runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"]) == isas
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")

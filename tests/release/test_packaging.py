@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from conftest import ROOT
 
@@ -72,10 +74,12 @@ def output_of(result, key):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(source tree with its build folder, wheel) of a build from nothing."""
+    """(source tree with its build folder, wheel) of a build on the objects that are current in this tree's own."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")
     tree = copy_sources(tmp_path_factory.mktemp("build") / "tree")
+    for objects in ROOT.glob("build/temp.*"):
+        shutil.copytree(objects, tree / "build" / objects.name)
     result = pip_wheel(tree)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = (tree / "wheels").glob("*.whl")
@@ -92,9 +96,59 @@ def pure(tmp_path_factory):
     return result.stdout + result.stderr, wheel
 
 
+# What serves the repository alone, and no one who has a release.
+OF_THE_REPOSITORY = (".github/", ".gitignore", ".pre-commit-config.yaml")
+
+
+def git_files():
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Made where there is no compiler and no torch, with nothing but setuptools."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in git_files():
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    (folder / "alone").mkdir()
+    here = Path(setuptools.__file__).parent.parent
+    for path in (here / "setuptools", here / "_distutils_hack", *here.glob("setuptools-*.dist-info")):
+        (folder / "alone" / path.name).symlink_to(path)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=folder / "tree",
+        env={"PATH": "", "PYTHONPATH": str(folder / "alone"), "FUSED_OPS_BUILD": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / result.stdout.splitlines()[-1]
+
+
+def unpacked(sdist, to):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(to, filter="data")
+    return to / sdist.name.removesuffix(".tar.gz")
+
+
+def test_an_sdist_has_all_that_git_has(sdist, tmp_path):
+    tree = unpacked(sdist, tmp_path)
+    found = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    made = {name for name in found if name.startswith("fused_ops.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert found - made == {name for name in git_files() if not name.startswith(OF_THE_REPOSITORY)}
+    version = re.search(r"^Version: (.*)$", (tree / "PKG-INFO").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version[1] == fused_ops.__version__
+
+
 def test_one_wheel_for_every_cpython(built):
     _, wheel = built
-    assert re.fullmatch(r"fused_ops-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"fused_ops-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fused_ops/_C.so", "fused_ops/py.typed", "fused_ops/ops/batch_norm/reference.py"} <= set(names)
     assert "fused_ops/examples/backprop_by_hand/walkthrough.py" in names
@@ -107,6 +161,33 @@ def test_the_wheel_works_beside_this_torch(built, run_python, tmp_path):
     assert output_of(result, "FILE") == [str(target / "fused_ops" / "__init__.py")]
     assert output_of(result, "ISA") != ["None"]
     assert output_of(result, "WARNING") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_an_sdist_installs_and_its_own_tests_pass(sdist, tmp_path):
+    """In a fresh environment that sees this one's packages, by pip, from nothing; without build isolation."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "here.pth").write_text(str(Path(torch.__file__).parent.parent))
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--ignore-installed",
+        str(sdist),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**env, "FUSED_OPS_BUILD": "1"}, cwd=tmp_path)
+    tree = unpacked(sdist, tmp_path)
+    shutil.rmtree(tree / "fused_ops")  # so that the installed one is found
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "tests/batch_norm/test_batch_norm.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tree)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
 
 def test_the_wheel_works_beside_other_releases(built, run_python, tmp_path):
@@ -201,7 +282,10 @@ def test_cuda_can_be_forced(tmp_path):
     assert off.returncode == 0
 
 
-@pytest.mark.parametrize("library", [None, b"", b"not a library"])
+FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xf3\x00\x01" + bytes(43)  # the header of a RISC-V library
+
+
+@pytest.mark.parametrize("library", [None, b"", b"not a library", FOREIGN])
 def test_a_missing_or_broken_library_is_one_warning(library, run_python, tmp_path):
     shutil.copytree(ROOT / "fused_ops", tmp_path / "fused_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if library is not None:
