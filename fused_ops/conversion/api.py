@@ -15,7 +15,7 @@ from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
 from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
 from fused_ops.conversion.records import HeadRecord
-from fused_ops.conversion.report import MARK, Entry, Report, look_at, modules_of
+from fused_ops.conversion.report import MARK, NOW, Entry, Report, look_at, modules_of
 from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
 from fused_ops.conversion.sample import check_sample, run_sample
 from fused_ops.core.hooks import hooked
@@ -289,7 +289,7 @@ def _plan_module(
         if rule is None or rule.kind != "sequential":
             plan.left.append(Entry(path, kind.__name__, reason))
     elif rule is None or rule.kind in ("norm", "loss"):
-        plan.add(path, module, _SWAPS[kind] if rule is None else with_rule(kind, rule))
+        plan.add(path, module, *((_SWAPS[kind],) if rule is None else (with_rule(kind, rule), NOW[rule.kind])))
         if kind not in _LOSSES:
             norms.add(id(module))
     else:
@@ -315,9 +315,9 @@ def _plan_container(plan: _Plan, path: str, module: nn.Module, rule: Rule, norms
     if rule.kind == "sequential":
         places = [i for i, child in enumerate(children) if id(child) in norms]
         if any(activation_of(child) for i in places for child in children[i + 1 :] if child is not None):
-            plan.add(path, module, with_rule(type(module), rule), "its batch norms with the activations behind them")
+            plan.add(path, module, with_rule(type(module), rule), NOW[rule.kind])
     elif any(id(m) in norms for _, m in modules_of(module)):
-        plan.add(path, module, with_rule(type(module), rule), "by its rule")
+        plan.add(path, module, with_rule(type(module), rule), NOW[rule.kind])
 
 
 def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> None:
@@ -335,7 +335,7 @@ def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> 
         if isinstance(linear, HeadLinear):
             plan.already += 1
         else:
-            plan.add(paths.get(id(linear), ""), linear, HeadLinear, "leaves its logits to the loss")
+            plan.add(paths.get(id(linear), ""), linear, HeadLinear, NOW["head"])
             plan.changes[-1].record = record
         record = None  # of LoRA's layers, the base has it
 

@@ -608,6 +608,7 @@ def test_report_at_any_time():
     model(torch.randn(2, 3, 8, 8))
     model.eval()(torch.randn(2, 3, 8, 8))
     assert {e.times for e in report.fused} == {2} and len(report.replaced) == 9
+    assert str(fused_ops.report(model)) == str(report) and "by its rule" in str(report)
     part = fused_ops.report(model[3])
     assert [(e.path, e.what) for e in part.fused] == [("bn1", "relu"), ("bn2", "add, relu")]
     with pytest.raises(TypeError, match="expected model to be"):
