@@ -380,6 +380,12 @@ def test_a_loss_that_is_no_cross_entropy(loss, said):
     assert [type(m) for m in model.modules()] == kinds
 
 
+def test_a_head_or_a_target_without_a_loss():
+    for options in ({"head": "7"}, {"target": torch.tensor([1])}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} goes with a loss"):
+            fused_ops.convert(network(), **options)
+
+
 class Fails(nn.Module):
     """Whose forward fails, after convert has changed everything."""
 
