@@ -15,7 +15,7 @@ from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
 from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
 from fused_ops.conversion.records import HeadRecord
-from fused_ops.conversion.report import MARK, Entry, Report, look_at, modules_of
+from fused_ops.conversion.report import MARK, NOW, Entry, Report, look_at, modules_of
 from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
 from fused_ops.conversion.sample import check_sample, run_sample
 from fused_ops.core.hooks import hooked
@@ -75,7 +75,7 @@ def convert(
 
     Raises:
         TypeError: ``model`` is no module or is compiled or scripted already, or ``loss`` is no cross-entropy.
-        ValueError: ``target`` without ``loss`` and ``sample``.
+        ValueError: ``head`` without ``loss``, or ``target`` without ``loss`` and ``sample``.
         RuntimeError: everything that can be converted is already.
 
     Note:
@@ -89,7 +89,7 @@ def convert(
         the head's weights of then: after an optimizer's step it raises. Under torch.compile, in evaluation without
         gradients, and where the head has hooks, the head is an ordinary linear layer.
     """
-    _check_arguments(model, loss, sample, target)
+    _check_arguments(model, loss, head, sample, target)
     plan = _plan(model, loss, head, fuse_activations)
     if plan.already and not plan.changes:
         raise RuntimeError("convert: this model is converted already; fused_ops.revert(model) turns it back")
@@ -123,7 +123,8 @@ def revert(model: nn.Module) -> list[str]:
         if isinstance(module, Converted):
             back = original_of(kind)
         elif MARK in module.__dict__:
-            back = _BACK.get(kind)
+            # A copy that its class made by itself is of that class again, with the mark of what it was copied from.
+            back = _BACK.get(kind) if isinstance(module, tuple(_BACK)) else kind
         else:
             continue
         if back is None:
@@ -208,7 +209,7 @@ def _all_or_nothing(modules: list[nn.Module]) -> Iterator[None]:
 # --- What is asked for ----------------------------------------------------------------------------------------------
 
 
-def _check_arguments(model: object, loss: object, sample: object, target: object) -> None:
+def _check_arguments(model: object, loss: object, head: object, sample: object, target: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected model to be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, jit.ScriptModule):
@@ -216,6 +217,8 @@ def _check_arguments(model: object, loss: object, sample: object, target: object
     if type(model).__name__ == "OptimizedModule" or model.__dict__.get("_compiled_call_impl") is not None:
         raise TypeError("convert: expected model to be a module as it was written, got a compiled one: convert first")
     _check_loss(loss)
+    if head is not None and loss is None:
+        raise ValueError("convert: head goes with a loss")
     if target is not None and (loss is None or sample is None):
         raise ValueError("convert: target goes with a loss and a sample")
     if sample is not None:
@@ -289,7 +292,7 @@ def _plan_module(
         if rule is None or rule.kind != "sequential":
             plan.left.append(Entry(path, kind.__name__, reason))
     elif rule is None or rule.kind in ("norm", "loss"):
-        plan.add(path, module, _SWAPS[kind] if rule is None else with_rule(kind, rule))
+        plan.add(path, module, *((_SWAPS[kind],) if rule is None else (with_rule(kind, rule), NOW[rule.kind])))
         if kind not in _LOSSES:
             norms.add(id(module))
     else:
@@ -315,9 +318,9 @@ def _plan_container(plan: _Plan, path: str, module: nn.Module, rule: Rule, norms
     if rule.kind == "sequential":
         places = [i for i, child in enumerate(children) if id(child) in norms]
         if any(activation_of(child) for i in places for child in children[i + 1 :] if child is not None):
-            plan.add(path, module, with_rule(type(module), rule), "its batch norms with the activations behind them")
+            plan.add(path, module, with_rule(type(module), rule), NOW[rule.kind])
     elif any(id(m) in norms for _, m in modules_of(module)):
-        plan.add(path, module, with_rule(type(module), rule), "by its rule")
+        plan.add(path, module, with_rule(type(module), rule), NOW[rule.kind])
 
 
 def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> None:
@@ -335,7 +338,7 @@ def _plan_head(plan: _Plan, model: nn.Module, given: nn.Module | str | None) -> 
         if isinstance(linear, HeadLinear):
             plan.already += 1
         else:
-            plan.add(paths.get(id(linear), ""), linear, HeadLinear, "leaves its logits to the loss")
+            plan.add(paths.get(id(linear), ""), linear, HeadLinear, NOW["head"])
             plan.changes[-1].record = record
         record = None  # of LoRA's layers, the base has it
 

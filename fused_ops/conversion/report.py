@@ -38,6 +38,27 @@ class Entry:
     times: int = 0  # how often it ran
 
 
+NOW = {  # by the kind of the rule
+    "sequential": "its batch norms with the activations behind them",
+    "block": "by its rule",
+    "shortcut": "by its rule",
+    "norm": "by its rule",
+    "loss": "by its rule",
+    "head": "leaves its logits to the loss",
+}
+
+
+def _name(module: nn.Module) -> str:
+    return "Linear" if RECORD in module.__dict__ else type(module).__name__
+
+
+def _now(module: nn.Module) -> str:
+    if RECORD in module.__dict__:
+        return NOW["head"]
+    rule = getattr(type(module), "_fused_ops_rule", None)
+    return "" if rule is None else NOW[rule.kind]
+
+
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, by its first path; without calling anything that a class may have overridden."""
     seen: set[int] = set()
@@ -134,7 +155,7 @@ def report(model: nn.Module | None = None) -> Report | GraphReport:
     made = Report(model)
     for path, module in modules_of(model):
         if MARK in module.__dict__:
-            made.replaced.append(Entry(path, type(module).__name__))
+            made.replaced.append(Entry(path, _name(module), now=_now(module)))
         elif reason := look_at(module):
             made.left.append(Entry(path, type(module).__name__, reason))
     return made
@@ -260,6 +281,7 @@ def _head_lines(model: nn.Module) -> list[str]:
         record = module.__dict__.get(RECORD)
         if not isinstance(record, HeadRecord):
             continue
+        path = path or "(the model)"
         if record.fused:
             lines.append(f"ran: head {path}: logits never computed for {record.fused} losses")
         lines += [

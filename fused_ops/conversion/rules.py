@@ -179,12 +179,18 @@ class Converted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the module's own class has it, but for the class, which no import finds."""
         reduced = super().__reduce_ex__(max(int(protocol), 2))
-        original = original_of(type(self))
-        if original and isinstance(reduced, tuple) and reduced[:2] == (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
-            return _new, (original,), *reduced[2:]
-        return reduced
+        kind = type(self)
+        original = original_of(kind)
+        if original is None or not isinstance(reduced, tuple):
+            return reduced
+        call, args, *state = reduced
+        if call is kind:  # by a __reduce__ of its own
+            return _called, (original, *args), *state
+        named = tuple(original if arg is kind else arg for arg in args)
+        return (_new, named, *state) if (call, named) == (_NEW_OBJECT, (original,)) else (call, named, *state)
 
 
+_NEW_OBJECT = getattr(copyreg, "__newobj__", None)  # by which pickle makes an object without __init__
 _made: dict[tuple[type[nn.Module], Callable[..., Any]], type[nn.Module]] = {}
 
 
@@ -227,10 +233,19 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _new(original: type[nn.Module]) -> nn.Module:
     """An empty module, for its state to arrive (pickle, deepcopy); one of its own class where no rule holds here."""
-    rule, _ = rule_of(original)
-    kind = original if rule is None else with_rule(original, rule)
+    kind = _kind_here(original)
     module: nn.Module = kind.__new__(kind)
     return module
+
+
+def _called(original: type[nn.Module], *args: Any) -> nn.Module:
+    """Likewise where the class says what it is to be called with."""
+    return _kind_here(original)(*args)
+
+
+def _kind_here(original: type[nn.Module]) -> type[nn.Module]:
+    rule, _ = rule_of(original)
+    return original if rule is None else with_rule(original, rule)
 
 
 __all__ = ["activation_of", "fingerprint", "norm_add_then", "norm_then", "own_forward", "register"]

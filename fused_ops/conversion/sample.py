@@ -33,7 +33,8 @@ def run_sample(model: nn.Module, sample: Any, loss: Callable[..., Any] | None, t
     if target is None and loss_twin is None:
         loss = None  # a model's own, or a function of which nobody knows what it takes
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (args, kwargs))
-    with _random_state_kept(), torch.enable_grad():
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with _random_state_kept(devices), torch.enable_grad():
         output = twin(*args, **kwargs)
         results: Any = output
         if loss is not None:
@@ -48,12 +49,12 @@ def run_sample(model: nn.Module, sample: Any, loss: Callable[..., Any] | None, t
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _random_state_kept(devices: list[int]) -> Iterator[None]:
     """Python's, NumPy's and torch's generators are left as they were."""
     numpy = sys.modules.get("numpy")
     before, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(before)

@@ -380,6 +380,12 @@ def test_a_loss_that_is_no_cross_entropy(loss, said):
     assert [type(m) for m in model.modules()] == kinds
 
 
+def test_a_head_or_a_target_without_a_loss():
+    for options in ({"head": "7"}, {"target": torch.tensor([1])}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} goes with a loss"):
+            fused_ops.convert(network(), **options)
+
+
 class Fails(nn.Module):
     """Whose forward fails, after convert has changed everything."""
 
@@ -608,6 +614,7 @@ def test_report_at_any_time():
     model(torch.randn(2, 3, 8, 8))
     model.eval()(torch.randn(2, 3, 8, 8))
     assert {e.times for e in report.fused} == {2} and len(report.replaced) == 9
+    assert str(fused_ops.report(model)) == str(report) and "by its rule" in str(report)
     part = fused_ops.report(model[3])
     assert [(e.path, e.what) for e in part.fused] == [("bn1", "relu"), ("bn2", "add, relu")]
     with pytest.raises(TypeError, match="expected model to be"):

@@ -204,6 +204,43 @@ def test_classes_that_watch_their_subclasses_and_attributes():
     assert type(ours) is Watchful
 
 
+class Sized(nn.Sequential):
+    """Says itself how it is made again."""
+
+    def __init__(self, size):
+        super().__init__(nn.BatchNorm1d(size), nn.ReLU())
+        self.size = size
+
+    @staticmethod
+    def again(size, state):
+        made = Sized(size)
+        made.__dict__.update(state)
+        return made
+
+
+class Reduced(Sized):
+    def __reduce__(self):
+        return type(self), (self.size,), self.__dict__
+
+
+class Remade(Sized):
+    def __reduce__(self):
+        return Sized.again, (self.size, self.__dict__)
+
+
+@pytest.mark.parametrize("kind", [Reduced, Remade])
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_classes_that_say_how_they_are_copied(kind, twin_of):
+    model = kind(3)
+    expected = type(twin_of(model))
+    fused_ops.convert(model)
+    twin = twin_of(model)
+    assert isinstance(twin, expected) and type(twin[0]) is fused_ops.BatchNorm1d
+    assert_alike(model, twin, torch.randn(4, 3))
+    fused_ops.revert(twin)
+    assert type(twin) is expected and type(twin[0]) is nn.BatchNorm1d
+
+
 def test_sequentials_that_go_their_own_way():
     class Backwards(nn.Sequential):
         def __iter__(self):
