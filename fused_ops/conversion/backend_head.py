@@ -225,10 +225,8 @@ def _check(effects: Effects, found: _Logits, loss: fx.Node, call: dict[str, Any]
     tensors = [*_linear_arguments(linear), found.bias, *(n for row in found.rows for n in row.all_input_nodes)]
     inside = set(found.chain)
     reads = storages(*(value(n) for n in tensors if n not in inside))
-    bias = [found.bias, *_linear_arguments(linear)[2:]]  # which a linear layer does not save for its backward
-    reason = effects.why_not_over(between(linear, loss, inside), reads, frozenset()) or effects.why_not_saved(
-        loss, storages(*map(value, bias))
-    )
+    before = effects.why_not_over(between(linear, loss, inside), reads, frozenset())
+    reason = before or effects.why_not_saved(loss, reads)
     if reason:
         raise _NotFused(reason)
 
