@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow models check bench sanitize lint types clang-check cuda-compile gpu-report clean
+.PHONY: demo test test-slow models check bench sanitize lint types docs notebook clang-check cuda-compile gpu-report clean
 export OMP_NUM_THREADS ?= 1
 
 # Where there is a compiler, a kernel that does not compile is an error; elsewhere the installation is pure PyTorch.
@@ -63,6 +63,21 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The site, in build/site: every page that links nowhere is an error. npm gives the one file that draws mathematics.
+MATHJAX := build/mathjax/package/es5/tex-svg.js
+docs: $(STAMP) $(MATHJAX)
+	$(BIN)/python -c "import mkdocstrings, nbconvert" 2>/dev/null || \
+	  $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(MATHJAX):
+	mkdir -p build/mathjax
+	cd build/mathjax && npm pack --silent mathjax@3.2.2 && tar xzf mathjax-3.2.2.tgz
+
+# examples/backprop_by_hand.ipynb, written anew from the walk-through's code and run.
+notebook: docs
+	$(BIN)/python -m fused_ops.examples.backprop_by_hand.notebook examples/backprop_by_hand.ipynb
 
 # Every C++ source must be correct, and without a warning, to clang as well; says so where there is none.
 clang-check: $(STAMP)

@@ -13,12 +13,12 @@ from torch import Tensor, jit, nn
 
 from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
-from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
 from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.report import MARK, Entry, Report, look_at, modules_of
 from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
 from fused_ops.conversion.sample import check_sample, run_sample
+from fused_ops.core.hooks import hooked
 from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm import modules as ours
 from fused_ops.ops.cross_entropy import modules as losses

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops.conversion.hooks import plain
 from fused_ops.conversion.neighbours import activation_of, count, norm_add_then, norm_then, passed
 from fused_ops.conversion.rules import own_forward, register
-from fused_ops.core.graph import fx_leaf
+from fused_ops.core.hooks import plain
 from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm.api import batch_norm
 from fused_ops.ops.batch_norm.modules import _FusedBatchNorm
@@ -76,9 +75,6 @@ def _is_off(module: Any) -> bool:
 @register("timm.layers.norm_act.BatchNormAct2d", "85a6514a30bc4677", kind="norm")
 def batch_norm_act(self: Any, x: Any) -> Any:
     """Batch norm, a dropout and an activation."""
-    leaf = fx_leaf(self, x)
-    if leaf is not None:
-        return leaf
     if type(x) is not Tensor or x.dim() != 4:
         return own_forward(self)(self, x)
     drop, act = self.drop, self.act
@@ -167,9 +163,6 @@ def serves_frozen(self: Any, x: Tensor) -> bool:
 @register("torchvision.ops.misc.FrozenBatchNorm2d", "f2e51f00870b5af9", kind="norm", takes=serves_frozen)
 def frozen_batch_norm(self: Any, x: Any, residual: Any = None, *, activation: Any = None) -> Any:
     """Batch norm by four buffers, in one op where no gradient is to come back through it."""
-    leaf = fx_leaf(self, x)
-    if leaf is not None:
-        return leaf
     if type(x) is not Tensor or not serves_frozen(self, x):
         return own_forward(self)(self, x)
     name, slope = activation or (None, 0.0)
@@ -195,7 +188,7 @@ def label_smoothing_loss(self: Any, x: Any, target: Any) -> Any:
         and (target.dtype == torch.int64 and len(x) == len(target))
         and (0 <= smoothing <= 1 and self.confidence == 1.0 - smoothing)
     ):
-        return cross_entropy(x, target, ignore_index=_NO_CLASS, label_smoothing=smoothing)
+        return _in_its_dtype(x, cross_entropy(x, target, ignore_index=_NO_CLASS, label_smoothing=smoothing))
     return own_forward(self)(self, x, target)
 
 
@@ -204,5 +197,10 @@ def soft_target_loss(self: Any, x: Any, target: Any) -> Any:
     """Cross-entropy against probabilities."""
     alike = isinstance(x, Tensor) and isinstance(target, Tensor) and x.shape == target.shape and x.dtype == target.dtype
     if alike and x.dim() == 2:
-        return cross_entropy(x, target)
+        return _in_its_dtype(x, cross_entropy(x, target))
     return own_forward(self)(self, x, target)
+
+
+def _in_its_dtype(x: Tensor, loss: Tensor) -> Tensor:
+    """As log_softmax has it, which autocast leaves alone on the CPU and makes float32 elsewhere."""
+    return loss.to(x.dtype) if x.is_cpu else loss

@@ -86,22 +86,22 @@ class State:
                 )
 
     def settle(self, reason: str) -> Tensor:
-        """The logits as an ordinary tensor with its graph, computed at the first call."""
-        if self.real is None:
-            self.check()
-            parents = [parent.settle("") for parent in self.parents]
-            if self.real is None:  # a parent settles its children
-                with _as_made(self):
-                    self.real = self.compute(*parents, *self.own)
-                self.version = version_of(self.real)
-                for hook in self.hooks:
-                    self.real.register_hook(hook)
-                for child in self.children:
-                    if (found := child()) is not None:
-                        found.settle("")
+        """The logits as an ordinary tensor with its graph, computed, and the reason counted, at the first call."""
+        if self.real is not None:
+            return self.real
+        self.check()
+        parents = [parent.settle("") for parent in self.parents]
+        if self.real is None:  # a parent settles its children
+            with _as_made(self):
+                self.real = self.compute(*parents, *self.own)
+            self.version = version_of(self.real)
+            for hook in self.hooks:
+                self.real.register_hook(hook)
+            for child in self.children:
+                if (found := child()) is not None:
+                    found.settle("")
         if reason and self.record is not None:
             self.record.computed[reason] += 1
-            self.record = None  # counted once
         return self.real
 
 

@@ -147,11 +147,16 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> tuple[nn
     last, why = _by_rule(model)
     if last is None or linears_of(last):
         return last, why
-    return None, f"what computes last is {_article(type(last).__name__)}, not an nn.Linear"
+    return None, _why_not(last)
 
 
-def _article(name: str) -> str:
-    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"
+def _why_not(last: nn.Module) -> str:
+    kind = type(last)
+    if kind in (nn.Linear, HeadLinear):
+        return "the linear layer that computes last has a forward set on the instance"
+    if isinstance(last, nn.Linear):
+        return f"what computes last is {kind.__module__}.{kind.__qualname__}, a subclass of nn.Linear"
+    return f"what computes last is {'an' if kind.__name__[:1] in 'AEIOU' else 'a'} {kind.__name__}, not an nn.Linear"
 
 
 def _named(model: nn.Module, head: nn.Module | str) -> nn.Module:
@@ -170,14 +175,15 @@ def _named(model: nn.Module, head: nn.Module | str) -> nn.Module:
 def _by_rule(module: nn.Module) -> tuple[nn.Module | None, str]:
     """The module that computes last, as far as the rules lead."""
     kind = type(module)
-    if linears_of(module):
+    if linears_of(module) or isinstance(module, nn.Linear):
         return module, ""
     rule = _RULES.get(_name(kind))
     if rule is not None:
         found = module.get_submodule(rule) if isinstance(rule, str) else rule(module)
         return (None, f"{kind.__name__} has no head") if found is None else _by_rule(found)
-    if (tokens := token_head(module)) is not None:
-        return _by_rule(tokens)
+    for of_kind in (token_head, _of_family):
+        if (found := of_kind(module)) is not None:
+            return _by_rule(found)
     if isinstance(module, nn.Sequential) and (original_of(kind) or kind).forward is nn.Sequential.forward:
         inside = [child for child in module._modules.values() if type(child) is not nn.Identity]
         return _by_rule(inside[-1]) if inside and inside[-1] is not None else (None, "it is an empty nn.Sequential")
@@ -227,9 +233,14 @@ def undefer(linear: nn.Linear) -> None:
     linear.__dict__.pop(RECORD, None)
 
 
-def _classifier(model: nn.Module) -> nn.Module | None:
-    """Of timm's models, which all have this method."""
-    found = model.get_classifier()  # type: ignore[operator]
+def _of_family(model: nn.Module) -> nn.Module | None:
+    """What timm's models and transformers' classifiers call their last layer."""
+    package, name = type(model).__module__.partition(".")[0], type(model).__name__
+    found: Any = None
+    if package == "timm" and callable(getattr(model, "get_classifier", None)):
+        found = model.get_classifier()  # type: ignore[operator]
+    elif package == "transformers" and name.endswith(_CLASSIFIERS):
+        found = model._modules.get("score", model._modules.get("classifier"))
     return found if isinstance(found, nn.Module) else None
 
 
@@ -240,6 +251,7 @@ def _trained_copy(wrapper: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _TORCHVISION = {
     "fc": (
         "resnet:ResNet",

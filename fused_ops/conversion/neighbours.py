@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fused_ops.conversion.hooks import plain
+from fused_ops.core.hooks import plain
 from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm import modules as ours
 

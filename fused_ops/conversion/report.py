@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import jit, nn
 
 from fused_ops.conversion import records
-from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.neighbours import NORMS, RUNS, activation_of, passed
 from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.rules import Converted
 from fused_ops.core import library
+from fused_ops.core.hooks import hooked
 
 SMALL_BYTES = 1 << 20  # logits that are no burden; as in linear_cross_entropy
 MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
@@ -193,6 +193,9 @@ def take_counts(module: nn.Module, copied: nn.Module) -> None:
         mine.computed += record.computed
 
 
+_OF_ITS_OWN = "not run yet, or with an activation of its own that batch_norm does not do"
+
+
 def _norm_lines(model: nn.Module) -> list[str]:
     """How many batch norms ran with what, and where the others stand."""
     norms: dict[int, nn.Module] = {}
@@ -207,7 +210,9 @@ def _norm_lines(model: nn.Module) -> list[str]:
         if runs:
             ran.update(runs.keys())
         else:
-            reasons[places.get(id(module), "alone")] += 1
+            reasons[
+                places.get(id(module), "not run yet, or with an activation of its own that batch_norm does not do")
+            ] += 1
     if not norms:
         return []
     fused = len(norms) - sum(reasons.values())
@@ -234,8 +239,6 @@ def _places(model: nn.Module) -> dict[int, str]:
 def _place(parent: nn.Module, norm: nn.Module, behind: list[nn.Module]) -> str:
     if hooked(norm):
         return "it has hooks"
-    if isinstance(parent, nn.Sequential) and type(parent).forward is not nn.Sequential.forward is None:
-        return ""
     if isinstance(parent, nn.Sequential):
         rest = [module for module in behind if not passed(module)]
         if not rest:
@@ -244,7 +247,7 @@ def _place(parent: nn.Module, norm: nn.Module, behind: list[nn.Module]) -> str:
             return f"before {type(rest[0]).__name__}, which batch_norm does not do"
         return "not run yet, or with inputs or modules that take the separate steps"
     if isinstance(parent, Converted):
-        return f"in {type(parent).__name__}: not run yet, or last before something that is no activation"
+        return f"in {type(parent).__name__}: not run yet, or before something that batch_norm does not do"
     return (
         f"in {type(parent).__name__}, whose forward only Dynamo can follow: "
         "torch.compile(model, backend='fused_ops') fuses there"

@@ -273,13 +273,20 @@ class Own(nn.Linear):
     pass
 
 
+class Patched(Speaking):
+    def __init__(self):
+        super().__init__()
+        self.head.forward = torch.relu
+
+
 @pytest.mark.parametrize(
     "model, why",
     [
         (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "a ReLU"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), "a Conv2d"),
         (Model(), "no rule for a Model.*head="),
-        (nn.Sequential(nn.ReLU(), Own(3, 4)), "no rule for a Own|an Own"),
+        (nn.Sequential(nn.ReLU(), Own(3, 4)), "Own, a subclass of nn.Linear"),
+        (Patched(), "forward set on the instance"),
         (nn.Sequential(), "empty"),
     ],
 )

@@ -134,6 +134,16 @@ def test_gradient_of_the_logits():
     torch.testing.assert_close(list(grads), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_logits_of_an_input_that_is_gone():
+    (x, y), (_, head) = batch(), converted_head()
+    hidden = torch.tanh(x)
+    logits = head(hidden).float()
+    hidden.mul_(2)
+    for use in (torch.argmax, lambda h: F.cross_entropy(h, y), lambda h: h.view(-1).sum()):
+        with pytest.raises(RuntimeError, match=r"written to|changed in place.*convert without loss"):
+            use(logits)
+
+
 def test_logits_of_weights_that_are_gone():
     (x, y), model = batch(), converted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -324,6 +334,17 @@ def test_counts():
     with torch.no_grad():
         model(x)
     assert record(model).computed["gradients were off"] == 1
+
+
+def test_counted_once():
+    """Whatever else is asked, of the same logits or of what was made of them."""
+    (x, _), model = batch(), converted()
+    logits = model(x)
+    view, scaled = logits.view(4, -1, CLASSES), logits * 2
+    scaled.argmax()
+    assert counts(model) == (0, {"torch.Tensor.argmax used them": 1})
+    view.sum(), logits.max(), scaled.min(), logits.view(-1).sum()
+    assert counts(model) == (0, {"torch.Tensor.argmax used them": 1})
 
 
 def test_counts_of_copies():

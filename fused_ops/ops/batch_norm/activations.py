@@ -36,7 +36,14 @@ def function_of(code: int, negative_slope: float, alpha: float) -> Callable[[Ten
         return partial(F.leaky_relu, negative_slope=negative_slope)
     if code == ELU:
         return partial(F.elu, alpha=alpha)
-    plain = {RELU: F.relu, SILU: F.silu, GELU: F.gelu, TANH: torch.tanh, SIGMOID: torch.sigmoid, HARDSWISH: F.hardswish}
+    plain: dict[int, Callable[[Tensor], Tensor]] = {
+        RELU: F.relu,
+        SILU: F.silu,
+        GELU: F.gelu,
+        TANH: torch.tanh,
+        SIGMOID: torch.sigmoid,
+        HARDSWISH: F.hardswish,
+    }
     return plain.get(code, lambda z: z)
 
 

@@ -99,7 +99,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         counts = False
         if training and self.track_running_stats and mean is not None:
-            count = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
+            tracked = "num_batches_tracked"
+            count = buffers[tracked] if tracked in buffers else self.num_batches_tracked  # noqa: SIM401
             counts = count is not None
             if count is not None and not recomputing():
                 count.add_(1)
