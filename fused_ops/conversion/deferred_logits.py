@@ -117,7 +117,9 @@ class DeferredLogits(Tensor):
     _state: State
 
     @classmethod
-    def of(cls, head: HeadTensors, record: HeadRecord | None = None, also_watched: Sequence[Tensor] = ()) -> Tensor:
+    def of(
+        cls, head: HeadTensors, record: HeadRecord | None = None, also_watched: Sequence[Tensor] = ()
+    ) -> DeferredLogits:
         """The logits of a head."""
         own = tuple(t for t in head if t is not None)
         shape = (*head.input.shape[:-1], head.weight.size(0))
@@ -126,7 +128,7 @@ class DeferredLogits(Tensor):
         return cls.with_state(State(head, twin, F.linear, own, watched, record))
 
     @classmethod
-    def with_state(cls, state: State) -> Tensor:
+    def with_state(cls, state: State) -> DeferredLogits:
         """As autograd and Python see it."""
         logits: DeferredLogits = _Defer.apply(state, *(t for one in state.line() for t in one.own))
         logits._state = state

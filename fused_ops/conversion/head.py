@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +13,16 @@ from torch import Tensor, nn
 
 from fused_ops.conversion import deferred_losses, deferred_ops  # noqa: F401  # what deferred logits can do
 from fused_ops.conversion import report as limits
-from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors
+from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors, State
 from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import in_graph
 from fused_ops.core.torch_private import any_global_hook, forward_ad, is_tracing, transforms_active
-from fused_ops.distributed.fsdp import has_only_its_hooks, source_of
+from fused_ops.distributed.fsdp import before_it_is_freed, has_only_its_hooks, source_of
 
+_FREED = "fully_shard frees its weight after the forward (reshard_after_forward)"
 _PLAIN = (nn.Parameter, Tensor)
 RECORD = "_fused_ops_record"  # of a head, in its __dict__: a HeadRecord
 
@@ -36,16 +39,27 @@ class HeadLinear(nn.Linear):
         reason = _why_now(self, input, weight, bias)
         record = self.__dict__.get(RECORD)
         if not reason and weight is not None:
-            shard, is_freed = source_of(weight)
-            if not is_freed:
-                return DeferredLogits.of(_tensors(input, weight, bias), record, () if shard is None else (shard,))
-            reason = "fully_shard frees its weight after the forward (reshard_after_forward)"
+            shard, freed_after = source_of(weight)
+            if freed_after is not None and all(module is not self for module in freed_after):
+                watched = () if shard is None else (shard,)
+                logits = DeferredLogits.of(_tensors(input, weight, bias), record, watched)
+                if freed_after:
+                    before_it_is_freed(freed_after, partial(_settle_in_time, weakref.ref(logits._state)))
+                return logits
+            reason = _FREED
         if record is not None:
             record.computed[reason] += 1
         return super().forward(input)
 
     def _get_name(self) -> str:
         return "Linear"  # printed as it was
+
+
+def _settle_in_time(reference: weakref.ref[State]) -> None:
+    """Where the loss was computed in the forward, nobody need have the logits."""
+    state = reference()
+    if state is not None and not state.consumed:
+        state.settle(_FREED)
 
 
 def _tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> HeadTensors:

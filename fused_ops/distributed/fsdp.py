@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,18 +36,34 @@ def has_only_its_hooks(module: nn.Module) -> bool:
     return all(any(_is_its(state, hook) for state in states) for hook in forward)
 
 
-def source_of(weight: Tensor) -> tuple[Tensor | None, bool]:
-    """The shard that a weight was gathered from, if it was, and whether its memory may be freed after the forward."""
+def source_of(weight: Tensor) -> tuple[Tensor | None, tuple[nn.Module, ...] | None]:
+    """The shard that a weight was gathered from, and the modules after whose forward its memory is freed.
+
+    Returns:
+        (None, ()) of a weight that is nobody's; no modules where it stays gathered; None where they are not known.
+    """
     states = sharding_states()
     if states is None:
-        return None, torch.distributed.is_initialized()
+        return None, None if torch.distributed.is_initialized() else ()
     for state in states:
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for group in groups:
             for parameter in () if group is None else group.fsdp_params:
                 if getattr(parameter, "_unsharded_param", None) is weight:
-                    return parameter.sharded_param.to_local(), group.post_forward_mesh_info is not None
-    return None, False
+                    freed = group.post_forward_mesh_info is not None
+                    return parameter.sharded_param.to_local(), getattr(state, "_modules", None) if freed else ()
+    return None, ()
 
 
-__all__ = ["has_only_its_hooks", "is_pre_backward_hook", "source_of"]
+def before_it_is_freed(modules: tuple[nn.Module, ...], act: Callable[[], Any]) -> None:
+    """Calls ``act`` once, at the end of the modules' forward that runs now, before fully_shard's own hook frees it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        act()
+
+    handles = [module.register_forward_hook(hook, prepend=True, always_call=True) for module in modules]
+
+
+__all__ = ["before_it_is_freed", "has_only_its_hooks", "is_pre_backward_hook", "source_of"]

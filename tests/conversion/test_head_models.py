@@ -150,6 +150,33 @@ def test_gradient_checkpointing(name, reentrant):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 7}
+CLASSIFIERS = {
+    "Llama": lambda: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(vocab_size=WORDS, pad_token_id=0, **SMALL)
+    ),
+    "BERT, tokens": lambda: transformers.BertForTokenClassification(
+        transformers.BertConfig(vocab_size=WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SMALL)
+    ),
+    "ViT": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SMALL)),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers(name):
+    torch.manual_seed(0)
+    theirs = CLASSIFIERS[name]()
+    ours = copy.deepcopy(theirs)
+    fused_ops.convert(ours, loss=F.cross_entropy)
+    labels = torch.randint(0, 7, (3, 9) if "tokens" in name else (3,))
+    inputs = (
+        {"pixel_values": torch.randn(3, 3, 16, 16)} if name == "ViT" else {"input_ids": batch("Llama")["input_ids"]}
+    )
+    found = [step(model, {**inputs, "labels": labels}, contextlib.nullcontext())[1] for model in (theirs, ours)]
+    assert counts(ours) == (1, {})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_generation_and_evaluation():
     """Without gradients it is the layer that it was."""
     theirs, inputs = build("Gemma 2").eval(), batch("Gemma 2")
