@@ -19,7 +19,13 @@ from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import in_graph
-from fused_ops.core.torch_private import any_global_hook, forward_ad, is_tracing, transforms_active
+from fused_ops.core.torch_private import (
+    any_global_hook,
+    assume_constant_result,
+    forward_ad,
+    is_tracing,
+    transforms_active,
+)
 from fused_ops.distributed.fsdp import before_it_is_freed, has_only_its_hooks, source_of
 
 _FREED = "fully_shard frees its weight after the forward (reshard_after_forward)"
@@ -108,7 +114,7 @@ def _why_not_worth_it(input: Tensor, weight: Tensor, bias: Tensor | None) -> str
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _note_compiled(head: HeadLinear) -> None:
     """Called once, when the call is compiled."""
     if (record := head.__dict__.get(RECORD)) is not None:

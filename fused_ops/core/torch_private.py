@@ -11,13 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, overrides
 from torch.autograd import Function, graph
 from torch.autograd import forward_ad as _forward_ad
 from torch.fx.node import map_aggregate
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _found(place: str, instead: Any) -> Any:
@@ -226,6 +228,12 @@ set_versions: Callable[[Any, Any], None] = _found(
 _FakeTensor = _found("torch._subclasses.fake_tensor:FakeTensor", None)
 _CHECKPOINT = "torch._higher_order_ops.wrap:tag_activation_checkpoint"
 _MODE_OPTIONS = "torch._inductor:list_mode_options"
+
+
+def assume_constant_result(function: _F) -> _F:
+    """As ``torch.compiler.assume_constant_result``, which imports Dynamo for this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def lookup_backend(backend: Any) -> Any:
