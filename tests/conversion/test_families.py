@@ -4,11 +4,12 @@ import pytest
 import torch
 from odd_models import check
 from odd_models.case import Case
-from test_odd_models import compiled, compiled_alone, has_backend
+from test_odd_models import compiled, compiled_alone
 from torch import nn
 
 import fused_ops
 from benchmarks.families import FAMILIES
+from fused_ops.conversion import backend_head, backend_norm
 from fused_ops.conversion import report as limits
 
 # Of the backend, which compiles for seconds: those with other graphs than the rest.
@@ -64,8 +65,11 @@ def case_of(family):
 
 
 @pytest.fixture(autouse=True)
-def _heads_of_any_size(monkeypatch):
+def _however_small(monkeypatch):
     monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+    for module in (backend_head, backend_norm):
+        for name in [name for name in vars(module) if name.startswith("SMALL_")]:
+            monkeypatch.setattr(module, name, 0)
 
 
 def _families(at_once):
@@ -82,8 +86,6 @@ def test_convert(family):
 
 @pytest.mark.parametrize("family", _families(lambda key: key in AT_ONCE))
 def test_backend(family):
-    if not has_backend():
-        pytest.skip("the backend is not registered")
     case = case_of(family)
     try:
         check(case, compiled_inside(compiled), "short", reference=compiled_inside(compiled_alone))

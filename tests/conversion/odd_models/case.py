@@ -28,7 +28,7 @@ class Case:
         effects: What to compare of the model besides its buffers and its python attributes.
         fuses: How many of its activations ``convert`` does together with a batch norm; None where that is left open.
         rounds: The coarsest dtype that the model itself rounds to in a run that is otherwise in float64.
-        spared: PyTorch's batch norm may raise in its backward for what ours has no need of; compared until then.
+        spared: PyTorch's ops may raise in their backward for what ours have no need of; compared until then.
         modes: Those that it has a meaning in.
     """
 
