@@ -169,7 +169,7 @@ struct Border<op> {
     std::tuple<std::decay_t<Args>...> args{torch::stable::detail::to<Stable<std::decay_t<Args>>>(stack[kIndex])...};
     ArgumentCheck check(name);
     (check.next(std::get<kIndex>(args)), ...);
-    if constexpr (std::is_void_v<Result>)
+    if constexpr (std::is_void_v<decltype(op(given))>)
       std::apply(op, args);
     else
       give(stack, std::apply(op, args));
@@ -219,7 +219,7 @@ struct StructBorder {
   static void boxed(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(name, stack);
     const Struct given(arguments);
-    if constexpr (std::is_void_v<Result>)
+    if constexpr (std::is_void_v<decltype(op(given))>)
       op(given);
     else
       give(stack, op(given));

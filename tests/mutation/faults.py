@@ -21,21 +21,21 @@ PLACES: dict[str, dict[str, str]] = {
             dot distribution _quiet neg_entropy_terms reduced_loss _denominator _mixup _mean _normalizer
             fixed_order_sum small_loss _inplace_gradient""",
         "csrc/cross_entropy": """
-            target_residual SplitLse row_sums max_of_row sum_exp_of_row grads_of_row strided_row_sums
-            strided_row_backward step_backward forward_rows read_scales raise block_backward block_sums read_targets
-            RowTarget add_indices index_alone_backward count_allowed coefficients_of chain set_target coefficients
+            target_residual SplitLse plain_row largest sum_exp_of gradients_of add_exp
+            plain_step plain_forward read_scales raise step_gradient step_sums read_targets
+            RowTarget add_indices plain_backward count_allowed coefficients_of chain set_target coefficients
             log_sum exponentials finish_gradient cross_entropy_with_gradient forward_in_blocks each_element_alone
-            small_sums small_backward plain_layout_of""",
+            few_classes_sums few_classes_gradient plain_layout_of""",
         "csrc/simd": "exp_ sum_exp round_to_bfloat16 store_chunk",
     },
     "bn": {
         "fused_ops/ops/batch_norm": """
-            linear quadratic tangent rule _statistics act_backward act_forward _grads write_running _updated pack
+            linear quadratic tangent rule _statistics forward backward gradients write_running _updated pack
             first_derivative second_derivative batch_norm _mask_rows""",
         "csrc/batch_norm": """
-            merge tile_moments plane_moments add ColumnSums tile_sums plane_sums add_line grad_before buffer_before
-            applied apply_part zero_invalid grad_run grad_tile mask_byte take offset derivative activated merge_moments
-            merge_sums for_rows_together set_affine batch_norm_small_forward batch_norm_small_backward keep_before
+            merge nhwc_moments nchw_moments add ColumnSums nhwc_sums nchw_sums add_line grad_before buffer_before
+            applied apply_part zero_invalid grad_run grad_nhwc mask_byte take offset derivative activated merge_moments
+            merge_sums for_rows_together set_affine batch_norm_small_forward batch_norm_small_backward
             forward backward""",
         "csrc/simd": "tanh_ normal_below gauss expm1_ sigmoid_ select positive",
     },
