@@ -169,7 +169,7 @@ struct Border<op> {
     std::tuple<std::decay_t<Args>...> args{torch::stable::detail::to<Stable<std::decay_t<Args>>>(stack[kIndex])...};
     ArgumentCheck check(name);
     (check.next(std::get<kIndex>(args)), ...);
-    if constexpr (std::is_void_v<decltype(op(given))>)
+    if constexpr (std::is_void_v<Result>)
       std::apply(op, args);
     else
       give(stack, std::apply(op, args));
