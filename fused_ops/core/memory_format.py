@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_ops.core.torch_private import transforms_active
+
 
 def is_channels_last(input: Tensor) -> bool:
     """Dense with the channel dimension last in memory, and not also contiguous."""
@@ -18,7 +20,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def in_its_format(input: Tensor) -> Tensor:
     """The input in the memory format that PyTorch's batch norm returns: its own, copied where it has gaps or none."""
-    if input.layout is not torch.strided or input.is_contiguous():
+    if input.layout is not torch.strided or transforms_active() or input.is_contiguous():
         return input
     last = input.dim() in _CHANNELS_LAST and _has_channels_last(input)
     return input.contiguous(memory_format=_CHANNELS_LAST[input.dim()] if last else torch.contiguous_format)

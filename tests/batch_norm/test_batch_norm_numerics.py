@@ -83,7 +83,9 @@ def test_no_worse_than_composed_eager(dtype, activation, layout, training):
         else:
             assert_no_worse_than(value, other, exact, name)
     if layout != "transposed":
-        assert ours["output"].stride() == x.stride() == ours["grad_input"].stride()
+        theirs = F.batch_norm(x, None, None, training=True)  # contiguous for (batch, length, channels), too
+        assert ours["output"].stride() == theirs.stride()
+        assert theirs.stride() != x.stride() or ours["grad_input"].stride() == x.stride()
 
 
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e5])

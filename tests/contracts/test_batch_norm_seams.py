@@ -91,7 +91,7 @@ def results(function, call, tensors):
 
 
 def close(a, b):
-    assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_close(a, b, rtol=1e-9, atol=1e-7)  # PyTorch's own gradients cancel to about 1e-9
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import fused_ops
 
 FILES = [
     "contracts/test_corners.py",
-    "cross_entropy/test_cross_entropy_walks.py",
+    "cross_entropy/test_cross_entropy_layouts.py",
     "cross_entropy/test_cross_entropy_small.py",
 ]
 

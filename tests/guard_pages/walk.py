@@ -12,6 +12,7 @@ import torch
 
 import fused_ops
 from fused_ops.core.library import isa
+from fused_ops.core.memory_format import empty_output
 from fused_ops.ops.batch_norm import reference as bn
 
 OFF, TAIL, HEAD = range(3)
@@ -141,7 +142,7 @@ def batch_norm(dtype):
                 mask,
                 v,
                 1,
-                torch.empty_like(x.contiguous()) if r is not None else None,
+                empty_output(x) if r is not None else None,
             )
             back = (g, x, weight, bias, statistics, *numbers, *rest)
             yield f"batch_norm_backward {name} {code}", OPS.batch_norm_backward, back

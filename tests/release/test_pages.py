@@ -27,6 +27,8 @@ def missing(text):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.partition(".")[0])
+    if "Trainer" in text:
+        names.add("accelerate")
     return sorted(name for name in names if importlib.util.find_spec(name) is None)
 
 

@@ -1,7 +1,5 @@
 """The tools that prove gradients right must themselves notice wrong ones."""
 
-import importlib
-
 import pytest
 import torch
 from opinfo_cases import thin
@@ -9,7 +7,7 @@ from opinfo_cases import thin
 import fused_ops
 from fused_ops.core.function import FusedFunction
 from fused_ops.core.sample import Sample
-from fused_ops.testing import CHECKS, assert_no_worse_than, check_op, compare_gradients, op_names
+from fused_ops.testing import CHECKS, assert_no_worse_than, check_op, compare_gradients, op_names, samples_of
 
 
 def test_table_and_data(capsys):
@@ -130,7 +128,7 @@ def test_every_op_is_checked():
 @pytest.mark.parametrize("at_most", [8, pytest.param(1000, marks=pytest.mark.slow)])
 def test_samples_pass(op, at_most):
     """As ``python -m fused_ops check``; the derivatives of all of them are in the tests of each op."""
-    samples = thin(importlib.import_module(f"fused_ops.ops.{op}.reference").samples(), op, at_most)
+    samples = thin(samples_of(op), op, at_most)
     results = check_op(getattr(fused_ops, op), samples, op)
     assert len(results) == len(samples) > 4
     assert [(r.sample, r.details) for r in results if set(r.outcomes.values()) != {"passed"}] == []

@@ -111,7 +111,8 @@ def batch_norm(
             numbers = momentum, eps, correction, code, slope
             return functions.eager(input, running_mean, running_var, weight, bias, training, numbers, more)
         except Exception:  # an argument that the checks below know, or else as it is
-            if isinstance(input, Tensor) and input.is_mkldnn and activation is None and correction == 0:
+            plain = activation is None and correction == 0 and residual is None and valid is None and groups == 1
+            if plain and isinstance(input, Tensor) and input.is_mkldnn:
                 statistics = (running_mean, running_var)
                 return torch.nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
             check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)

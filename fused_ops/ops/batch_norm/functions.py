@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fused_ops.core.checks import check_data
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output, in_its_format
@@ -28,6 +29,8 @@ from fused_ops.core.torch_private import (
 )
 from fused_ops.ops.batch_norm import activations, derivatives, reference
 from fused_ops.ops.batch_norm.reference import BackwardArguments, Call, ForwardArguments, Options, Saved, as_call
+
+_STRIDED = torch.strided
 
 
 def _fake_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -79,10 +82,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     none = input.new_empty(0, dtype=torch.float64)
     new_mean, new_var = running_mean, running_var
     if o.training:
+        check_data("batch_norm", [("running_mean", running_mean), ("running_var", running_var)])  # before the copies
         new_mean, new_var = (None if r is None else r.clone() for r in (running_mean, running_var))
     mask = None
     if reference.has_mask(residual, valid, o.activation):
-        mask = input.new_empty(reference.mask_bytes(input), dtype=torch.uint8)
+        mask = torch.empty(reference.mask_bytes(input), dtype=torch.uint8, device=input.device)
     numbers = o[:-1]
     found = _forward_op(input, new_mean, new_var, weight, bias, *numbers, residual, mask, valid, o.groups)
     updated = o.training and running_mean is not None
@@ -403,7 +407,7 @@ def eager(
         numbers: momentum, eps, correction, and the activation's code and slope.
         more: (residual, valid, groups), or empty where there is none of them.
     """
-    if not input.is_contiguous():
+    if input.layout is _STRIDED and not input.is_contiguous():
         input = in_its_format(input)
     update = False
     if running_mean is not None and running_var is not None:
