@@ -309,7 +309,7 @@ def _forward_with_options(
     residual, valid, groups = more
     mask = None
     if reference.has_mask(residual, valid, numbers[3]):
-        mask = tensors[0].new_empty(reference.mask_bytes(tensors[0]), dtype=torch.uint8)
+        mask = torch.empty(reference.mask_bytes(tensors[0]), dtype=torch.uint8, device=tensors[0].device)
     return *_forward(*tensors, training, *numbers, residual, mask, valid, groups), mask
 
 
