@@ -145,6 +145,24 @@ def _watched(op):
     return leaves_its_arguments_alone(op, tuple(written))
 
 
+@pytest.fixture
+def heads_of_any_size(monkeypatch):
+    """Small logits are put off too."""
+    from fused_ops.conversion import head
+
+    monkeypatch.setattr(head, "SMALL_BYTES", 0)
+
+
+@pytest.fixture
+def graphs_of_any_size(monkeypatch):
+    """What is so small that the backend leaves it to PyTorch is fused too."""
+    from fused_ops.conversion import backend_head, backend_norm
+
+    for module in (backend_head, backend_norm):
+        for limit in [limit for limit in vars(module) if limit.startswith("SMALL_")]:
+            monkeypatch.setattr(module, limit, 0)
+
+
 SLOW = {"built", "counted"}  # fixtures that take a minute: a build of the whole library, every kernel under valgrind
 SHARED = {*SLOW, "pure", "two_processes"}  # and others whose cost one process should bear
 

@@ -169,47 +169,5 @@ inline void store_chunk(T* to, int64_t stride, int64_t n, const acc_t<T>* from) 
   for (; i < n; ++i) store(to + i * stride, from[i]);
 }
 
-// max over n values; NaN anywhere gives NaN (lanes hold it, because a comparison with NaN is false).
-template <class A>
-inline A max_of(const A* x, int64_t n) {
-  A lanes[kLanes];
-  bool nan = false;
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = -std::numeric_limits<A>::infinity();
-  int64_t i = 0;
-  A probe[kLanes] = {};
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-      probe[l] += x[i + l] != x[i + l] ? A(1) : A(0);
-    }
-  }
-  for (int64_t l = 0; i + l < n; ++l) {
-    lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    nan |= x[i + l] != x[i + l];
-  }
-  A best = lanes[0];
-  for (int64_t l = 0; l < kLanes; ++l) {
-    best = lanes[l] > best ? lanes[l] : best;
-    nan |= probe[l] != A(0);
-  }
-  return nan ? std::numeric_limits<A>::quiet_NaN() : best;
-}
-
-// sum of exp(x - shift) over n values, kLanes partial sums.
-template <class A>
-inline A sum_exp(const A* x, int64_t n, A shift) {
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += exp_(x[i + l] - shift);
-  }
-  for (int64_t l = 0; i + l < n; ++l) lanes[l] += exp_(x[i + l] - shift);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

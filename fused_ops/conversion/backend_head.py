@@ -31,10 +31,11 @@ from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES as SMALL_LOGITS_BYTES
 
-# On the CPU; below, PyTorch's own is as fast (forward and backward, one thread, AVX-512), and logits are no burden.
+# On the CPU; below, PyTorch's own is as fast (forward and backward, one thread, AVX-512), and smaller logits are no
+# burden.
 SMALL_VALUES = 1 << 15
-SMALL_LOGITS_BYTES = 1 << 20
 
 _signature = inspect.signature(F.cross_entropy)
 _RESHAPES = frozenset(("view", "reshape", "flatten", torch.reshape, torch.flatten))

@@ -26,7 +26,6 @@ from fused_ops.conversion.backend_effects import (
 )
 from fused_ops.conversion.records import GraphRecord
 from fused_ops.core.library import DTYPES
-from fused_ops.core.memory_format import empty_output
 
 # Where a call of Python costs more than the kernels save, forward and backward on one thread (AVX-512): PyTorch's own
 # batch norm (and activation) is as fast at 20,000 to 50,000 values, its addition and activation at about 200,000.
@@ -119,8 +118,7 @@ def _rewrite(
     last = behind.nodes[-1] if behind.nodes else node
     own: dict[str, Any] = {"activation": behind.activation, "slope": behind.slope, "residual": behind.residual}
     with graph.inserting_before(last):
-        input = _as_pytorch_lays_it_out(graph, call["input"])
-        args = (input, *tensors[1:], *(call[name] for name in ("training", "momentum", "eps")))
+        args = (*tensors, *(call[name] for name in ("training", "momentum", "eps")))
         options = {name: own[name] for name in own if behind.nodes and own[name] is not None}
         new = graph.call_function(backend_run.batch_norm, args, options)
     new.meta = dict(last.meta)
@@ -129,23 +127,6 @@ def _rewrite(
     for old in (*reversed(behind.nodes), node):
         graph.erase_node(old)
     return reason
-
-
-def _as_pytorch_lays_it_out(graph: fx.Graph, input: fx.Node) -> fx.Node:
-    """The input in the memory format of PyTorch's result, where ours would have another one."""
-    x = value(input)
-    wanted = torch.contiguous_format
-    if not x.is_contiguous():
-        for memory_format, dimensions in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-            if x.dim() == dimensions and torch.empty_like(x).is_contiguous(memory_format=memory_format):
-                wanted = memory_format
-    with x.fake_mode:
-        if _same(empty_output(x).stride(), torch.empty_like(x, memory_format=wanted).stride()):
-            return input
-        copied = x.contiguous(memory_format=wanted)
-    node = graph.call_method("contiguous", (input,), {"memory_format": wanted})
-    node.meta["example_value"] = copied
-    return node
 
 
 def _what_follows(effects: Effects, node: fx.Node, tensors: list[Any], training: bool) -> tuple[_Behind, str]:

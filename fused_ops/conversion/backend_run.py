@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from fused_ops.core.memory_format import in_its_format
 from fused_ops.core.torch_private import set_versions
+from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.api import batch_norm as fused_batch_norm
 from fused_ops.ops.batch_norm.api import recomputing
-
-# One step of its own, where a residual is laid out otherwise than the input.
-_APART: dict[str | None, Callable[[Tensor, float], Tensor]] = {
-    None: lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "elu": lambda z, slope: F.elu(z, slope),
-    "silu": lambda z, slope: F.silu(z),
-    "gelu": lambda z, slope: F.gelu(z),
-    "tanh": lambda z, slope: z.tanh(),
-    "sigmoid": lambda z, slope: z.sigmoid(),
-    "hardswish": lambda z, slope: F.hardswish(z),
-}
 
 
 def batch_norm(
@@ -47,15 +34,16 @@ def batch_norm(
     As with PyTorch's batch norm, autograd does not see that the running statistics are written: what saved them
     outside of this graph (PyTorch's own batch norm does) can go on.
     """
-    if residual is not None and residual.stride() != input.stride():
-        args = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return _APART[activation](batch_norm(input, *args) + residual, slope)
-    own: dict[str, Any] = {}
-    if activation is not None:
-        own = {"activation": activation, "negative_slope": slope, "alpha": slope}
-    if residual is not None:
-        own["residual"] = residual
     args = (running_mean, running_var, weight, bias, training, momentum, eps)
+    own: dict[str, Any] = {}
+    if residual is not None:
+        input = in_its_format(input)
+        if residual.stride() != input.stride():  # in steps of their own
+            function = activations.function_of(activations.CODES[activation], slope, slope)
+            return function(batch_norm(input, *args) + residual)
+        own["residual"] = residual
+    if activation is not None:
+        own |= {"activation": activation, "negative_slope": slope, "alpha": slope}
     if not training or running_mean is None or running_var is None or torch.compiler.is_compiling():
         return fused_batch_norm(input, *args, **own)
     versions = running_mean._version, running_var._version

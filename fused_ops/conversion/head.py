@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.conversion import deferred_losses, deferred_ops  # noqa: F401  # what deferred logits can do
-from fused_ops.conversion import report as limits
 from fused_ops.conversion.deferred_logits import DeferredLogits, HeadTensors, State
-from fused_ops.conversion.hooks import hooked
 from fused_ops.conversion.records import HeadRecord
 from fused_ops.conversion.rules import original_of
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import in_graph
+from fused_ops.core.hooks import hooked
 from fused_ops.core.torch_private import (
     any_global_hook,
     assume_constant_result,
@@ -27,6 +26,7 @@ from fused_ops.core.torch_private import (
     transforms_active,
 )
 from fused_ops.distributed.fsdp import before_it_is_freed, has_only_its_hooks, source_of
+from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES
 
 _FREED = "fully_shard frees its weight after the forward (reshard_after_forward)"
 _PLAIN = (nn.Parameter, Tensor)
@@ -109,8 +109,8 @@ def _why_not_worth_it(input: Tensor, weight: Tensor, bias: Tensor | None) -> str
     classes, features = weight.shape
     if shape[-1] != features:
         return "input and weight do not fit"
-    if math.prod(shape[:-1]) * classes * dtype.itemsize <= limits.SMALL_BYTES:
-        return f"logits under {limits.SMALL_BYTES >> 20} MiB"
+    if math.prod(shape[:-1]) * classes * dtype.itemsize <= SMALL_BYTES:
+        return f"logits under {SMALL_BYTES >> 20} MiB"
     return ""
 
 

@@ -18,7 +18,6 @@ from fused_ops.conversion.rules import Converted
 from fused_ops.core import library
 from fused_ops.core.hooks import hooked
 
-SMALL_BYTES = 1 << 20  # logits that are no burden; as in linear_cross_entropy
 MARK = "_fused_ops_converted"  # in the __dict__ of what convert has turned over: a user's own fused modules lack it
 RECORD = "_fused_ops_record"  # in that of a head: its HeadRecord
 

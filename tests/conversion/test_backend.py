@@ -12,18 +12,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from fused_ops.conversion import backend_head, backend_norm
 from fused_ops.conversion.records import GRAPHS
 
 LAST = torch.channels_last
 
 
 @pytest.fixture(autouse=True)
-def however_small(monkeypatch):
+def fresh(graphs_of_any_size):
     """Everything is worth it, and nothing is compiled before."""
-    for module in (backend_head, backend_norm):
-        for name in ("SMALL_VALUES", "SMALL_RESIDUAL_VALUES", "SMALL_LOGITS_BYTES"):
-            monkeypatch.setattr(module, name, 0, raising=False)
     torch._dynamo.reset()
     GRAPHS.clear()
     torch.manual_seed(0)

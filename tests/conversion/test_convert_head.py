@@ -11,6 +11,7 @@ from heads import (
     CLASSES,
     FEATURES,
     ROWS,
+    Double,
     Largest,
     batch,
     converted,
@@ -24,25 +25,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.conversion import report as limits
 from fused_ops.conversion.head import HeadLinear, register_head
 
-
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
-
-
-class Double(torch.autograd.Function):
-    """Which gets past ``__torch_function__``."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
+pytestmark = pytest.mark.usefixtures("heads_of_any_size")
 
 
 # --- The loss without the logits -------------------------------------------------------------------------------------

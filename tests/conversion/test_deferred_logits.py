@@ -12,6 +12,7 @@ from heads import (
     CLASSES,
     FEATURES,
     ROWS,
+    Double,
     batch,
     converted,
     converted_head,
@@ -26,28 +27,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.conversion import report as limits
 from fused_ops.conversion.deferred_logits import DeferredLogits
 
-
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("heads_of_any_size")
 
 
 # --- The logits when they are asked for ------------------------------------------------------------------------------
-
-
-class Double(torch.autograd.Function):
-    """Which gets past ``__torch_function__``."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 def in_place(logits):

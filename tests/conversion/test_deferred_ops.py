@@ -3,20 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import CLASSES, FEATURES, Largest, converted_head, counts, deferred
+from heads import CLASSES, FEATURES, Double, Largest, converted_head, counts, deferred
 from torch import nn
 
 import fused_ops
-from fused_ops.conversion import report as limits
 from fused_ops.conversion.head import defer
 
 ORDER = torch.tensor([1, 0, 5, 2])
 BUFFER = torch.linspace(-1, 1, CLASSES).view(1, CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("heads_of_any_size")
 
 
 def flat(h, y):
@@ -266,21 +263,9 @@ def test_low_rank_that_is_looked_at():
             defer(model.b)
         mine = x.clone().requires_grad_()
         logits = model(torch.sin(mine))
-        (Twice.apply(logits) * logits).sum().backward()
+        (Double.apply(logits) * logits).sum().backward()
         found.append([mine.grad, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(found[1], found[0])
-
-
-class Twice(torch.autograd.Function):
-    """Which gets past ``__torch_function__``."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

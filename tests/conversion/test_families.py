@@ -9,8 +9,6 @@ from torch import nn
 
 import fused_ops
 from benchmarks.families import FAMILIES
-from fused_ops.conversion import backend_head, backend_norm
-from fused_ops.conversion import report as limits
 
 # Of the backend, which compiles for seconds: those with other graphs than the rest.
 AT_ONCE = {("timm", "resnet18"), ("transformers", "ResNet"), ("transformers", "Gemma 2"), ("transformers", "BART")}
@@ -64,12 +62,7 @@ def case_of(family):
     return Case(family.name, lambda: Trained(family), lambda: family.batch(True), rounds=rounds)
 
 
-@pytest.fixture(autouse=True)
-def _however_small(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
-    for module in (backend_head, backend_norm):
-        for name in [name for name in vars(module) if name.startswith("SMALL_")]:
-            monkeypatch.setattr(module, name, 0)
+pytestmark = pytest.mark.usefixtures("heads_of_any_size", "graphs_of_any_size")
 
 
 def _families(at_once):

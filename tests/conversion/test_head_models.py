@@ -9,15 +9,12 @@ import torch.nn.functional as F
 from heads import counts, deferred
 
 import fused_ops
-from fused_ops.conversion import report as limits
 
 transformers = pytest.importorskip("transformers", reason="needs the models extra: pip install 'fused_ops[models]'")
 WORDS = 101
 
 
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("heads_of_any_size")
 
 
 def decoder(name, **options):

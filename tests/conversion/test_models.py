@@ -9,7 +9,6 @@ from test_patch import called
 from torch import nn
 
 import fused_ops
-from fused_ops.conversion import report as limits
 
 transformers = pytest.importorskip("transformers", reason="needs the models extra: pip install 'fused_ops[models]'")
 
@@ -83,9 +82,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _heads_of_any_size(monkeypatch):
-    monkeypatch.setattr(limits, "SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("heads_of_any_size")
 
 
 def build(name):

@@ -10,7 +10,6 @@ from odd_models.check import activations_run, build
 from torch import nn
 
 import fused_ops
-from fused_ops.conversion import backend_head, backend_norm
 from fused_ops.core import library
 
 GRID = [pytest.param(case, mode, id=f"{case.name}-{mode}") for case in CASES for mode in MODES if mode in case.modes]
@@ -35,12 +34,7 @@ def compiled_alone(model):
     return torch.compile(model, backend="eager")
 
 
-@pytest.fixture(autouse=True)
-def _however_small(monkeypatch):
-    """What is so small that the backend leaves it to PyTorch is fused here."""
-    for module in (backend_head, backend_norm):
-        for name in [name for name in vars(module) if name.startswith("SMALL_")]:
-            monkeypatch.setattr(module, name, 0)
+pytestmark = pytest.mark.usefixtures("graphs_of_any_size")
 
 
 def test_there_are_cases_of_every_kind():

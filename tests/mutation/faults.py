@@ -26,7 +26,7 @@ PLACES: dict[str, dict[str, str]] = {
             RowTarget add_indices plain_backward count_allowed coefficients_of chain set_target coefficients
             log_sum exponentials finish_gradient cross_entropy_with_gradient forward_in_blocks each_element_alone
             few_classes_sums few_classes_gradient plain_layout_of""",
-        "csrc/simd": "exp_ sum_exp round_to_bfloat16 store_chunk",
+        "csrc/simd": "exp_ round_to_bfloat16 store_chunk",
     },
     "bn": {
         "fused_ops/ops/batch_norm": """

@@ -19,7 +19,6 @@ from fused_ops.ops.batch_norm.reference import Call
 
 _EAGER = Way.EAGER
 _NONE = activations.NONE
-_code = code_of
 
 
 def recomputing() -> bool:
@@ -120,13 +119,13 @@ def batch_norm(
                 check_values(input, running_mean, running_var, training, eps)
                 code_of(activation)
                 raise
+    args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
     if valid is None and groups == 1 and not correction and isinstance(input, Tensor) and left_to_pytorch(input):
-        return _by_pytorch(
-            *(input, running_mean, running_var, weight, bias, training, momentum, eps),
-            *(activation, residual, negative_slope, alpha),
-        )
+        function = activations.function_of(code_of(activation), negative_slope, alpha)
+        arguments.checked_options(input, residual, None, 1)
+        output = torch.nn.functional.batch_norm(*args)
+        return function(output if residual is None else output + residual)
     if way is Way.OVERRIDES or way is Way.PYTORCH:
-        args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         own: dict[str, Any] = {
             "correction": correction,
             "activation": activation,
@@ -141,41 +140,17 @@ def batch_norm(
             return handle_torch_function(batch_norm, (*args[:5], residual, valid), *args, **own)
         refuse(batch_norm, own)
         return torch.nn.functional.batch_norm(*args)
-    check_kinds(input, running_mean, running_var, weight, bias, training, momentum, eps, correction)
+    check_kinds(*args, correction)
     if is_empty_1d(input, running_mean):
         return input.clone()
     call = checked_call(
-        *(input, running_mean, running_var, weight, bias, training, momentum, eps, correction),
-        *(activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
+        *args,
+        *(correction, activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
     )
     output, new_mean, new_var = _run(call, way, inplace_activated)
     if training and running_mean is not None and running_var is not None and not recomputing():
         write_running(new_mean, new_var, running_mean, running_var)
     return output
-
-
-def _by_pytorch(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    negative_slope: float,
-    alpha: float,
-) -> Tensor:
-    """The same by PyTorch's own ops, one after the other, for graphs that are to hold nothing else."""
-    code = code_of(activation)
-    arguments.checked_options(input, residual, None, 1)
-    args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    output = torch.nn.functional.batch_norm(*args)
-    if residual is not None:
-        output = output + residual
-    return activations.function_of(code, negative_slope, alpha)(output)
 
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:

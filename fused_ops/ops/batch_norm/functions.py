@@ -76,6 +76,13 @@ _plain_backward_op: Any = register(
 )
 
 
+def _new_mask(input: Tensor, residual: Tensor | None, valid: Tensor | None, activation: int) -> Tensor | None:
+    """What the forward writes a bit a value into, where it does."""
+    if not reference.has_mask(residual, valid, activation):
+        return None
+    return torch.empty(reference.mask_bytes(input), dtype=torch.uint8, device=input.device)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(output, statistics, new running statistics, mask) of a call, which changes nothing; empty where it has none."""
     input, running_mean, running_var, weight, bias, residual, valid, o = call
@@ -84,9 +91,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if o.training:
         check_data("batch_norm", [("running_mean", running_mean), ("running_var", running_var)])  # before the copies
         new_mean, new_var = (None if r is None else r.clone() for r in (running_mean, running_var))
-    mask = None
-    if reference.has_mask(residual, valid, o.activation):
-        mask = torch.empty(reference.mask_bytes(input), dtype=torch.uint8, device=input.device)
+    mask = _new_mask(input, residual, valid, o.activation)
     numbers = o[:-1]
     found = _forward_op(input, new_mean, new_var, weight, bias, *numbers, residual, mask, valid, o.groups)
     updated = o.training and running_mean is not None
@@ -307,9 +312,7 @@ def _forward_with_options(
     Without gradients too the mask is made, as the loops that make none may round differently.
     """
     residual, valid, groups = more
-    mask = None
-    if reference.has_mask(residual, valid, numbers[3]):
-        mask = torch.empty(reference.mask_bytes(tensors[0]), dtype=torch.uint8, device=tensors[0].device)
+    mask = _new_mask(tensors[0], residual, valid, numbers[3])
     return *_forward(*tensors, training, *numbers, residual, mask, valid, groups), mask
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fused_ops.core.graph import fx_leaf, refuse_script
-from fused_ops.ops.batch_norm.api import _code, _with_statistics, batch_norm, recomputing, write_running
-from fused_ops.ops.batch_norm.arguments import check_keeps_output
+from fused_ops.ops.batch_norm.api import _with_statistics, batch_norm, recomputing, write_running
+from fused_ops.ops.batch_norm.arguments import check_keeps_output, code_of
 
 # The options that the modules have beyond PyTorch's.
 DEFAULTS: dict[str, Any] = {
@@ -49,7 +49,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         inplace_activated: bool = False,
         **kwargs: Any,
     ) -> None:
-        code = _code(activation)
+        code = code_of(activation)
         if inplace_activated:
             check_keeps_output(activation, code, alpha if activation == "elu" else negative_slope, None)
         super().__init__(*args, **kwargs)
