@@ -81,10 +81,11 @@ def test_a_large_mean_leaves_errors_of_the_order_of_a_rounding():
 
 
 DDP = """
-import copy, os, socket, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 import fused_ops
+from tests.distributed.processes import finish, run, start
 
 def model(kind):
     torch.manual_seed(0)
@@ -102,24 +103,15 @@ def check(a, b, broadcast):
     assert ours.module[1].num_batches_tracked == 2
 
 def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    start(rank, port, timeout_s=1800)
     torch.manual_seed(rank)
     a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     for broadcast in (True, False):
         check(a, b, broadcast)
-    with open(f"agrees{rank}", "w") as file:
-        file.write("yes")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+    finish(f"agrees{rank}", "yes")
 
 if __name__ == "__main__":
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+    run(worker)
 """
 
 

@@ -14,12 +14,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 COMMON = """
-import copy, datetime, json, os, sys, traceback
+import copy, traceback
 import torch, torch.distributed as dist
 import torch.nn.functional as F
 import fused_ops
-from fused_ops.conversion import report as limits
+from fused_ops.conversion import head as limits
 from test_convert import network
+from tests.distributed.processes import finish, run as start_all, start
 
 def train(model, x, y, steps=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -41,9 +42,7 @@ def check(run, rank):
     assert len(results[0]) == 40  # parameters and buffers
 
 def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    start(rank, port)
     problems, ordinary = {}, limits.SMALL_BYTES
     for name, code in WAYS.items():
         limits.SMALL_BYTES = 0 if "head" in name else ordinary
@@ -55,18 +54,10 @@ def worker(rank, port):
         except BaseException:
             problems[name] = traceback.format_exc()
         dist.barrier()
-    with open(f"problems{rank}", "w") as file:
-        json.dump(problems, file)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+    finish(f"problems{rank}", problems)
 
 if __name__ == "__main__":
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+    start_all(worker)
 """
 DDP = """
 def run(converted, x, y):

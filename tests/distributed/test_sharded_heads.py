@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
-import json, os, socket, sys
 import torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import fused_ops
-from fused_ops.conversion import report as limits
+from fused_ops.conversion import head as limits
+from tests.distributed.processes import finish, run, start
 
 limits.SMALL_BYTES = 0
 CLASSES = 300
@@ -123,9 +123,7 @@ def trained(name, converted, x, y):
     return found, counts
 
 def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    start(rank, port, timeout_s=1800)
     torch.manual_seed(7)
     x, y = torch.randn(2, 12, 8)[rank], torch.randint(0, CLASSES, (2, 12))[rank]
     report = {}
@@ -140,17 +138,10 @@ def worker(rank, port):
             import traceback; traceback.print_exc()
             report[name] = [[repr(error)], 0, {}, ""]
             dist.barrier()
-    with open(f"report{rank}", "w") as file:
-        json.dump(report, file)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+    finish(f"report{rank}", report)
 
 if __name__ == "__main__":
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port,), nprocs=2)
+    run(worker)
 """
 
 FREED = {"fully_shard frees its weight after the forward (reshard_after_forward)": 3}

@@ -3,10 +3,7 @@
 ``python -m seams.distributed RESULT`` runs them and writes {check: problem, or ""} as JSON.
 """
 
-import datetime
 import json
-import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fused_ops
+from tests.distributed import processes
 
 from . import check as c
 from .cases import BATCH, BY_NAME
@@ -167,9 +165,7 @@ CHECKS["loss_parallel|ce-CrossEntropyLoss"] = _loss_parallel(fused_ops.CrossEntr
 
 
 def _worker(rank: int, port: int, path: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
+    processes.start(rank, port, WORLD)
     problems = {}
     for name, run in CHECKS.items():
         try:
@@ -178,19 +174,12 @@ def _worker(rank: int, port: int, path: str) -> None:
         except BaseException:
             problems[name] = traceback.format_exc()
         dist.barrier()
-    with open(f"{path}.{rank}", "w") as file:
-        json.dump(problems, file)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
+    processes.finish(f"{path}.{rank}", problems)
 
 
 def main(path: str) -> None:
     """Runs the checks on two processes; a check fails if it does on either."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, path), nprocs=WORLD)
+    processes.run(_worker, path, world=WORLD)
     found = []
     for rank in range(WORLD):
         with open(f"{path}.{rank}") as file:
