@@ -1,11 +1,12 @@
 """Every program in the README and on the pages runs as it stands there."""
 
 import ast
-import importlib.util
 import re
 
 import pytest
 from conftest import ROOT
+
+from benchmarks.torchvision_without_ops import is_installed
 
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -19,8 +20,17 @@ def programs():
                 yield pytest.param(found.group(1), id=name)
 
 
-def missing(text):
-    """The packages that a program imports and this machine has not."""
+# Beside any torch (benchmarks/torchvision_without_ops.py).
+WITH_TORCHVISION = """
+import runpy
+from benchmarks.torchvision_without_ops import import_torchvision
+import_torchvision()
+runpy.run_path("program.py", run_name="__main__")
+"""
+
+
+def imported(text):
+    """The packages that a program needs."""
     names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -29,12 +39,14 @@ def missing(text):
             names.add(node.module.partition(".")[0])
     if "Trainer" in text:
         names.add("accelerate")
-    return sorted(name for name in names if importlib.util.find_spec(name) is None)
+    return names
 
 
 @pytest.mark.parametrize("text", list(programs()))
 def test_a_program_runs(text, run_python, tmp_path):
-    if absent := missing(text):
+    packages = imported(text)
+    if absent := sorted(name for name in packages if not is_installed(name)):
         pytest.skip(f"without {', '.join(absent)}")
     (tmp_path / "program.py").write_text(text, encoding="utf-8")
-    run_python("program.py", cwd=tmp_path)
+    command = ("-c", WITH_TORCHVISION) if packages & {"torchvision", "timm"} else ("program.py",)
+    run_python(*command, cwd=tmp_path)
