@@ -138,6 +138,15 @@ def sharding_states() -> tuple[Any, ...] | None:
     return tuple(state for state in (reference() for reference in list(known.values())) if isinstance(state, kind))
 
 
+def _unknown_group(name: str) -> Any:
+    raise RuntimeError(f"fused_ops: no process group {name!r} was used in this process yet; expected one that was")
+
+
+# The process group of a name, as graphs hold it.
+resolve_group: Callable[[str], Any] = _found(
+    "torch.distributed.distributed_c10d:_resolve_process_group", _unknown_group
+)
+
 # ---- ops and Functions
 
 _dispatch_call_boxed = _found("torch:_C._dispatch_call_boxed", None)
