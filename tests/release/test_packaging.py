@@ -155,6 +155,20 @@ def test_one_wheel_for_every_cpython(built):
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc")) or "tests" in name]
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm of binutils on this machine")
+def test_the_check_of_wheels_passes_a_right_one_and_names_what_is_wrong(built, tmp_path):
+    _, wheel = built
+    check = [sys.executable, str(ROOT / ".ci" / "wheel_check")]
+    right = tmp_path / wheel.name.replace("-linux_", "-manylinux_2_28_")
+    shutil.copy(wheel, right)
+    assert subprocess.run([*check, str(right)], capture_output=True).returncode == 0
+    old = tmp_path / wheel.name.replace("-linux_", "-manylinux_2_5_")
+    shutil.copy(wheel, old)
+    result = subprocess.run([*check, str(right), str(old), str(wheel)], capture_output=True, text=True)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 2
+    assert "expected glibc <= 2.5" in result.stderr and "expected a name like" in result.stderr
+
+
 def test_the_wheel_works_beside_this_torch(built, run_python, tmp_path):
     target = installed(built[1], tmp_path / "site")
     result = run_python("-c", USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(target))
