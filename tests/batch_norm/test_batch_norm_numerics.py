@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 # In float32 each value takes several roundings, and eager's largest error over a handful of channels is a matter of
 # luck: these are judged over several draws at once, plus one rounding of the largest value instead of each.
-SEVERAL_ROUNDINGS = ("silu", "gelu", "tanh", "sigmoid")
+SEVERAL_ROUNDINGS = ("silu", "hardswish", "gelu", "tanh", "sigmoid")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
