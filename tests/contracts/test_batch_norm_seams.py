@@ -165,6 +165,19 @@ def test_captured_running_statistics(transform):
     assert found[0][1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_linearize_where_the_signs_are_kept(activation):
+    """It folded what reads the signs of z, and left the op that writes them for later: other numbers, without a word."""
+    x, r, v = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(3))
+
+    def loss(x, r):
+        return fused_ops.batch_norm(x, None, None, training=True, residual=r, activation=activation).sin().sum()
+
+    for function in (loss, grad(loss, argnums=(0, 1))):
+        value, along = linearize(function, x, r)
+        close((value, along(v, v.cos())), jvp(function, (x, r), (v, v.cos())))
+
+
 def test_running_statistics_under_vmap():
     x = torch.randn(2, 5, 3)
     running = torch.zeros(3), torch.ones(3)

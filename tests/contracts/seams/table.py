@@ -21,6 +21,7 @@ INSTEAD = {
     "compile, changing numbers": ("ce-normalizer",),
     "compile, fullgraph, changing numbers": ("ce-smoothing", "ce-normalizer", "ce-mixup", "lce-chunks, z_loss"),
     "inductor": ("ce-mean",),
+    "linearize": ("ce-mean", "lce-chunks", "bn-residual, relu"),
     "inductor, changing numbers": (),  # test_a_normalizer_that_changes_with_the_input is one
     "AOTInductor package": (),
     "multiprocessing, spawn": ("lce-chunks",),
