@@ -167,7 +167,7 @@ def test_captured_running_statistics(transform):
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_linearize_where_the_signs_are_kept(activation):
-    """It folded what reads the signs of z, and left the op that writes them for later: other numbers, without a word."""
+    """It computed at once what reads the signs of z, and later what writes them: other numbers, without a word."""
     x, r, v = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(3))
 
     def loss(x, r):
