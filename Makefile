@@ -8,6 +8,8 @@ CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all test-torch models check bench sanitize lint types docs notebook clang-check cuda-compile arm sdist wheel gpu-report clean
 export OMP_NUM_THREADS ?= 1
+# Wherever it is set, every new process would compile all of torch's Python again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The package with one set of extras, or those of EXTRAS. Where there is a compiler, a kernel that does not compile is an
 # error; elsewhere the installation is pure PyTorch. Python compiles what is imported, so pip need not compile all of it.
@@ -23,7 +25,7 @@ demo: $(DEMO_STAMP)
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ops demo $(DEMO)
 
 # All contracts, on every core. TESTS="tests/batch_norm -k relu" for some of them.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(STAMP)
 	$(PYTEST) $(TESTS)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -164,18 +165,17 @@ def graphs_of_any_size(monkeypatch):
 
 
 SLOW = {"built", "counted"}  # fixtures that take a minute: a build of the whole library, every kernel under valgrind
-SHARED = {*SLOW, "pure", "two_processes"}  # and others whose cost one process should bear
+# Fixtures of processes of their own, and of what one process makes for many tests: those tests take longest.
+LONG = {*SLOW, "cuda_host", "two_processes", "pure", "run_python", "run_pytest"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that share something costly run in one process, and what takes a minute is slow."""
+    """What takes a minute is slow; the longest come first, so that no process waits for another's last test."""
     for item in items:
-        names = set(getattr(item, "fixturenames", ()))
-        if SLOW & names:
+        if SLOW & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-        for name in SHARED & names:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
+    items.sort(key=lambda item: not LONG & set(item.fixturenames))
 
 
 @pytest.fixture(autouse=True)
@@ -198,20 +198,26 @@ def _reproducible():
     """One thread (gradcheck is far slower with two) and one seed, whatever the test before did."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed formats a traceback for each device that is not there: milliseconds a test
+        torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def run_python():
+def run_python(tmp_path_factory):
     """Runs Python code or arguments in a process of its own, with changed environment variables."""
 
     def run(*arguments, cwd=None, check=True, timeout=900, **environment):
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        result = subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-        )
+        if forks.can(environment):
+            result = forks.run(tmp_path_factory.mktemp("fork"), arguments, cwd, env, timeout)
+        else:
+            result = subprocess.run(
+                [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+            )
         if check and result.returncode != 0:
             pytest.fail(f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result

@@ -42,6 +42,15 @@ def needs_formulas() -> bool:
     return bool(transforms_active()) and (levels("Jvp") > 1 or functionalizing())
 
 
+def linearizing() -> bool:
+    """Whether a graph of tangents is made, as by torch.func.linearize.
+
+    It computes at once what depends on no tangent, except ops that write to an argument; what such an op writes is then
+    read before it is written.
+    """
+    return forward_ad._current_level >= 0 and bool(dispatch_modes()) and get_proxy_mode() is not None
+
+
 def left_to_pytorch(input: Tensor) -> bool:
     """Whether a call that PyTorch has an op for is to be that op.
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
+from conftest import grid
 from torch import nn
 from torch.export import Dim
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -99,8 +100,10 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def every(names=CALLS):
-    return pytest.mark.parametrize("call", [Call(n) for n in names], ids=names)
+def every(names=CALLS, at_once=CALLS):
+    """A test of each call; those not ``at_once`` are marked slow."""
+    marks = {n: () if n in at_once else pytest.mark.slow for n in names}
+    return pytest.mark.parametrize("call", [pytest.param(Call(n), id=n, marks=marks[n]) for n in names])
 
 
 # ---- torch.func
@@ -162,6 +165,19 @@ def test_captured_running_statistics(transform):
     assert found[0][1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_linearize_where_the_signs_are_kept(activation):
+    """It computed at once what reads the signs of z, and later what writes them: other numbers, without a word."""
+    x, r, v = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(3))
+
+    def loss(x, r):
+        return fused_ops.batch_norm(x, None, None, training=True, residual=r, activation=activation).sin().sum()
+
+    for function in (loss, grad(loss, argnums=(0, 1))):
+        value, along = linearize(function, x, r)
+        close((value, along(v, v.cos())), jvp(function, (x, r), (v, v.cos())))
+
+
 def test_running_statistics_under_vmap():
     x = torch.randn(2, 5, 3)
     running = torch.zeros(3), torch.ones(3)
@@ -177,8 +193,8 @@ def test_running_statistics_under_vmap():
 # ---- torch.compile
 
 
-@every()
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@every(at_once=FEW)
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_transforms_inside_of_compile(call, backend):
     everything = tuple(range(call.differentiable))
     gradient = grad(call.loss, argnums=everything)
@@ -208,7 +224,7 @@ def test_per_sample_gradients_inside_of_compile(residual):
     close(torch.compile(each, backend="aot_eager", fullgraph=True)(w, x), tuple(expected))
 
 
-@every()
+@every(at_once=FEW)
 def test_compile_with_dynamic_sizes(call):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call.__call__, backend=counter, fullgraph=True, dynamic=True)
@@ -223,12 +239,13 @@ def test_compile_with_dynamic_sizes(call):
 
 @pytest.mark.parametrize("name", ["leaky_relu", "elu", None])
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_numbers_do_not_compile_again(name, dynamic):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_numbers_do_not_compile_again(name, dynamic, backend):
     def function(x, running_mean, running_var, momentum, eps, slope):
         options = {"activation": name, "negative_slope": slope, "alpha": slope}
         return fused_ops.batch_norm(x, running_mean, running_var, None, None, True, momentum, eps, **options)
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
     for i in range(1, 6):
         x = torch.randn(5, 3, requires_grad=True)
@@ -267,7 +284,7 @@ def test_second_derivative_through_a_graph(call):
     close(second(torch.compile(call.__call__, backend="eager", fullgraph=True)), second(call))
 
 
-@every()
+@every(at_once=FEW)
 def test_compiled_autograd(call):
     given = [t.requires_grad_(i < call.differentiable) for i, t in enumerate(call.tensors())]
     expected = results(call, call, call.tensors())
@@ -304,9 +321,7 @@ def trained(model, xs):
 MODULES = ({}, {"momentum": None}, {"affine": False}, {"activation": "elu"}, {"groups": 2}, {"frozen": True})
 
 
-@pytest.mark.parametrize("options", MODULES, ids=str)
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@grid(options=MODULES, strict=[False, True], training=[False, True])
 def test_an_exported_program_trains(options, strict, training):
     model = Net(**options).double().train(training)
     xs = [torch.randn(b, 3, h, w, dtype=torch.float64) for b, h, w in ((6, 4, 7), (9, 4, 7), (5, 8, 9))]
@@ -418,7 +433,7 @@ def test_make_fx(call, mode):
 # ---- the ops of graphs
 
 
-@pytest.mark.parametrize("sample", samples()[::3], ids=lambda s: s.name)
+@pytest.mark.parametrize("sample", samples()[::6], ids=lambda s: s.name)
 def test_opcheck(sample):
     """Of every op that a graph of the sample's call holds, forward and backward."""
     with _RecordRawOps() as recorder, _as_if_compiling():

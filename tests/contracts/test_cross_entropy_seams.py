@@ -1,5 +1,7 @@
 """Cross-entropy where another system of PyTorch meets it: compile, export, nested transforms, tracing, DTensor."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.utils
@@ -53,8 +55,13 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "transform"),
+    [
+        pytest.param(c, t, marks=() if c == "indices" or t == "vmap of grad" else pytest.mark.slow)
+        for c, t in itertools.product(CALLS, TRANSFORMS)
+    ],
+)
 def test_a_transform_inside_of_what_is_compiled(call, transform):
     target, options = CALLS[call]()
     x, made = logits(), TRANSFORMS[transform]
@@ -114,7 +121,7 @@ VARYING = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VARYING)
 def test_a_changing_number_needs_no_further_graph(name, dynamic):
     target, other = indices(), indices()

@@ -17,8 +17,16 @@ FILES = [
 
 
 @pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
-@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
-@pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tests", "isa"),
+    [
+        ("not slow", "AVX2"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("not slow", "DEFAULT"), ("slow", "AVX2"), ("slow", "DEFAULT"))
+        ),
+    ],
+)
 def test_every_isa(tests, isa, run_pytest):
     skip_without(isa)
     run_pytest(*(str(ROOT / "tests" / file) for file in FILES), "-m", tests, ATEN_CPU_CAPABILITY=isa.lower())

@@ -75,7 +75,7 @@ def test_raw_ops_with_garbage_under_the_guard(guard, run_pytest):
         str(ROOT / "tests" / "contracts" / "test_raw_ops.py"),
         LD_PRELOAD=guard,
         GUARD_MODE="1",
-        FUSED_OPS_FUZZ_CALLS="20000" if FULL else "600",
+        FUSED_OPS_FUZZ_CALLS="20000" if FULL else "150",
         FUSED_OPS_FUZZ_SEED="1",
         OMP_NUM_THREADS="1",
     )

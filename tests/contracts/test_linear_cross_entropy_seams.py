@@ -83,7 +83,8 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("case", NUMBERS)
-def test_numbers_that_change_compile_twice_at_most(case):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_numbers_that_change_compile_twice_at_most(case, backend):
     def f(h, w, target, s):
         return NUMBERS[case](h, w, target, s)
 
@@ -92,7 +93,7 @@ def test_numbers_that_change_compile_twice_at_most(case):
         def f(h, w, target, s):
             return linear_cross_entropy(h, w, target, ignore_index=s)
 
-    compiled, (h, w, target) = torch.compile(f, fullgraph=True, backend="inductor"), draw(20)
+    compiled, (h, w, target) = torch.compile(f, fullgraph=True, backend=backend), draw(20)
     for i, s in enumerate((3, 5, 7, 2) if case == "ignore_index" else (0.1, 0.2, 0.3, 0.4)):
         with torch._dynamo.config.patch(error_on_recompile=i >= 2):
             ours = value_and_grads(lambda h, w, s=s: compiled(h, w, target, s), h, w)

@@ -12,7 +12,13 @@ from benchmarks.families import FAMILIES
 
 # Of the backend, which compiles for seconds: those with other graphs than the rest.
 AT_ONCE = {("timm", "resnet18"), ("transformers", "ResNet"), ("transformers", "Gemma 2"), ("transformers", "BART")}
-HEAVY = {("torchvision", name) for name in ("fcn_resnet50", "inception_v3", "vgg11_bn")}  # seconds each, of convert
+# Of convert: one of each way in which the families write down their neighbours and heads.
+CONVERTED = AT_ONCE | {
+    *(("timm", name) for name in ("resnetv2_50", "efficientnet_b0", "mobilenetv3_small_050", "densenet121")),
+    *(("torchvision", name) for name in ("resnet50", "densenet121", "mobilenet_v2", "mc3_18")),
+    ("segmentation_models_pytorch", "Unet, resnet18"),
+    *(("transformers", name) for name in ("RegNet", "Llama", "Granite", "T5", "Whisper", "BERT, masked")),
+}
 
 
 class Trained(nn.Module):
@@ -72,7 +78,7 @@ def _families(at_once):
     ]
 
 
-@pytest.mark.parametrize("family", _families(lambda key: key not in HEAVY))
+@pytest.mark.parametrize("family", _families(lambda key: key in CONVERTED))
 def test_convert(family):
     check(case_of(family), converted, "short")
 

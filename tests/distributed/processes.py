@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,8 @@ def run(worker, *arguments, world=2):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, *arguments), nprocs=world)
+    how = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import torch again
+    torch.multiprocessing.start_processes(worker, (port, *arguments), nprocs=world, start_method=how)
 
 
 def start(rank, port, world=2, timeout_s=60):

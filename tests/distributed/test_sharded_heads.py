@@ -171,7 +171,7 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -183,9 +183,9 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_two_processes(name, reports):
+def test_two_processes(name, two_processes):
     """Losses, weights, logits that are looked at and their gradient; what is left of logits after a step."""
-    for report in reports:
+    for report in two_processes:
         apart, fused, computed, old = report[name]
         assert apart == [] and (fused, computed) == EXPECTED[name]
         assert "before that, or convert without loss" in old or (fused == 0 and old == "computed")

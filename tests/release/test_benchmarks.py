@@ -7,8 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -404,22 +402,16 @@ def test_plots_are_drawn_from_results(tmp_path):
         assert min(image.shape[:2]) > 100 and image[..., :3].std() > 0.01  # neither empty nor one colour
 
 
-def test_command_line_end_to_end(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--op", "cross_entropy", "--case", "32x27", "--part", "overhead"]
+def test_command_line_end_to_end(tmp_path, run_python):
+    command = ["-m", "benchmarks", "--op", "cross_entropy", "--case", "32x27", "--part", "overhead"]
     command += ["--rivals", "eager", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(*command, cwd=ROOT)
     rows = json.loads((tmp_path / "quick.json").read_text(encoding="utf-8"))["timings"]
     assert {row["provider"] for row in rows} >= {"eager", "fused_ops", "copy"}
     wanted = {"op", "direction", "provider", "shape", "dtype", "layout", "threads", "isa", "ms", "p20_ms", "p80_ms"}
     wanted |= {"gb_per_s", "copy_fraction", "extra_bytes", "torch", "commit", "machine", "load_before", "busy_others"}
     assert all(wanted <= set(row) for row in rows if row["status"] == "ok")
-    judged = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "targets", "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    judged = run_python("-m", "benchmarks", "targets", "--out", str(tmp_path), cwd=ROOT, check=False)
     assert re.search(r"\d+ targets: \d+ reached, \d+ missed", judged.stdout)
 
 

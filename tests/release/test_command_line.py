@@ -1,8 +1,6 @@
 """``python -m fused_ops``: what it prints at 80 columns, and how it takes bad input."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -27,15 +25,14 @@ def cells(lines, name):
     return [cell.strip() for cell in line.split("  ")[1:] if cell.strip()]
 
 
-def test_submodules_are_attributes_and_cost_nothing_before():
+def test_submodules_are_attributes_and_cost_nothing_before(run_python):
     code = """
 import sys, fused_ops
 assert "fused_ops.testing" not in sys.modules and {"testing", "examples"} <= set(dir(fused_ops))
 fused_ops.testing.compare_gradients, fused_ops.ops.batch_norm.reference
 print(fused_ops.examples.__name__)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (said.stdout.strip(), said.returncode) == ("fused_ops.examples", 0), said.stderr
+    assert run_python("-c", code).stdout.strip() == "fused_ops.examples"
     with pytest.raises(AttributeError, match="module 'fused_ops' has no attribute 'nothing'"):
         fused_ops.nothing  # noqa: B018
 

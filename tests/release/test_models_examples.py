@@ -78,6 +78,7 @@ def test_names_gpt_takes_the_same_steps_without_logits(letters):
             assert losses(dtype, True, **options) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_names_gpt_compares(run_python, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["anna", "bob", "carla", "dora"] * 4))

@@ -299,7 +299,9 @@ def test_cuda_can_be_forced(tmp_path):
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xf3\x00\x01" + bytes(43)  # the header of a RISC-V library
 
 
-@pytest.mark.parametrize("library", [None, b"", b"not a library", FOREIGN])
+@pytest.mark.parametrize(
+    "library", [None, FOREIGN, *(pytest.param(b, marks=pytest.mark.slow) for b in (b"", b"not a library"))]
+)
 def test_a_missing_or_broken_library_is_one_warning(library, run_python, tmp_path):
     shutil.copytree(ROOT / "fused_ops", tmp_path / "fused_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if library is not None:

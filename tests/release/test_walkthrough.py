@@ -91,7 +91,7 @@ def run(data, make, steps, hidden=network.HIDDEN):
 
 
 @needs_names
-@pytest.mark.parametrize("way", ["by hand", "Functions"])
+@pytest.mark.parametrize("way", ["by hand", pytest.param("Functions", marks=pytest.mark.slow)])
 def test_losses_after_20000_steps(names, way):
     trained = run(names, MAKERS[way], 20000)[1]
     assert trained.loss(names.train) == pytest.approx(2.2346, abs=2e-3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_ops.core.checks import as_int64, check_tensors
-from fused_ops.core.graph import in_graph, needs_formulas
+from fused_ops.core.graph import in_graph, linearizing, needs_formulas
 from fused_ops.core.memory_format import in_its_format
 from fused_ops.core.torch_private import (
     dispatch_modes,
@@ -65,7 +65,7 @@ def way_of(
         return Way.OVERRIDES
     if any_dtensor(*tensors):
         return Way.PYTORCH
-    if needs_formulas():
+    if needs_formulas() or linearizing():
         return Way.FORMULAS
     return Way.GRAPH if in_graph() else Way.FUNCTION
 
