@@ -21,7 +21,7 @@ class Pool:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         context = multiprocessing.get_context("forkserver")  # whose imports, the longest part, are done once
-        context.set_forkserver_preload(["torch.fx.experimental.symbolic_shapes", "torch.distributed", "fused_ops"])
+        context.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "fused_ops"])
         self.connections, self.processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()

@@ -102,8 +102,8 @@ def second_derivatives(leaves, grad, tangent, function):
     grads = torch.autograd.grad(function(*leaves), leaves, grad, create_graph=True)
     directions = tangent, torch.linspace(-1, 2, 3).double(), torch.linspace(3, 1, 3).double(), tangent.flip(-1)
     total = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
-    second = torch.autograd.grad(total, leaves, create_graph=True)
-    third = torch.autograd.grad(sum((g * g).sum() for g in second[:1]), leaves[:1])
+    second = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+    third = torch.autograd.grad(second[0].square().sum(), leaves[:1])
     return [t.detach() for t in (*grads, *second, *third)]
 
 
@@ -409,7 +409,7 @@ def test_errors_come_on_all_ranks_and_leave_the_group_usable(two):
     for name, start in {
         "one value": "ValueError: Expected more than 1 value per channel when training, got 1 on all ranks together",
         "groups": "ValueError: batch_norm: expected groups to be 1 with group",
-        "no group": "TypeError: batch_norm(): argument 'group' must be a torch.distributed.ProcessGroup or None, not str",
+        "no group": "TypeError: batch_norm(): argument 'group' must be a torch.distributed.ProcessGroup or None",
         "weight": "RuntimeError: weight should contain 3 elements not 2",
         "mixed": "RuntimeError: batch_norm: mixed dtype",
         "eps": "ValueError: batch_norm eps must be positive during training",
@@ -546,7 +546,7 @@ def test_the_merge_of_many_parts(parts):
     found = ranks_reference.merge(torch.stack([ranks._moments_op(part, None) for part in x.split(sizes)]))
     exact = x - x.mean(0)
     torch.testing.assert_close(found.mean, x.mean(0) + exact.mean(0), rtol=1e-15, atol=1e-18)
-    torch.testing.assert_close(found.m2, (exact - exact.mean(0)).square().sum(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.m2, (exact - exact.mean(0)).square().sum(0), rtol=1e-7, atol=0)
     assert found.values == found.positions == len(x)
     same = ranks_reference.merge(torch.stack([ranks._moments_op(torch.full((n, 2), 0.1), None) for n in sizes]))
     assert torch.equal(same.mean, torch.full((2,), 0.1).double()) and torch.equal(same.m2, torch.zeros(2).double())
@@ -634,7 +634,7 @@ def test_one_gather_a_direction_for_any_number_of_ranks():
             output = module(x)
             assert sent == [8 * (2 + 2 * 64)]
             grad = torch.randn_like(output)
-            output.backward(grad)
+            (found,) = torch.autograd.grad(output, x, grad)
             assert sent == [8 * (2 + 2 * 64), 8 * 2 * 64]
             module.eval()
             module(x)
@@ -648,4 +648,4 @@ def test_one_gather_a_direction_for_any_number_of_ranks():
     right = fused_ops.batch_norm(plain, None, None, training=True)
     right.backward(grad)
     torch.testing.assert_close(output, right)
-    torch.testing.assert_close(x.grad, plain.grad, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found, plain.grad)
