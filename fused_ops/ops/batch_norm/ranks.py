@@ -113,7 +113,7 @@ def backward(
         if need_input:
             total, along = _gathered(mine, options).sum(0)
             means = torch.stack((total / count, along * invstd.square() / (count - options.correction)))
-        grad_weight, grad_bias = torch.where(count > 0, dot * invstd, 0.0).to(kind), sum.to(kind)
+        grad_weight, grad_bias = torch.where(count > 0, dot * invstd, 0.0).to(kind), sum.to(kind, copy=True)
     if need_residual:
         grad_residual = empty_output(input)
     grad_input = input.new_empty(0)
