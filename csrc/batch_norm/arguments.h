@@ -2,6 +2,7 @@
 #pragma once
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "batch_norm/kernels.h"
@@ -23,6 +24,8 @@ inline bool sign_is_enough(Activation a) { return a == Activation::relu || a == 
 
 // Which arguments an op has: those of plain calls, all, or those of an op that is given its statistics.
 enum class Form { plain, all, given };
+template <Form form>
+using FormOf = std::integral_constant<Form, form>;
 
 struct ForwardArguments {
   Tensor input;
@@ -38,7 +41,9 @@ struct ForwardArguments {
   int64_t groups;
   Activation activation;
 
-  explicit ForwardArguments(Arguments& in, Form form = Form::all)
+  explicit ForwardArguments(Arguments& in) : ForwardArguments(in, FormOf<Form::all>()) {}
+  template <Form form>
+  ForwardArguments(Arguments& in, FormOf<form>)
       : input(in.tensor()),
         running_mean(form != Form::given ? in.maybe_tensor() : MaybeTensor()),
         running_var(form != Form::given ? in.maybe_tensor() : MaybeTensor()),
@@ -77,7 +82,9 @@ struct BackwardArguments {
   MaybeTensor stored, offsets;  // of a forward that kept its output: batch_norm_keep's results
   Activation activation;
 
-  explicit BackwardArguments(Arguments& in, Form form = Form::all)
+  explicit BackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::all>()) {}
+  template <Form form>
+  BackwardArguments(Arguments& in, FormOf<form>)
       : grad_output(in.tensor()),
         input(in.tensor()),
         weight(in.maybe_tensor()),
@@ -107,10 +114,10 @@ struct BackwardArguments {
 
 // Those of the ops for plain calls, which end with the slope.
 struct PlainForwardArguments : ForwardArguments {
-  explicit PlainForwardArguments(Arguments& in) : ForwardArguments(in, Form::plain) {}
+  explicit PlainForwardArguments(Arguments& in) : ForwardArguments(in, FormOf<Form::plain>()) {}
 };
 struct PlainBackwardArguments : BackwardArguments {
-  explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, Form::plain) {}
+  explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::plain>()) {}
 };
 
 // Those of the ops of a batch that is spread over processes, whose statistics are of all of it.
@@ -127,12 +134,13 @@ struct GivenStatistics {
   Tensor statistics;  // float64 mean and invstd, (2, channels)
 };
 struct NormaliseArguments : GivenStatistics, ForwardArguments {
-  explicit NormaliseArguments(Arguments& in) : GivenStatistics{in.tensor()}, ForwardArguments(in, Form::given) {
+  explicit NormaliseArguments(Arguments& in)
+      : GivenStatistics{in.tensor()}, ForwardArguments(in, FormOf<Form::given>()) {
     in.check.next("statistics", statistics);
   }
 };
 struct SumsArguments : BackwardArguments {
-  explicit SumsArguments(Arguments& in) : BackwardArguments(in, Form::given) {}
+  explicit SumsArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::given>()) {}
 };
 struct GivenMeans {
   MaybeTensor means;    // float64 grad_mean and grad_slope, (2, channels); none: grad_input is not wanted
@@ -140,7 +148,7 @@ struct GivenMeans {
 };
 struct GradientArguments : GivenMeans, BackwardArguments {
   explicit GradientArguments(Arguments& in)
-      : GivenMeans{in.maybe_tensor(), in.maybe_tensor()}, BackwardArguments(in, Form::given) {
+      : GivenMeans{in.maybe_tensor(), in.maybe_tensor()}, BackwardArguments(in, FormOf<Form::given>()) {
     grad_residual = written;
     in.check.next("means", means), in.check.next("grad_residual", grad_residual);
     need_input = training = means.has_value(), need_params = false;
