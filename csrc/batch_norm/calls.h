@@ -4,6 +4,7 @@
 #include "batch_norm/passes.h"
 
 namespace fused_ops {
+namespace {  // of each file's own, so that what it calls once is inlined
 
 // The arguments of a forward once they are checked, dense, and cut into groups.
 struct ForwardCall {
@@ -114,4 +115,5 @@ struct BackwardCall {
   }
 };
 
+}  // namespace
 }  // namespace fused_ops
