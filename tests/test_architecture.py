@@ -25,7 +25,7 @@ PLACES = (
 READ_AT_MOST = {"batch_norm": 40, "cross_entropy": 35, "linear_cross_entropy": 48}
 # The same of one eager call: files of Python in which code runs, and those of C++ behind the binding and the kernels.
 OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy": 40}
-PLAIN_PYTORCH = {"reference", "rows_reference", "derivatives", "activations", "samples"}
+PLAIN_PYTORCH = {"reference", "rows_reference", "shards_reference", "derivatives", "activations", "samples"}
 TWINS = {"vec_avx512.h", "vec_avx2.h", "vec_neon.h"}  # of csrc/simd/vec_generic.h, which says what each function does
 FOR_PLAIN_PYTORCH = {"fused_ops.core.sample", "fused_ops.core.memory_format"}
 

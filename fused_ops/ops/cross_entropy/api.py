@@ -17,6 +17,7 @@ from fused_ops.ops.cross_entropy import functions, graph, rows_reference
 from fused_ops.ops.cross_entropy.arguments import Numbers, check_ignore_index, check_places, index_door, prepare
 from fused_ops.ops.cross_entropy.reduction import Reduction, reduced_loss
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.shards import Ranks, check_ranks
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
@@ -71,6 +72,10 @@ def cross_entropy(
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
     return_outputs: bool = False,
+    class_group: Any = None,
+    class_start: int | None = None,
+    classes: int | None = None,
+    row_group: Any = None,
 ) -> Any:
     """Cross-entropy between logits and a target: ``torch.nn.functional.cross_entropy``, and more.
 
@@ -143,6 +148,10 @@ def cross_entropy(
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
         and empty == "nan"
+        and class_group is None
+        and row_group is None
+        and class_start is None
+        and classes is None
     )
     if alone and not (inplace_backward or torch.compiler.is_compiling()):
         try:
@@ -173,6 +182,10 @@ def cross_entropy(
             "loss_dtype": loss_dtype,
             "inplace_backward": inplace_backward,
             "return_outputs": return_outputs,
+            "class_group": class_group,
+            "class_start": class_start,
+            "classes": classes,
+            "row_group": row_group,
         }
         if overridden:
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
@@ -188,8 +201,13 @@ def cross_entropy(
         reduction = legacy_reduction(size_average, reduce)
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
+    ranks = None
+    if not (class_group is None and row_group is None and class_start is None and classes is None):
+        ranks = check_ranks(Ranks(class_group, class_start, classes, row_group))
     check_places(input, target, weight, class_mask, token_weight)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
-    call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype)
+    some = class_group is not None
+    call = prepare(input, target, weight, class_mask, token_weight, numbers, loss_dtype, some)
     run = partial(rows, inplace_backward=inplace_backward)
-    return reduced_loss(call, Reduction(reduction, normalizer, empty, return_outputs).check(), run)
+    wanted = Reduction(reduction, normalizer, empty, return_outputs, ranks).check()
+    return reduced_loss(call, wanted, run, inplace_backward)
