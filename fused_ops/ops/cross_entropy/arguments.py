@@ -164,7 +164,9 @@ def _sparse(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     return indices, probabilities
 
 
-def _target(target: object, input: Tensor, ignore_index: int) -> tuple[str, Tensor | None, Tensor | None]:
+def _target(
+    target: object, input: Tensor, ignore_index: int, some_classes: bool
+) -> tuple[str, Tensor | None, Tensor | None]:
     """What kind of target it is, its indices and its probabilities."""
     if isinstance(target, (tuple, list)):
         if len(target) not in (2, 3):
@@ -172,7 +174,8 @@ def _target(target: object, input: Tensor, ignore_index: int) -> tuple[str, Tens
         made = _mixup(tuple(target), input) if len(target) == 3 else _sparse(tuple(target), input)
         return ("mixup" if len(target) == 3 else "sparse"), *made
     target = _tensor("target", target)
-    if target.shape != input.shape:
+    # of some classes there may be as many as of what a class index of one row may be in
+    if target.shape != input.shape or (some_classes and not target.is_floating_point()):
         return "index", class_indices("target", target, input), None
     if not target.is_floating_point():
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
@@ -181,10 +184,10 @@ def _target(target: object, input: Tensor, ignore_index: int) -> tuple[str, Tens
     return "dense", None, target
 
 
-def _check_weight(weight: Tensor, input: Tensor, kind: str, autocast: bool) -> None:
+def _check_weight(weight: Tensor, input: Tensor, kind: str, autocast: bool, some_classes: bool) -> None:
     _tensor("weight", weight)
     classes = input.size(class_dim(input))
-    if weight.shape != (classes,):
+    if weight.dim() != 1 or not (some_classes or weight.size(0) == classes):
         raise RuntimeError(
             f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
@@ -208,10 +211,12 @@ def _check_rows(name: str, value: Tensor, input: Tensor) -> None:
         raise RuntimeError(f"cross_entropy: expected {name} of shape {list(rows)}, got {list(value.shape)}")
 
 
-def _check_mask(mask: Tensor, input: Tensor) -> None:
+def _check_mask(mask: Tensor, input: Tensor, some_classes: bool) -> None:
     _tensor("class_mask", mask)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"cross_entropy: expected class_mask of dtype torch.bool, got {mask.dtype}")
+    if some_classes and mask.dim() == 1:
+        return
     classes = input.size(class_dim(input))
     # one of them alone: a symbolic number of rows that is compared with the classes becomes a guard
     if mask.shape != ((classes,) if mask.dim() == 1 else input.shape):
@@ -261,19 +266,24 @@ def prepare(
     token_weight: Tensor | None,
     given: Numbers,
     loss_dtype: torch.dtype | None,
+    some_classes: bool = False,
 ) -> Call:
-    """Checks every argument but the reduction's, and settles kind and dtypes; the tensors are in one place already."""
+    """Checks every argument but the reduction's, and settles kind and dtypes; the tensors are in one place already.
+
+    With ``some_classes`` input has not all of those that weight and a mask of one dimension are for: how many there
+    are is not known here.
+    """
     check_logits(_tensor("input", input))
     given = given._replace(ignore_index=check_ignore_index(given.ignore_index))
     if given.label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
     smoothing = _as_float(given.label_smoothing) if given.label_smoothing > 0 else 0.0  # NaN and less: none, as PyTorch
     autocast = autocast_enabled(input)
-    kind, indices, probabilities = _target(target, input, given.ignore_index)
+    kind, indices, probabilities = _target(target, input, given.ignore_index, some_classes)
     if weight is not None:
-        _check_weight(weight, input, kind, autocast)
+        _check_weight(weight, input, kind, autocast, some_classes)
     if class_mask is not None:
-        _check_mask(class_mask, input)
+        _check_mask(class_mask, input, some_classes)
     if token_weight is not None:
         _check_rows("token_weight", _tensor("token_weight", token_weight), input)
     z_loss, scale = number("z_loss", given.z_loss, -math.inf), number("logit_scale", given.logit_scale, -math.inf)

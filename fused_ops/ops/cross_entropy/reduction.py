@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from fused_ops.core.checks import check_data, check_devices
 from fused_ops.core.torch_private import is_tracing
+from fused_ops.ops.cross_entropy import shards
 from fused_ops.ops.cross_entropy.arguments import Call, number
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.shards import Place, Ranks
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
 _BLOCK = 4096  # Rows of a partial sum: so few that PyTorch does not split them between threads.
@@ -46,6 +49,7 @@ class Reduction(NamedTuple):
     normalizer: Any  # in the place of the mean's denominator, or None
     empty: str  # the mean where nothing counts: "nan", "zero" or "raise"
     outputs: bool  # whether a CrossEntropyOutput is wanted
+    ranks: Ranks | None = None  # the process groups, or None
 
     def check(self) -> Reduction:
         """Raises for a reduction that is none."""
@@ -59,7 +63,7 @@ class Reduction(NamedTuple):
 
     def is_ordinary(self) -> bool:
         """Whether the op of class indices alone can do it."""
-        return self.normalizer is None and self.empty == "nan" and not self.outputs
+        return self.normalizer is None and self.empty == "nan" and not self.outputs and self.ranks is None
 
 
 def _counted(call: Call) -> Tensor | None:
@@ -95,26 +99,31 @@ def _denominator(call: Call, target_weight: Tensor) -> Tensor:
         assert indices is not None and probabilities is not None
         valid = counts(indices, call.options.ignore_index)
         shares = probabilities.double()
-        if call.args.weight is not None:
-            shares = shares * call.args.weight.double()[torch.where(valid, indices, 0).long()]
+        if (weight := call.args.weight) is not None:
+            classes = torch.where(valid, indices, 0).long().clamp(0, max(weight.numel() - 1, 0))
+            shares = shares * weight.double()[classes]
         rows = torch.where(valid, shares, 0.0).sum(dim)
     if call.token_weight is not None:
         rows = rows * call.token_weight.double()
     return fixed_order_sum(rows)
 
 
+def _row_weights(call: Call) -> Tensor:
+    """target_weight of each row as the rows' op gives it, but 1 for targets whose mean does not use it."""
+    a = call.args
+    if call.kind != "index":
+        return torch.ones(rows_shape(a.input), dtype=torch.float64, device=a.input.device)
+    assert a.indices is not None
+    valid = counts(a.indices, call.options.ignore_index)
+    if a.weight is None:
+        return valid.double()
+    classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
+    return torch.where(valid, a.weight.double()[classes], 0.0)
+
+
 def row_scale(call: Call, reduction: Reduction) -> Tensor:
     """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: float64."""
-    a, dim = call.args, class_dim(call.args.input)
-    if call.kind == "index":
-        assert a.indices is not None
-        valid = counts(a.indices, call.options.ignore_index)
-        weights = valid.double()
-        if a.weight is not None:
-            classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
-            weights = torch.where(valid, a.weight.double()[classes], 0.0)
-    else:
-        weights = torch.ones(a.input.select(dim, 0).shape, dtype=torch.float64, device=a.input.device)
+    weights = _row_weights(call)
     scale = torch.ones_like(weights) if call.token_weight is None else call.token_weight.double()
     if reduction.name == "sum":
         return scale
@@ -144,10 +153,40 @@ def _normalizer(value: object, call: Call) -> Tensor | float:
     return value.reshape(()).double()
 
 
-def reduced_loss(call: Call, reduction: Reduction, run: RunRows) -> Tensor | CrossEntropyOutput:
-    """Runs the rows and reduces them."""
+def denominator_of_ranks(call: Call, reduction: Reduction, place: Place | None) -> Tensor | None:
+    """What the mean divides by, with the rows of all ranks; None if it is no mean or has a normalizer.
+
+    Raises:
+        IndexError: a rank has a target that is no class.
+    """
+    assert reduction.ranks is not None
+    wanted = reduction.name == "mean" and reduction.normalizer is None
+    a = call.args
+    mine = _denominator(call, _row_weights(call)) if wanted else a.input.new_zeros((), dtype=torch.float64)
+    total = shards.sum_over_rows(mine, a, call.options, reduction.ranks.row_group, place)
+    return total if wanted else None
+
+
+def reduced_loss(
+    call: Call, reduction: Reduction, run: RunRows, inplace_backward: bool = False
+) -> Tensor | CrossEntropyOutput:
+    """Runs the rows and reduces them.
+
+    Args:
+        call: The checked call.
+        reduction: What becomes of the rows' losses.
+        run: The rows where all classes are here.
+        inplace_backward: Of the rows of which they are not.
+    """
     options = call.options._replace(statistics=reduction.outputs)
     denominator = None if reduction.normalizer is None else _normalizer(reduction.normalizer, call)
+    if (ranks := reduction.ranks) is not None:
+        place = None if ranks.class_group is None else shards.find_place(call.args.input, ranks)
+        if ranks.row_group is not None:
+            found = denominator_of_ranks(call, reduction, place)
+            denominator = denominator if found is None else found
+        if place is not None:
+            run = partial(shards.rows, place=place, ranks=ranks, inplace_backward=inplace_backward)
     nll, lse, _, target_weight, entropy, prediction, log_probability = run(call.args, options)
     if denominator is None and reduction.name == "mean":
         denominator = _denominator(call, target_weight)

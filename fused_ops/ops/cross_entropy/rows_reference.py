@@ -15,6 +15,7 @@ and for upstream gradients g of nll, l of lse, h of entropy and r of the target'
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,28 @@ class RowArgs(NamedTuple):
     class_mask: Tensor | None  # (classes,) or of the input's shape
 
 
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+class Across(NamedTuple):
+    """What a row's formulas need to know where its classes are spread over ranks; input and weight hold those here."""
+
+    first: int  # class here
+    allowed: Tensor  # how many classes smoothing is spread over, a scalar or one value per row
+    normalise: Callable[[Tensor, int], tuple[Tensor, Tensor]]  # of u and its dimension: lse's high and low part
+    total: Callable[[Tensor], Tensor] = _same  # the sum over ranks of what each has of a row
+    copy: Callable[[Tensor], Tensor] = _same  # what is alike on all ranks, where a rank goes on to its own part
+    mass: Tensor | None = None  # the sum of q, where it is known
+    entropy: Tensor | None = None  # likewise
+
+
+def rows_shape(input: Tensor) -> tuple[int, ...]:
+    """The shape of one value per row."""
+    dim = class_dim(input)
+    return (*input.shape[:dim], *input.shape[dim + 1 :])
+
+
 def is_index_alone(a: RowArgs, o: RowOptions) -> bool:
     """Whether the rows are class indices with no option."""
     tensors = a.indices is not None and a.probabilities is None and a.weight is None and a.class_mask is None
@@ -61,7 +84,7 @@ def counted_rows(a: RowArgs, ignore_index: int) -> Tensor:
     """Which rows have a target that is not ignored."""
     dim = class_dim(a.input)
     if a.indices is None:
-        return torch.ones((), dtype=torch.bool, device=a.input.device).expand(a.input.select(dim, 0).shape)
+        return torch.ones((), dtype=torch.bool, device=a.input.device).expand(rows_shape(a.input))
     valid = counts(a.indices, ignore_index)
     return valid if a.probabilities is None else valid.any(dim)
 
@@ -69,8 +92,15 @@ def counted_rows(a: RowArgs, ignore_index: int) -> Tensor:
 class _Row:
     """What every formula starts from: u and its slope, log p, q. Differentiable in all the floating-point tensors."""
 
-    def __init__(self, a: RowArgs, o: RowOptions, dtype: torch.dtype, quiet: Tensor | None = None) -> None:
-        self.a, self.o, self.dim = a, o, class_dim(a.input)
+    def __init__(
+        self,
+        a: RowArgs,
+        o: RowOptions,
+        dtype: torch.dtype,
+        quiet: Tensor | None = None,
+        across: Across | None = None,
+    ) -> None:
+        self.a, self.o, self.dim, self.across = a, o, class_dim(a.input), across
         x = a.input.to(dtype)
         if quiet is not None:
             x = torch.where(quiet.unsqueeze(self.dim), 0.0, x)  # rows whose gradient is zero whatever they hold
@@ -84,19 +114,42 @@ class _Row:
             scaled = torch.where(self.allowed, scaled, -math.inf)
             self.slope = torch.where(self.allowed, self.slope, 0.0)
         self.u = scaled
-        self.log_p = scaled.log_softmax(self.dim)
+        if across is None:
+            self.log_p = scaled.log_softmax(self.dim)
+        else:
+            high, low = (part.to(dtype) for part in across.normalise(scaled, self.dim))
+            self.high, self.low = (t if quiet is None else torch.where(quiet, 0.0, t) for t in (high, low))
+            self.log_p = (scaled - self.high.unsqueeze(self.dim)) - self.copy(self.low).unsqueeze(self.dim)
         # where it is a factor: a masked class, whose log p is -inf for good, has the derivative 0
         self.log_p_allowed = self.log_p if self.allowed is None else torch.where(self.allowed, self.log_p, 0.0)
         self.valid = counted_rows(a, o.ignore_index)
 
-    def scatter(self, values: Tensor | None) -> Tensor:
-        """Values of the indices (1 for None, 0 where ignored), on all classes."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of each row's values, over all classes."""
+        values = values.sum(self.dim)
+        return values if self.across is None else self.across.total(values)
+
+    def copy(self, values: Tensor) -> Tensor:
+        """What all ranks have alike, to go on to what each has of a row."""
+        return values if self.across is None else self.across.copy(values)
+
+    def here(self) -> tuple[Tensor, Tensor]:
+        """Which of the indices are of classes that are here, and the indices among those, 0 for the others."""
         indices = self.a.indices
         assert indices is not None
-        if self.a.probabilities is None:
-            indices = indices.unsqueeze(self.dim)
         valid = counts(indices, self.o.ignore_index)
-        safe = torch.where(valid, indices, 0).long()
+        if self.across is not None:
+            indices = indices.long() - self.across.first
+            valid = valid & (indices >= 0) & (indices < self.u.size(self.dim))
+        return valid, torch.where(valid, indices, 0).long()
+
+    def scatter(self, values: Tensor | None) -> Tensor:
+        """Values of the indices (1 for None, 0 where ignored), on all classes."""
+        valid, safe = self.here()
+        if self.u.size(self.dim) == 0:
+            return torch.zeros_like(self.u)
+        if self.a.probabilities is None:
+            valid, safe = valid.unsqueeze(self.dim), safe.unsqueeze(self.dim)
         one = torch.ones((), dtype=self.u.dtype, device=self.u.device)
         source = torch.where(valid, one if values is None else values.to(self.u.dtype), 0.0)
         return torch.zeros_like(self.u).scatter_add(self.dim, safe, source)
@@ -109,7 +162,11 @@ class _Row:
         dense = dense * (1 - self.o.label_smoothing)
         if not share:
             return dense
-        if self.allowed is None:
+        if self.across is not None:
+            spread = 1 / self.across.allowed.to(dense.dtype).clamp(min=1)
+            spread = spread.unsqueeze(self.dim) if spread.dim() else spread
+            spread = spread if self.allowed is None else spread * self.allowed
+        elif self.allowed is None:
             spread = torch.full((), 1 / max(self.u.size(self.dim), 1), dtype=dense.dtype, device=dense.device)
         else:
             spread = self.allowed.to(dense.dtype) / self.allowed.sum(self.dim, keepdim=True).clamp(min=1)
@@ -132,11 +189,21 @@ class _Row:
             off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
         off = off | ~self.valid.unsqueeze(self.dim)
         # inside too: the derivative of q * inf with respect to q is no 0 that the outer choice would leave out
-        return torch.where(off, 0.0, q * torch.where(off, 0.0, values)).sum(self.dim)
+        return self.sum(torch.where(off, 0.0, q * torch.where(off, 0.0, values)))
 
     def of_index(self, values: Tensor) -> Tensor:
         """The values of each row's one class index; 0 in ignored rows."""
-        return torch.where(self.scatter(None) != 0, values, 0.0).sum(self.dim)
+        return self.sum(torch.where(self.scatter(None) != 0, values, 0.0))
+
+    def mass(self, q: Tensor) -> Tensor:
+        """The sum of q, to go on to what each rank has of a row."""
+        known = None if self.across is None else self.across.mass
+        return self.copy(self.sum(q)) if known is None else known.to(q.dtype)
+
+    def entropy(self, p: Tensor, log_p: Tensor) -> Tensor:
+        """Likewise the entropy, of ``neg_entropy_terms``."""
+        known = None if self.across is None else self.across.entropy
+        return self.copy(-self.sum(p * log_p)) if known is None else known.to(p.dtype)
 
     def neg_entropy_terms(self) -> tuple[Tensor, Tensor]:
         """p and log p, with 0 for the logarithm of 0."""
@@ -221,26 +288,26 @@ def _quiet(g: RowGrads, valid: Tensor, statistics: bool) -> Tensor:
     return quiet
 
 
-def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, dtype: torch.dtype) -> Tensor:
+def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, dtype: torch.dtype, across: Across | None = None) -> Tensor:
     """The gradient with respect to the logits; differentiable in every tensor."""
     dim = class_dim(a.input)
-    if a.input.numel() == 0:
+    if a.input.numel() == 0 and across is None:
         return a.input.to(dtype) * 0
-    row = _Row(a, o, dtype, _quiet(g, counted_rows(a, o.ignore_index), o.statistics))
+    row = _Row(a, o, dtype, _quiet(g, counted_rows(a, o.ignore_index), o.statistics), across)
     p, log_p = row.neg_entropy_terms()
 
     def each(grad: Tensor, counted: bool = True) -> Tensor:
-        grad = grad.to(dtype)
+        grad = row.copy(grad.to(dtype))
         return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(dim)
 
     grad_u = torch.zeros_like(p)
     if g.nll is not None:
         q = row.q()
-        grad_u = grad_u + each(g.nll) * (p * q.sum(dim, keepdim=True) - q)
+        grad_u = grad_u + each(g.nll) * (p * row.mass(q).unsqueeze(dim) - q)
     if g.lse is not None:
         grad_u = grad_u + each(g.lse, not o.statistics) * p
     if g.entropy is not None:
-        entropy = -(p * log_p).sum(dim, keepdim=True)
+        entropy = row.entropy(p, log_p).unsqueeze(dim)
         grad_u = grad_u - each(g.entropy, not o.statistics) * p * (log_p + entropy)
     if g.target_log_probability is not None and a.probabilities is None:
         grad_u = grad_u + each(g.target_log_probability) * (row.scatter(None) - p)
@@ -248,28 +315,34 @@ def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, dtype: torch.dtype) -> Te
     return grad if row.allowed is None else torch.where(row.allowed, grad, 0.0)
 
 
-def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
-    """The gradient with respect to the probabilities: -(1 - label_smoothing) * g * w_j * log p_j."""
+def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | None = None) -> Tensor:
+    """The gradient with respect to the probabilities: -(1 - label_smoothing) * g * w_j * log p_j.
+
+    Of (indices, probabilities) each rank has what its classes add to it.
+    """
     assert g.nll is not None and a.probabilities is not None
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
-    each = torch.where(row.valid, g.nll.to(row.u.dtype), 0.0).unsqueeze(dim)
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
+    each = torch.where(row.valid, row.copy(g.nll.to(row.u.dtype)), 0.0).unsqueeze(dim)
     values = -(1 - o.label_smoothing) * row.log_p_allowed * each
     if a.weight is not None:
         values = values * along_classes(a.weight.to(values.dtype), a.input)
     if a.indices is not None:
-        counted = counts(a.indices, o.ignore_index)
-        values = torch.where(counted, values.gather(dim, torch.where(counted, a.indices, 0).long()), 0.0)
+        here, safe = row.here()
+        if values.size(dim) == 0:
+            return torch.zeros_like(a.probabilities)
+        values = torch.where(here, values.gather(dim, safe), 0.0)
     return values.to(a.probabilities.dtype)
 
 
-def grad_weight(g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
-    """The gradient with respect to the class weights: the sum over rows of -g * t_j * log p_j."""
+def grad_weight(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | None = None) -> Tensor:
+    """The gradient with respect to the weights of the classes here: the sum over rows of -g * t_j * log p_j."""
     assert g.nll is not None and a.weight is not None
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
     t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), None)
-    each = torch.where(row.valid, g.nll.to(t.dtype), 0.0).unsqueeze(dim)
+    each = torch.where(row.valid, row.copy(g.nll.to(t.dtype)), 0.0).unsqueeze(dim)
     values = -t * row.log_p_allowed * each
-    return values.movedim(dim, 0).reshape(values.size(dim), -1).sum(1).to(a.weight.dtype)
+    n = values.size(dim)
+    return values.movedim(dim, 0).reshape(n, values.numel() // max(n, 1)).sum(1).to(a.weight.dtype)
 
 
 def backward(
@@ -303,25 +376,31 @@ def backward_(*args: Tensor | float | None) -> None:
 
 
 def jvp(
-    a: RowArgs, o: RowOptions, input_t: Tensor | None, probabilities_t: Tensor | None, weight_t: Tensor | None
+    a: RowArgs,
+    o: RowOptions,
+    input_t: Tensor | None,
+    probabilities_t: Tensor | None,
+    weight_t: Tensor | None,
+    across: Across | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tangents of nll, lse, entropy and target log-probability."""
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype)), class_dim(a.input)
+    quiet = None if o.statistics else ~counted_rows(a, o.ignore_index)
+    row, dim = _Row(a, o, acc_dtype(a.input.dtype), quiet, across), class_dim(a.input)
     p, log_p = row.neg_entropy_terms()
     u_t = torch.zeros_like(p) if input_t is None else row.slope * input_t.to(p.dtype)
-    lse_t = (p * u_t).sum(dim)
-    log_p_t = u_t - lse_t.unsqueeze(dim)
+    lse_t = row.sum(p * u_t)
+    log_p_t = u_t - row.copy(lse_t).unsqueeze(dim)
     nll_t = -row.dot(row.q(), log_p_t)
     if probabilities_t is not None:
         q_t = row.weighted(row.distribution(probabilities_t, 0.0), a.weight)
-        nll_t = nll_t - (q_t * row.log_p_allowed).sum(dim)
+        nll_t = nll_t - row.sum(q_t * row.log_p_allowed)
     if weight_t is not None:
         q_t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), weight_t)
-        nll_t = nll_t - (q_t * row.log_p_allowed).sum(dim)
+        nll_t = nll_t - row.sum(q_t * row.log_p_allowed)
     if not o.statistics:
         return nll_t.double(), torch.where(row.valid, lse_t, 0.0).double(), None, None
-    entropy = -(p * log_p).sum(dim, keepdim=True)
-    entropy_t = -(p * (log_p + entropy) * u_t).sum(dim)
+    entropy = row.entropy(p, log_p).unsqueeze(dim)
+    entropy_t = -row.sum(p * (log_p + entropy) * u_t)
     one = a.probabilities is None
     target_t = row.of_index(log_p_t) if one else torch.zeros_like(lse_t)
     return nll_t.double(), lse_t.double(), entropy_t.double(), target_t.double()

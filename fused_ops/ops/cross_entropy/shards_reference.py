@@ -1,0 +1,229 @@
+"""Cross-entropy of classes that are spread over ranks, in plain PyTorch: a rank's part of each row, and their merge.
+
+Rank k has lse_k, the log-sum-exp of the logits that it holds, in a high and a low part, and what the coefficients q of
+those classes add. With lse over all ranks and ``behind_k = lse - lse_k``, which is no difference of large numbers but
+``log1p(sum_{j != k} exp(lse_j - lse_k))``::
+
+    nll     = sum_k [sum_{j in k} q_j (lse_k - u_j) + (sum_{j in k} q_j) behind_k]
+    log p_t = log p_t,k - behind_k, of the rank k that has the target
+    entropy = sum_k exp(-behind_k) (entropy_k + behind_k)
+
+Nothing cancels, as the terms of a sum have one sign. The gradient of a rank's logits needs no more than the merged
+results. See docs/cross_entropy.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ops.core.memory_format import empty_output
+from fused_ops.ops.cross_entropy.reference import class_dim, counts
+from fused_ops.ops.cross_entropy.rows_reference import (
+    Across,
+    RowArgs,
+    RowGrads,
+    RowOptions,
+    _Row,
+    counted_rows,
+    grad_input,
+    rows_shape,
+)
+
+
+class Part(NamedTuple):
+    """What a rank has of each row, in the order in which ranks exchange it: float64, one value per row each."""
+
+    high: Tensor  # the maximum of u; -inf where no class is left
+    low: Tensor  # lse of the classes here is high + low; NaN beside NaN and +inf, 0 where no class is left
+    nll: Tensor  # sum of q_j (lse - u_j) of the classes here, without a class index' own
+    mass: Tensor  # sum of q_j likewise
+    target_weight: Tensor  # of the indices that are here
+    target_log_probability: Tensor  # relative to the classes here; 1 where the target is not
+    bad_target: Tensor  # a target that is no class of any rank, else NaN
+    entropy: Tensor  # of the softmax over the classes here; this and the next only with statistics
+    prediction: Tensor  # class of the maximum; +inf where there is none. With a NaN high is NaN, and this its class
+
+
+PARTS = len(Part._fields)
+_ALWAYS = PARTS - 2
+
+
+def parts(o: RowOptions) -> int:
+    """How many values of each row ranks exchange."""
+    return PARTS if o.statistics else _ALWAYS
+
+
+class Merged(NamedTuple):
+    """The results of each row, float64 but for the prediction: those of the rows' op, and lse in two parts."""
+
+    nll: Tensor
+    lse: Tensor
+    mass: Tensor
+    target_weight: Tensor
+    entropy: Tensor  # empty without statistics, like the next
+    prediction: Tensor
+    target_log_probability: Tensor
+    high: Tensor
+    low: Tensor
+
+
+def _lse_of_part(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """lse in two parts; (0, 0) where no class is left, so that log p is u there."""
+    if u.size(dim) == 0:
+        zero = u.new_zeros((*u.shape[:dim], *u.shape[dim + 1 :]))
+        return zero, zero
+    top = u.amax(dim)
+    gone = top == -math.inf
+    top = torch.where(gone, 0.0, top)
+    return top, torch.where(gone, 0.0, (u - top.unsqueeze(dim)).exp().sum(dim).log())
+
+
+def bad_targets(a: RowArgs, o: RowOptions, classes: int | Tensor) -> Tensor:
+    """A target of each row that is no class, float64; NaN where there is none."""
+    none = torch.full((), math.nan, dtype=torch.float64, device=a.input.device)
+    if a.indices is None:
+        return none.expand(rows_shape(a.input))
+    wide, dim = a.indices.long(), class_dim(a.input)  # a narrow dtype would wrap the number of classes
+    bad = counts(a.indices, o.ignore_index) & ((wide < 0) | (wide >= classes))
+    values = torch.where(bad, wide.double(), none)
+    if a.probabilities is None:
+        return values
+    if not values.size(dim):
+        return none.expand(rows_shape(a.input))
+    return values.gather(dim, bad.byte().argmax(dim, keepdim=True)).squeeze(dim)
+
+
+def forward(
+    input: Tensor,
+    indices: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    allowed: Tensor,
+    first: int,
+    classes: int,
+    *options: float,
+) -> Tensor:
+    """A rank's part of each row, (parts, *rows). Input, weight and class_mask hold the classes from ``first`` on."""
+    a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
+    row = _Row(a, o, torch.float64, across=Across(first, allowed, _lse_of_part))
+    dim, n = row.dim, row.u.size(row.dim)
+    spread = indices is None or o.label_smoothing != 0
+    one = indices is not None and probabilities is None
+    q, zero = row.q(), row.u.new_zeros(rows_shape(input))
+    target_weight, log_probability = zero, zero + 1
+    if indices is not None:
+        own = row.weighted(row.scatter(probabilities), weight)
+        target_weight = own.sum(dim)
+        if one:
+            q = q - (1 - o.label_smoothing) * own if spread else q * 0
+            log_probability = torch.where(row.here()[0], row.of_index(row.log_p), 1.0)
+    nll = row.dot(q, -row.log_p) if spread or not one else zero
+    gone = torch.ones_like(row.valid).expand_as(zero) if n == 0 else row.u.amax(dim) == -math.inf
+    high = torch.where(gone, -math.inf, row.high)
+    found = [high, row.low, nll, q.sum(dim), target_weight, log_probability, bad_targets(a, o, classes)]
+    if o.statistics:
+        p, log_p = row.neg_entropy_terms()
+        best = row.u.argmax(dim) + first if n else torch.full_like(zero, math.inf)
+        found += [torch.where(gone, 0.0, -(p * log_p).sum(dim)), best.double()]
+    return torch.stack([part.expand_as(zero) for part in found])
+
+
+def raise_for_bad_targets(bad: Tensor) -> None:
+    """Raises IndexError for what is not NaN."""
+    ok = bad.isnan()
+    if bad.device.type == "cpu":
+        if not bool(ok.all()):
+            raise IndexError(f"Target {int(bad[~ok][0])} is out of bounds.")
+    elif bad.device.type != "meta":
+        torch._assert_async(ok.all(), "cross_entropy: a target is out of bounds")  # of the device, as in PyTorch
+
+
+def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
+    """The results of each row, from the parts of all ranks, (ranks, parts, *rows).
+
+    The same on every rank, bit for bit.
+
+    Raises:
+        IndexError: a target of some rank is no class (on a GPU an error of the device).
+    """
+    part = Part(*gathered.unbind(1), *(() if o.statistics else (gathered[:, 0],) * 2))
+    raise_for_bad_targets(part.bad_target)
+    valid, one = counted_rows(a, o.ignore_index), a.indices is not None and a.probabilities is None
+    spread = a.indices is None or o.label_smoothing != 0
+    most = (part.high + part.low).argmax(0, keepdim=True)
+    high, low = part.high.gather(0, most), part.low.gather(0, most)
+    below = (high - part.high) + (low - part.low)  # the largest shard's lse over each
+    rest = (-below).exp().scatter(0, most, 0.0).sum(0)
+    rest = torch.where((high[0] - high[0]).isnan(), math.nan, rest)  # +inf, and no class left anywhere
+    more = rest.log1p()
+    behind = more + below
+    lse_low = low[0] + more
+    lse = high[0] + lse_low
+    gone = part.high == -math.inf
+    without = gone if spread else gone | (part.mass == 0)
+    nll = (part.nll + torch.where(without, 0.0, part.mass * behind)).sum(0)
+    nll = torch.where(lse.isnan() & (torch.ones_like(valid) if spread else nll != 0), math.nan, nll)
+    target_weight = valid.double() if a.indices is None else part.target_weight.sum(0)
+    log_probability = torch.zeros_like(nll)
+    if one:
+        mine = torch.where(gone, -math.inf, part.target_log_probability - behind)
+        log_probability = torch.where(part.target_log_probability > 0, 0.0, mine).sum(0)
+        log_probability = torch.where(lse.isnan(), math.nan, log_probability)
+        nll = nll - (1 - o.label_smoothing) * target_weight * log_probability
+    nll, mass, target_weight, log_probability = (
+        torch.where(valid, values, 0.0) for values in (nll, part.mass.sum(0), target_weight, log_probability)
+    )
+    if not o.statistics:
+        none, index = nll.new_empty(0), torch.empty(0, dtype=torch.int64, device=nll.device)
+        lse, top, lse_low = (torch.where(valid, values, 0.0) for values in (lse, high[0], lse_low))
+        return Merged(nll, lse, mass, target_weight, none, index, log_probability, top, lse_low)
+    share = (-behind).exp()
+    entropy = torch.where(share == 0, 0.0, share * (part.entropy + behind)).sum(0)
+    best = part.high.amax(0)
+    is_best = (part.high == best) | (part.high.isnan() & best.isnan())
+    prediction = torch.where(is_best, part.prediction, math.inf).amin(0)
+    prediction = torch.where(prediction == math.inf, 0.0, prediction).long()
+    return Merged(nll, lse, mass, target_weight, entropy, prediction, log_probability, high[0], lse_low)
+
+
+def backward(
+    grad_nll: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_target_log_probability: Tensor | None,
+    input: Tensor,
+    indices: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    allowed: Tensor,
+    high: Tensor,
+    low: Tensor,
+    mass: Tensor,
+    target_weight: Tensor,
+    entropy: Tensor | None,
+    target_log_probability: Tensor,
+    first: int,
+    classes: int,
+    *options: float,
+) -> Tensor:
+    """The gradient with respect to a rank's logits, in their dtype, from the merged results."""
+    a = RowArgs(input, indices, probabilities, weight, class_mask)
+    o = RowOptions(*options)  # type: ignore[arg-type]
+    g = RowGrads(grad_nll, grad_lse, grad_entropy, grad_target_log_probability)
+    if indices is not None and probabilities is None:
+        mass = mass + (1 - o.label_smoothing) * target_weight
+    across = Across(first, allowed, lambda u, dim: (high, low), mass=mass, entropy=entropy)
+    return empty_output(input).copy_(grad_input(g, a, o, torch.float64, across))
+
+
+def backward_(*args: Tensor | float | None) -> None:
+    """``backward``, written over the logits."""
+    input = args[4]
+    assert isinstance(input, Tensor)
+    input.copy_(backward(*args))  # type: ignore[arg-type]
