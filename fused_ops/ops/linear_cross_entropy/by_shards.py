@@ -300,7 +300,7 @@ class _Saved(NamedTuple):
     def of(args: tuple[Any, ...]) -> _Saved:
         (head, a), settings, statistics, needs = split(args[4:13]), Settings(*args[23:28]), *args[28:30]
         where = Where(*args[30:])
-        shard = Shard(collectives.group_of(where.group), *where.place.tolist(), args[22])
+        shard = Shard(collectives.group_of(where.group), *where.place.tolist())._replace(allowed=args[22])
         o, _ = settings.unpack(statistics)
         return _Saved(RowGrads(*args[:4]), head, a, o, shard, Merged(*args[13:22]), settings, needs, where)
 
