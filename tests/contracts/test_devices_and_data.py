@@ -6,10 +6,12 @@ public functions are held to the same, forward and backward.
 """
 
 import functools
+import math
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 from test_raw_ops import valid_calls
@@ -55,6 +57,41 @@ def tensor_arguments(name):
 ARGUMENTS = [(op, i, name) for op in raw_ops() for i, name in tensor_arguments(op)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one():
+    """What ops that name a process group find: the group of all ranks, which has one."""
+    if dist.is_available():
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    if dist.is_available():
+        dist.destroy_process_group()
+
+
+def over_ranks(x, indices, doubles):
+    """The same of what speaks to a process group, or is one rank's share."""
+    rows, classes = 4, 6
+    group, numbers = dist.group.WORLD.group_name, (-100, 0.1, 0.7, 5.0, True)
+    one, place = torch.ones((), dtype=torch.float64), torch.tensor([0, classes])
+    names = ("gather_of_ranks", "sum_of_ranks", "sum_of_shares", "copy_to_shares")
+    found = {name: [(x, group, 1)] for name in names}
+    found |= {name: [(x, group, [rows])] for name in ("gather_rows", "scatter_rows")}
+    found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, group, 1)]
+    found |= {name: [(x, rows, group, 1)] for name in ("gather_all_rows", "scatter_all_rows")}
+    found |= {f"cross_entropy_shard{name}": [] for name in ("", "_grad", "_forward", "_backward")}
+    for side in ((indices, None), (None, torch.rand(rows, classes))):
+        a = (torch.randn(rows, classes), *side, torch.rand(classes), torch.ones(classes).bool())
+        tensors = one.new_tensor(numbers[1:4])
+        found["cross_entropy_shard_forward"].append((*a, one, 0, classes, *numbers))
+        found["cross_entropy_shard_backward"].append((*doubles[:4], *a, one, *doubles[:6], 0, classes, *numbers))
+        found["cross_entropy_shard"].append((*a, place, -100, tensors, True, group, 1))
+        results = (*doubles[:5], indices, *doubles[:3], one)
+        needs = 1 + 4 + (2 if side[1] is not None else 0)
+        found["cross_entropy_shard_grad"].append(
+            (*doubles[:4], *a, place, *results, -100, tensors, True, group, needs)
+        )
+    return found
+
+
 @functools.cache
 def recorded():
     """Op -> valid lists of arguments."""
@@ -79,6 +116,15 @@ def recorded():
     for name in raw_ops():  # what overwrites an argument takes what its twin takes
         if name.endswith("_") and name[:-1] in found:
             found.setdefault(name, []).extend(found[name[:-1]])
+    found |= over_ranks(head[0], indices, doubles)
+    where = (torch.tensor([0, classes]), dist.group.WORLD.group_name, 1)
+    for t in tensors:
+        settings, results = (-100, torch.tensor([0.1, 0.7, 5.0, 0.1]).double(), *cut), (*doubles[:5], indices)
+        args = (*t, doubles[0], *settings, 31, False, *where)
+        found.setdefault("linear_cross_entropy_shard", []).append(args)
+        found.setdefault("linear_cross_entropy_shard_rows", []).append((*t, *settings, True, *where))
+        args = (*doubles[:4], *t, *results, *doubles[:3], doubles[0].new_ones(()), *settings, True, 31, *where)
+        found.setdefault("linear_cross_entropy_shard_rows_grad", []).append(args)
     rows = found["cross_entropy_rows_forward"]
     found["linear_cross_entropy_chunk_"] += [(*args[:5], None, 0.0, *args[5:]) for args in rows]
     found.setdefault("linear_cross_entropy_small", []).append((*head, indices, -100, 1, 7))

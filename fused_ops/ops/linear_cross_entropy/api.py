@@ -135,18 +135,16 @@ def linear_cross_entropy(
             where that makes it faster; all the logits if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice.
         return_outputs: Returns a ``CrossEntropyOutput``.
-        class_group: A ``torch.distributed`` process group, each rank of which has some of the classes, maybe none:
-            ``linear_weight``, ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape
-            hold those; class indices, ``weight`` and a ``class_mask`` of one dimension are of all classes. ``input``
-            and everything else is the same on all ranks, as are the results. The gradients of what all ranks have,
-            ``input`` and lora's A too, are whole on each: not to be summed again.
-        class_start: The first class of this rank. Default, with ``classes``: found by asking all ranks, in rank order.
-        classes: How many there are on all ranks.
-        row_group: A process group, each rank of which has some of the rows, maybe none (data or context parallel). The
-            mean divides by what counts on all of them, so that the ranks' losses add up to it.
-        sequence_parallel: ``input`` has this rank's entries of the first dimension, any number of them, and the ranks
-            of ``class_group`` follow each other. ``target``, ``token_weight`` and what else is one per row, and the
-            results, have those of all ranks. The input is gathered, and its gradient is that of this rank's entries.
+        class_group: As in ``cross_entropy``, like the next three, of ranks that share the classes: ``linear_weight``,
+            ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape hold this rank's.
+            All else is the same on all ranks, and its gradients, those of ``input`` and lora's A too, are whole on
+            each: not to be summed again.
+        class_start: The first class of this rank.
+        classes: How many all ranks have.
+        row_group: Of ranks that share the rows.
+        sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
+            the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
+            results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
@@ -170,8 +168,8 @@ def linear_cross_entropy(
         With ``class_group`` each chunk is one exchange, which goes on while the next chunk's product is computed; two
         chunks share what ``chunk_rows`` and ``max_memory_bytes`` allow. These, like all arguments that say what is
         computed, must be the same on all ranks, and so must be which gradients are wanted and how often a backward
-        runs. A class index that is none raises on all ranks. The gradient of ``input`` is one sum over ranks: of 16
-        bits in float32, and rounded once. The second derivative takes all logits of a rank at once.
+        runs. The gradient of ``input`` is one sum over ranks: of 16 bits in float32, and rounded once. The second
+        derivative takes all logits of a rank at once.
 
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
