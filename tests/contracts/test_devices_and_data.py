@@ -86,9 +86,7 @@ def over_ranks(x, indices, doubles):
         found["cross_entropy_shard"].append((*a, place, -100, tensors, True, group, 1))
         results = (*doubles[:5], indices, *doubles[:3], one)
         needs = 1 + 4 + (2 if side[1] is not None else 0)
-        found["cross_entropy_shard_grad"].append(
-            (*doubles[:4], *a, place, *results, -100, tensors, True, group, needs)
-        )
+        found["cross_entropy_shard_grad"].append((*doubles[:4], *a, place, *results, -100, tensors, True, group, needs))
     return found
 
 

@@ -332,6 +332,29 @@ def rows_of_a_mean_on_each_rank(rank, world):
 
 
 @case
+def classes_and_rows_on_a_mesh(rank, world):
+    """Both groups: two ranks share the classes of the same rows, which are some of those of a mean."""
+    if world != 4:
+        return
+    class_groups, row_groups = ([dist.new_group(r) for r in ranks] for ranks in (([0, 1], [2, 3]), ([0, 2], [1, 3])))
+    tensors, target = draw_head(rank=2), draw("index", (ROWS, CLASSES), torch.float64)
+    mine = Mine(Part("uneven", rank % 2, 2), rank % 2)
+    first, here = rank // 2, slice(0, 12) if rank < 2 else slice(12, ROWS)
+    for spread, cut in itertools.product((False, True), ({}, {"chunk_rows": 7})):
+        rows = [2, here.stop - here.start - 2] if spread else [0, here.stop - here.start]
+        mine.start, mine.n = (sum(rows[: rank % 2]), rows[rank % 2]) if spread else (0, rows[1])
+        held = {key: mine.of(key, t[here] if key == "input" else t) for key, t in tensors.items()}
+        own = {**mine.options, "class_group": class_groups[first], "sequence_parallel": spread, **cut}
+        loss, grads = run(held, target[here], {**own, "row_group": row_groups[rank % 2], "label_smoothing": 0.1})
+        whole, whole_grads = run(tensors, target, {**cut, "label_smoothing": 0.1})
+        near(collectives.sum_of_ranks(loss, row_groups[rank % 2]), whole, 1e-12, cut)
+        for key, grad in grads.items():
+            expected = mine.of(key, whole_grads[key][here] if key == "input" else whole_grads[key])
+            grad = grad if key == "input" else collectives.sum_of_ranks(grad, row_groups[rank % 2])
+            near(grad, expected, 1e-12, (cut, spread, key))
+
+
+@case
 def errors(rank, world):
     """Bad targets raise on all ranks, in whichever chunk; wrong arguments before anything is exchanged."""
     tensors, target = draw_head(torch.float32), draw("index", (ROWS, CLASSES), None)

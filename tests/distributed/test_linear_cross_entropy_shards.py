@@ -24,7 +24,7 @@ CASES = [
     "errors",
     "memory",
 ]
-SLOW = ["transforms", "compiled_as_one_graph"]  # as they import so much
+SLOW = ["transforms", "compiled_as_one_graph", "classes_and_rows_on_a_mesh"]  # imports take long, or of 4 processes
 MODULE = "tests.distributed.head_shard_cases"
 
 
