@@ -215,6 +215,9 @@ def outputs_and_what_is_retained(rank, world):
     again = torch.autograd.grad(loss, held.values(), torch.tensor(2.0, dtype=torch.float64))
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=1e-14, atol=0)
+    rows = called(held, draw("index", (ROWS, CLASSES), None), {"reduction": "none", "chunk_rows": 7, **part.where()})
+    several = {"grad_outputs": torch.eye(ROWS, dtype=rows.dtype), "is_grads_batched": True}
+    raises(NotImplementedError, "is_grads_batched", torch.autograd.grad, rows, held["input"], **several)
 
 
 @case
