@@ -22,6 +22,7 @@ from fused_ops.testing import op_names
 
 NOT_ALLOCATED = "non-zero number of elements, but its data is not allocated yet"
 OTHER_DEVICE = "Expected all tensors to be on the same device, but found at least two devices"
+OF_THE_CPU = ("numbers", "place")
 NATIVE = fused_ops.core.library.missing_reason is None
 
 
@@ -111,10 +112,10 @@ def recorded():
     ]
     for name in ("batch_norm_write_statistics", "batch_norm_write_statistics_silently"):
         found[name] = [tuple(torch.rand(3) for _ in range(4))]
+    found |= over_ranks(head[0], indices, doubles)
     for name in raw_ops():  # what overwrites an argument takes what its twin takes
         if name.endswith("_") and name[:-1] in found:
             found.setdefault(name, []).extend(found[name[:-1]])
-    found |= over_ranks(head[0], indices, doubles)
     where = (torch.tensor([0, classes]), dist.group.WORLD.group_name, 1)
     for t in tensors:
         settings, results = (-100, torch.tensor([0.1, 0.7, 5.0, 0.1]).double(), *cut), (*doubles[:5], indices)
@@ -189,7 +190,7 @@ def test_another_device(op, index, name):
     given = [*args]
     given[index] = args[index].to("meta")
     refused(function, given, RuntimeError, OTHER_DEVICE, "argument")
-    if name == "numbers":  # are on the CPU, wherever the others are
+    if name in OF_THE_CPU:  # are on the CPU, wherever the others are
         return
     given = [a.to("meta") if i in others else a for i, a in enumerate(args)]
     refused(function, given, RuntimeError, OTHER_DEVICE, "argument")
@@ -210,18 +211,19 @@ def test_one_device_that_has_no_data(op):
     index = tensor_arguments(op)[-1][0] if tensor_arguments(op) else None
     index = next(i for i, _ in tensor_arguments(op) if any(isinstance(a[i], torch.Tensor) for a in recorded()[op]))
     function, args = call_with(op, index)
+    tensors = [(i, n) for i, n in tensor_arguments(op) if i < len(args) and isinstance(args[i], torch.Tensor)]
+    moved = [i for i, name in tensors if name not in OF_THE_CPU]
     if op != "batch_norm_keep":  # whose size depends on the data
-        check_results(function(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)), "meta")
+        check_results(function(*(a.to("meta") if i in moved else a for i, a in enumerate(args))), "meta")
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-        for i, a in enumerate(fake):
-            if isinstance(a, torch.Tensor):
-                fake[i] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+        for i in moved:
+            a = fake[i]
+            fake[i] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
         if op != "batch_norm_keep":
             check_results(function(*fake), "cuda")
-        tensors = [i for i, a in enumerate(fake) if isinstance(a, torch.Tensor)]
-        if len(tensors) > 1:
-            fake[tensors[-1]] = mode.from_tensor(args[tensors[-1]])
+        if len(moved) > 1:
+            fake[moved[-1]] = mode.from_tensor(args[moved[-1]])
             with pytest.raises(RuntimeError, match=OTHER_DEVICE):
                 function(*fake)
 
