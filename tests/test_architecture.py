@@ -22,9 +22,9 @@ PLACES = (
     *("csrc/{}/cpu", "csrc/{}/cuda", "tests/{0}/test_{0}.py", "benchmarks/bench_{}.py", "docs/{}.md"),
 )
 # Files that a call of an op may come through on the CPU. These numbers only fall: see the end of this file. They rose
-# once, by three each, with what an op over process groups needs: the collectives, its formulas and its ops. An eager
-# call of one process runs through none of them.
-READ_AT_MOST = {"batch_norm": 43, "cross_entropy": 38, "linear_cross_entropy": 51}
+# once, by three each, with what an op over process groups needs: the collectives, its formulas and its ops (linear
+# cross-entropy's by one more, its ops over those). An eager call of one process runs through none of them.
+READ_AT_MOST = {"batch_norm": 43, "cross_entropy": 38, "linear_cross_entropy": 52}
 # The same of one eager call: files of Python in which code runs, and those of C++ behind the binding and the kernels.
 OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy": 40}
 PLAIN_PYTORCH = {"reference", "rows_reference", "derivatives", "activations", "samples"}

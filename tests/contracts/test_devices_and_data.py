@@ -77,6 +77,7 @@ def over_ranks(x, indices, doubles):
     found = {name: [(x, group, 1)] for name in names}
     found |= {name: [(x, group, [rows])] for name in ("gather_rows", "scatter_rows")}
     found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, group, 1)]
+    found |= {name: [(x, rows, group, 1)] for name in ("gather_all_rows", "scatter_all_rows")}
     found |= {f"cross_entropy_shard{name}": [] for name in ("", "_grad", "_forward", "_backward")}
     for side in ((indices, None), (None, torch.rand(rows, classes))):
         a = (torch.randn(rows, classes), *side, torch.rand(classes), torch.ones(classes).bool())
@@ -116,6 +117,14 @@ def recorded():
         if name.endswith("_") and name[:-1] in found:
             found.setdefault(name, []).extend(found[name[:-1]])
     found |= over_ranks(head[0], indices, doubles)
+    where = (torch.tensor([0, classes]), dist.group.WORLD.group_name, 1)
+    for t in tensors:
+        settings, results = (-100, torch.tensor([0.1, 0.7, 5.0, 0.1]).double(), *cut), (*doubles[:5], indices)
+        args = (*t, doubles[0], *settings, 31, False, *where)
+        found.setdefault("linear_cross_entropy_shard", []).append(args)
+        found.setdefault("linear_cross_entropy_shard_rows", []).append((*t, *settings, True, *where))
+        args = (*doubles[:4], *t, *results, *doubles[:3], doubles[0].new_ones(()), *settings, True, 31, *where)
+        found.setdefault("linear_cross_entropy_shard_rows_grad", []).append(args)
     rows = found["cross_entropy_rows_forward"]
     found["linear_cross_entropy_chunk_"] += [(*args[:5], None, 0.0, *args[5:]) for args in rows]
     found.setdefault("linear_cross_entropy_small", []).append((*head, indices, -100, 1, 7))

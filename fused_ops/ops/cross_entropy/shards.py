@@ -492,9 +492,8 @@ def sum_over_rows(values: Tensor, a: RowArgs, o: RowOptions, group: Any, place: 
     return total
 
 
-def check_ranks(ranks: Ranks) -> Ranks:
+def check_ranks(ranks: Ranks, op: str = "cross_entropy") -> Ranks:
     """The groups of a call with integers; raises for arguments that are wrong or cannot work, without a collective."""
-    op = "cross_entropy"
     collectives.check_group(op, "class_group", ranks.class_group)
     collectives.check_group(op, "row_group", ranks.row_group)
     given = [name for name, value in zip(("class_start", "classes"), ranks[1:3], strict=True) if value is not None]

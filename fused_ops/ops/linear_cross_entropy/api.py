@@ -18,9 +18,16 @@ from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
 from fused_ops.ops.cross_entropy.api import index_loss, rows
 from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
-from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput, Reduction, reduced_loss, row_scale
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
-from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.cross_entropy.reduction import (
+    CrossEntropyOutput,
+    Reduction,
+    denominator_of_ranks,
+    reduced_loss,
+    row_scale,
+)
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, find_place
+from fused_ops.ops.linear_cross_entropy import by_shards, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
     at_least_one,
     checked_ignore_index,
@@ -29,7 +36,9 @@ from fused_ops.ops.linear_cross_entropy.arguments import (
     head_of,
     shapes,
     shifted,
+    with_all_rows,
 )
+from fused_ops.ops.linear_cross_entropy.by_shards import Spread
 from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -44,11 +53,15 @@ def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Te
     return rows(a._replace(input=reference.logits(head, classes)), o)
 
 
-def _is_sum(call: Call, head: Head, reduction: Reduction) -> int:
-    """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart."""
+def _is_sum(call: Call, head: Head, reduction: Reduction, spread: bool) -> int:
+    """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart.
+
+    If the classes are spread over ranks, some may be without any, and goes the way of the others.
+    """
     if reduction.name == "none" or reduction.outputs or not torch.is_grad_enabled() or transforms_active():
         return 0
-    if not torch.compiler.is_compiling() and call.args.input.numel() == 0:
+    nothing = 0 in rows_shape(call.args.input) if spread else call.args.input.numel() == 0
+    if nothing and not torch.compiler.is_compiling():
         return 0
     others = (call.args.probabilities, call.args.weight, call.token_weight, reduction.normalizer)
     if forward_ad._current_level >= 0 or any(isinstance(t, Tensor) and t.requires_grad for t in others):
@@ -81,6 +94,11 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     max_memory_bytes: int | None = None,
     return_outputs: bool = False,
+    class_group: Any = None,
+    class_start: int | None = None,
+    classes: int | None = None,
+    row_group: Any = None,
+    sequence_parallel: bool = False,
 ) -> Any:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
@@ -117,12 +135,23 @@ def linear_cross_entropy(
             where that makes it faster; all the logits if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice.
         return_outputs: Returns a ``CrossEntropyOutput``.
+        class_group: As in ``cross_entropy``, like the next three, of ranks that share the classes: ``linear_weight``,
+            ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape hold this rank's.
+            All else is the same on all ranks, and its gradients, those of ``input`` and lora's A too, are whole on
+            each: not to be summed again.
+        class_start: The first class of this rank.
+        classes: How many all ranks have.
+        row_group: Of ranks that share the rows.
+        sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
+            the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
+            results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
 
     Raises:
-        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1.
+        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1; ``sequence_parallel`` without
+            ``class_group``, or with a target of another number of rows than the ranks have together.
         RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
             with class probabilities; ``shift`` with another target than class indices.
         IndexError: a class index outside [0, classes).
@@ -135,6 +164,12 @@ def linear_cross_entropy(
         Without reduction, and with ``return_outputs``, the backward computes the logits again, in chunks as well. The
         second derivative is computed in chunks; forward-mode AD, torch.func and derivatives beyond take the logits at
         once.
+
+        With ``class_group`` each chunk is one exchange, which goes on while the next chunk's product is computed; two
+        chunks share what ``chunk_rows`` and ``max_memory_bytes`` allow. These, like all arguments that say what is
+        computed, must be the same on all ranks, and so must be which gradients are wanted and how often a backward
+        runs. The gradient of ``input`` is one sum over ranks: of 16 bits in float32, and rounded once. The second
+        derivative takes all logits of a rank at once.
 
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
@@ -152,6 +187,11 @@ def linear_cross_entropy(
         and loss_dtype is None
         and chunk_rows is None
         and max_memory_bytes is None
+        and class_group is None
+        and row_group is None
+        and class_start is None
+        and classes is None
+        and not sequence_parallel
         and type(z_loss) in _NUMBERS
         and z_loss == 0
         and type(logit_scale) in _NUMBERS
@@ -180,6 +220,11 @@ def linear_cross_entropy(
             "shift": shift,
             "lora": lora,
             "return_outputs": return_outputs,
+            "class_group": class_group,
+            "class_start": class_start,
+            "classes": classes,
+            "row_group": row_group,
+            "sequence_parallel": sequence_parallel,
         }
         theirs: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
         if overridden:
@@ -196,12 +241,20 @@ def linear_cross_entropy(
         *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
     ]
     check_tensors("linear_cross_entropy", named)
+    if sequence_parallel and class_group is None:
+        raise ValueError("linear_cross_entropy: sequence_parallel=True is for classes that are spread over class_group")
+    ranks = None
+    if not (class_group is None and row_group is None and class_start is None and classes is None):
+        ranks = check_ranks(Ranks(class_group, class_start, classes, row_group), "linear_cross_entropy")
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
-    wanted = Reduction(reduction, normalizer, empty, return_outputs).check()
+    wanted = Reduction(reduction, normalizer, empty, return_outputs, ranks).check()
     shape = shapes(input, linear_weight, linear_bias)
-    head = head_of(input, linear_weight, linear_bias, lora, shape)
-    found = flat_target(target, shape, ignore_index)
+    if sequence_parallel:
+        shape = with_all_rows(shape, input, target)
+    head = head_of(input, linear_weight, linear_bias, lora, shape, class_group if sequence_parallel else None)
+    some = class_group is not None
+    found = flat_target(target, shape, ignore_index, some)
     cut = Cut(
         math.prod(shape.outputs),
         at_least_one("chunk_rows", chunk_rows),
@@ -214,10 +267,13 @@ def linear_cross_entropy(
         token_weight = flat("token_weight", token_weight, shape, None)
     ignored = checked_ignore_index(ignore_index)
     given = Numbers(ignored, label_smoothing, z_loss, logit_scale, softcap)
-    call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype)
+    call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype, some)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights
         head = Head(*(None if t is None else t.to(call.args.input.dtype) for t in head))  # type: ignore[arg-type]
-    result = _run(call, head, shape.classes, cut, wanted)
+    spread = None
+    if ranks is not None:
+        head, spread, wanted = _with_ranks(call, head, wanted, math.prod(shape.lead) if sequence_parallel else None)
+    result = _run(call, head, shape.classes, cut, wanted, spread)
     if reduction != "none" and not return_outputs:
         return result
     row_shape = shape.rows(False)
@@ -226,19 +282,49 @@ def linear_cross_entropy(
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(row_shape) for t in result))
 
 
-def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction) -> Any:
+def _with_ranks(
+    call: Call, head: Head, reduction: Reduction, rows: int | None
+) -> tuple[Head, Spread | None, Reduction]:
+    """The head with what all ranks have alike, where its classes are, and the reduction with its denominator.
+
+    Args:
+        call: The checked call.
+        head: The matrices.
+        reduction: With process groups.
+        rows: Of all ranks, where each has some of the input's.
+    """
+    ranks = reduction.ranks
+    assert ranks is not None
+    place = None if ranks.class_group is None else find_place(call.args.input, ranks)
+    if place is not None and not isinstance(place, Tensor):
+        check_place(call.args, place)
+    if ranks.row_group is not None:
+        denominator = denominator_of_ranks(call, reduction, place)
+        reduction = reduction if denominator is None else reduction._replace(normalizer=denominator)
+    reduction = reduction._replace(ranks=None)
+    if place is None:
+        return head, None, reduction
+    return by_shards.spread(head, ranks.class_group, rows), Spread(place, ranks.class_group), reduction
+
+
+def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction, spread: Spread | None) -> Any:
     """The loss of a prepared call, in the way that suits it."""
     compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
-    if in_formulas or (not compiling and cut.is_small(head)):
+    where: tuple[Any, ...] = ()
+    if spread is not None:
+        if spread.at_once(head, cut):
+            return reduced_loss(call, reduction, partial(spread.whole_rows, head, cut))
+        where = spread.where()
+    elif in_formulas or (not compiling and cut.is_small(head)):
         if not in_formulas and reduction.is_ordinary() and call.is_index_alone():
             assert call.args.indices is not None
             logits = reference.logits(head, classes)
             return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name)
         return reduced_loss(call, reduction, partial(_whole_rows, head, classes))
-    needs = _is_sum(call, head, reduction)
+    needs = _is_sum(call, head, reduction, spread is not None)
     if needs:
         scale = row_scale(call, reduction)
         nan_if_empty = reduction.name == "mean" and reduction.normalizer is None and reduction.empty == "nan"
-        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty)
+        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty, where)
         return loss.to(call.loss_dtype)
-    return reduced_loss(call, reduction, partial(linear_rows, head, cut))
+    return reduced_loss(call, reduction, partial(linear_rows, head, cut, where))

@@ -1,0 +1,117 @@
+"""Linear cross-entropy whose classes or rows are spread over processes: against one process, and float64 formulas."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.distributed import processes
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
+)
+
+CASES = [
+    "options_and_targets",
+    "sums_in_the_forward",
+    "arguments_that_all_have",
+    "outputs_and_what_is_retained",
+    "rows_of_the_input_on_each_rank",
+    "several_positions",
+    "derivatives_of_derivatives",
+    "rows_of_a_mean_on_each_rank",
+    "errors",
+    "memory",
+]
+SLOW = ["transforms", "compiled_as_one_graph", "classes_and_rows_on_a_mesh"]  # imports take long, or of 4 processes
+MODULE = "tests.distributed.head_shard_cases"
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return processes.problems_of(MODULE, 2, tmp_path_factory.mktemp("head_shards"), ",".join(CASES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_two_processes(name, two_processes):
+    assert two_processes[name] == []
+
+
+@pytest.mark.slow
+def test_what_imports_much_in_two_processes(tmp_path):
+    found = processes.problems_of(MODULE, 2, tmp_path, ",".join(SLOW))
+    assert found == {name: [] for name in SLOW}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_in_more_processes(world, tmp_path):
+    assert processes.problems_of(MODULE, world, tmp_path) == {name: [] for name in [*CASES, *SLOW]}
+
+
+COUNT = """
+import json, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fused_ops
+from fused_ops.distributed import collectives
+from fused_ops.ops.linear_cross_entropy import by_rows
+
+RANKS, ROWS, CLASSES, FEATURES = 1024, 100, 4, 600
+dist.init_process_group("fake", rank=3, world_size=RANKS, store=FakeStore())
+events, product, gather, reduce = [], by_rows.product, collectives._all_gather, dist.all_reduce
+
+class Work:
+    def wait(self):
+        events.append("wait")
+
+def noted_product(*args):
+    events.append("product")
+    return product(*args)
+
+def noted_gather(output, input, **options):
+    events.append(["gather", input.nbytes])
+    gather(output, input, **options)
+    return Work()
+
+def noted_reduce(input, **options):
+    events.append(["reduce", input.nbytes])
+    return reduce(input, **options)
+
+by_rows.product, collectives._all_gather, collectives.dist.all_reduce = noted_product, noted_gather, noted_reduce
+x = torch.randn(ROWS, FEATURES, dtype=torch.bfloat16, requires_grad=True)
+w = torch.randn(CLASSES, FEATURES, dtype=torch.bfloat16, requires_grad=True)
+target = torch.randint(0, CLASSES * RANKS, (ROWS,))
+target[:10] = -100
+where = {"class_group": dist.group.WORLD, "class_start": 3 * CLASSES, "classes": CLASSES * RANKS}
+found = {}
+for name, options in {
+    "mean": where,
+    "sizes": {"class_group": dist.group.WORLD},
+    "rows apart": {**where, "return_outputs": True},
+    "mask of rows": {**where, "class_mask": torch.ones(ROWS, CLASSES).bool(), "label_smoothing": 0.1},
+}.items():
+    events.clear()
+    out = fused_ops.linear_cross_entropy(x, w, target, chunk_rows=60, **options)
+    forward = list(events)
+    events.clear()
+    (out.loss if name == "rows apart" else out).backward()
+    found[name] = forward, [e for e in events if e not in ("product", "wait")]
+print(json.dumps(found))
+"""
+
+
+def test_what_1024_ranks_exchange(run_python):
+    """One gather a chunk, which travels while the next product is computed, and one sum of the input's gradient."""
+    found = json.loads(run_python("-c", COUNT).stdout)
+    of_row, hidden = 7 * 8, ["reduce", 100 * 600 * 4]
+    in_chunks = ["product", ["gather", 30 * of_row]]
+    for _ in range(2):
+        in_chunks += ["product", ["gather", 30 * of_row], "wait"]
+    assert found["mean"] == [[*in_chunks, "wait"], [hidden]]
+    assert found["sizes"] == [[["gather", 8], "wait", *in_chunks, "wait"], [hidden]]
+    gathered = [e for e in found["rows apart"][0] if e not in ("product", "wait")]
+    assert gathered == [["gather", rows * 9 * 8] for rows in (30, 30, 30, 10)]
+    assert found["rows apart"][1] == [hidden]
+    gathered = [e for e in found["mask of rows"][0] if e not in ("product", "wait")]
+    assert gathered == [["gather", 100 * 8], *(["gather", 30 * of_row] for _ in range(3))]
