@@ -6,12 +6,14 @@ with float64 formulas.
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from test_cross_entropy_options import DTYPES, draw, formula
+from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
+from fused_ops.distributed import collectives
 
 CASES = {}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -114,17 +116,6 @@ def options_and_targets(rank, world):
         compare(part, kind, x, target, options, dtype)
 
 
-def mean_of(x, target, token_weight=None, weight=None, **options):
-    """The mean in plain PyTorch."""
-    rows = formula(x, target, weight=weight, **options)
-    counts = torch.ones_like(rows)
-    if not isinstance(target, tuple) and target.shape != x.shape:
-        counts = (target != -100).double()
-        counts = counts if weight is None else counts * weight.double()[target.clamp(min=0)]
-    token_weight = torch.ones_like(rows) if token_weight is None else token_weight
-    return (rows * token_weight).sum() / (counts * token_weight).sum()
-
-
 @case
 def outputs(rank, world):
     torch.manual_seed(3)
@@ -208,10 +199,10 @@ def second_derivatives(rank, world):
             mine = part.of(upstream) if where else upstream
             # what is spread over the ranks: the sum of shares, as the loss of the second derivative
             dot = (first[0] * mine).sum()
-            dot = fused_ops.distributed.collectives.sum_of_shares(dot, dist.group.WORLD) if where else dot
+            dot = collectives.sum_of_shares(dot, dist.group.WORLD) if where else dot
             rest = first[1].square().sum() if len(first) > 1 else 0
             second = torch.autograd.grad(dot + rest, leaves)
-            tangent = torch.func.jvp(lambda y, where=where: loss(y, fixed, **where), (y.detach(),), (mine,))[1]
+            tangent = torch.func.jvp(partial(loss, w=fixed, **where), (y.detach(),), (mine,))[1]
             found.append([*first, *second, tangent])
         n = len(found[0]) // 2
         for i, (mine, whole) in enumerate(zip(*found, strict=True)):
@@ -243,15 +234,15 @@ def row_groups(rank, world):
         if reduction == "none":
             near(loss.detach(), expected.detach()[mine], 1e-12, name)
         else:
-            total = fused_ops.distributed.collectives.sum_of_ranks(loss.detach(), dist.group.WORLD)
+            total = collectives.sum_of_ranks(loss.detach(), dist.group.WORLD)
             near(total, expected.detach(), 1e-12, (name, reduction))
         for i in range(2):
             near(grads[i], exact[i][mine], 1e-12, (name, reduction, i))
 
 
-def raises(error, message, call):
+def raises(error, message, function, *args, **options):
     try:
-        call()
+        function(*args, **options)
     except error as found:
         assert message in str(found), str(found)
     else:
@@ -263,21 +254,18 @@ def bad_targets_raise_on_all_ranks(rank, world):
     torch.manual_seed(1)
     x, target = torch.randn(4, 6), torch.tensor([0, 5, -100, 3])
     part = Part("even", rank, world, 6)
-    rows = dist.group.WORLD
-    for options in ({}, {"label_smoothing": 0.1}, {"return_outputs": True}):
-        for bad in (6, -1, -(2**63)):
-            wrong = target.clone()
-            wrong[3] = bad
-            message = f"Target {bad} is out of bounds."
-            raises(IndexError, message, lambda w=wrong, o=options: fused_ops.cross_entropy(part.of(x), w, **part.where(), **o))
-            here = wrong if rank == 0 else target
-            raises(IndexError, message, lambda h=here, o=options: fused_ops.cross_entropy(x, h, row_group=rows, **o))
-            for reduction in ("sum", "none"):
-                raises(
-                    IndexError,
-                    message,
-                    lambda h=here, r=reduction: fused_ops.cross_entropy(x, h, row_group=rows, reduction=r),
-                )
+    rows = {"row_group": dist.group.WORLD}
+    for bad, options in itertools.product((6, -1, -(2**63)), ({}, {"label_smoothing": 0.1}, {"return_outputs": True})):
+        wrong = target.clone()
+        wrong[3] = bad
+        here = wrong if rank == 0 else target  # on one rank alone
+        calls = [(part.of(x), wrong, part.where()), (part.of(x), here, {"class_group": dist.group.WORLD})]
+        calls += [(x, here, {**rows, "reduction": reduction}) for reduction in ("mean", "sum", "none")]
+        calls += [(x, (here.unsqueeze(1), torch.ones(4, 1)), rows), (x, here, {**rows, "normalizer": 3})]
+        for y, labels, where in calls:
+            raises(
+                IndexError, f"Target {bad} is out of bounds.", fused_ops.cross_entropy, y, labels, **where, **options
+            )
         loss = fused_ops.cross_entropy(part.of(x), target, **part.where(), reduction="sum")  # and nothing is left
         near(loss, fused_ops.cross_entropy(x, target, reduction="sum"), 3e-6, "after an error")
 
@@ -287,19 +275,178 @@ def compiled_as_one_graph(rank, world):
     torch.manual_seed(7)
     x, weight = torch.randn(10, CLASSES), torch.rand(CLASSES) + 0.1
     group = dist.group.WORLD
-    for kind in ("index", "dense", "sparse"):
+    for kind, given in (("index", True), ("dense", True), ("sparse", False), ("index", False)):
         part, target = Part("uneven", rank, world), draw(kind, x.shape, x.dtype)
-        for where in (part.where(), {"class_group": group}, {"class_group": group, "row_group": dist.new_group([rank], use_local_synchronization=True)}):
+        target = target_here(kind, target, part)
+        where = part.where() if given else {"class_group": group}
 
-            def f(y, w, target=target_here(kind, target, part), where=where):
-                out = fused_ops.cross_entropy(
-                    y * 2, target, w, z_loss=0.1, label_smoothing=0.1, return_outputs=True, **where
-                )
-                return out.loss + out.entropy.sum()
+        def loss(y, w, target=target, where=where):
+            out = fused_ops.cross_entropy(
+                y * 2, target, w, z_loss=0.1, label_smoothing=0.1, return_outputs=True, row_group=group, **where
+            )
+            return out.loss + out.entropy.sum()
 
-            leaves = [part.of(x).clone().requires_grad_(), weight.clone().requires_grad_(kind != "index")]
-            wanted = leaves[:1] if kind == "index" else leaves
-            compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(compiled(*leaves), f(*leaves))
-            for a, b in zip(*(torch.autograd.grad(g(*leaves), wanted) for g in (compiled, f)), strict=True):
-                torch.testing.assert_close(a, b)
+        leaves = [part.of(x).clone().requires_grad_(), weight.clone().requires_grad_(kind != "index")]
+        wanted = leaves[:1] if kind == "index" else leaves
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+        for a, b in zip(*(torch.autograd.grad(f(*leaves), wanted) for f in (compiled, loss)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@case
+def derivatives_by_finite_differences(rank, world):
+    """Of a whole that all ranks have alike, each takes its part: the ranks' checks go in step."""
+    torch.manual_seed(8)
+    group, classes = dist.group.WORLD, 5
+    part = Part("uneven" if world < 3 else "even", rank, world, classes)
+    x, weight, token = (torch.randn(shape, dtype=torch.float64) for shape in ((3, classes), (classes,), (3,)))
+    sparse = torch.rand(3, 2, dtype=torch.float64)
+    targets = {
+        "index": lambda _: torch.tensor([4, -100, 0]),
+        "dense": lambda p: part.of(collectives.copy_to_shares(p, group)),
+        "sparse": lambda p: (torch.tensor([[0, 4], [-100, 2], [1, 1]]), p),
+    }
+    more = {"index": None, "dense": x.softmax(1), "sparse": sparse}
+    for kind, target in targets.items():
+
+        def values(x, token, *others, kind=kind, target=target):
+            own = part.of(collectives.copy_to_shares(x, group))
+            w = others[0] if others else weight.abs()
+            out = fused_ops.cross_entropy(
+                own,
+                target(others[1] if others else None),
+                w,
+                token_weight=token,
+                label_smoothing=0.1,
+                softcap=3.0,
+                z_loss=0.1,
+                return_outputs=True,
+                **part.where(),
+            )
+            wanted = out.loss, out.lse, out.entropy
+            return wanted if kind != "index" else (*wanted, out.target_log_probability)
+
+        inputs = [x, token.abs() + 0.1] + ([weight.abs() + 0.1, more[kind]] if more[kind] is not None else [])
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        assert torch.autograd.gradcheck(values, inputs, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(values, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+@case
+def transforms(rank, world):
+    torch.manual_seed(9)
+    group, part, target = dist.group.WORLD, Part("even", rank, world, 5), torch.tensor([4, -100, 0])
+
+    def ours(x):
+        own = part.of(collectives.copy_to_shares(x, group))
+        return fused_ops.cross_entropy(own, target, label_smoothing=0.1, z_loss=0.1, **part.where())
+
+    def whole(x):
+        return fused_ops.cross_entropy(x, target, label_smoothing=0.1, z_loss=0.1)
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    for f in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        near(f(ours)(x), f(whole)(x), 1e-12, f.__name__)
+    batch = torch.randn(2, 3, 5, dtype=torch.float64)
+    near(torch.vmap(ours)(batch), torch.vmap(whole)(batch), 1e-12, "vmap")
+    near(torch.vmap(torch.func.grad(ours))(batch), torch.vmap(torch.func.grad(whole))(batch), 1e-12, "vmap of grad")
+    nested = torch.func.jacfwd(torch.func.jacfwd(ours))
+    raises(NotImplementedError, "one level of forward-mode AD", nested, x)
+
+
+@case
+def a_group_of_one_rank(rank, world):
+    torch.manual_seed(10)
+    group = dist.new_group([rank], use_local_synchronization=True)
+    for dtype in DTYPES:
+        x, target = torch.randn(20, CLASSES).to(dtype), torch.randint(0, CLASSES, (20,))
+        found = []
+        for where in ({"class_group": group, "row_group": group}, {}):
+            y = x.clone().requires_grad_()
+            loss = fused_ops.cross_entropy(y, target, label_smoothing=0.1, **where)
+            found += [loss.detach(), torch.autograd.grad(loss, y)[0]]
+        near(found[0], found[2], TOLERANCE[dtype], dtype)
+        near(found[1], found[3], TOLERANCE[dtype], dtype)
+
+
+@case
+def masks_and_shapes(rank, world):
+    torch.manual_seed(11)
+    shapes = ((CLASSES,), (4, CLASSES), (0, CLASSES), (3, CLASSES, 2, 2), (2, CLASSES, 0))
+    for shape, kind, masks in itertools.product(shapes, ("even", "empty"), (0, 1, 2)):
+        part, x = Part(kind, rank, world), torch.randn(shape, dtype=torch.float64)
+        dim = min(x.dim() - 1, 1)
+        target = torch.randint(0, CLASSES, (*shape[:dim], *shape[dim + 1 :]))
+        mask = None if not masks else torch.rand(CLASSES if masks == 1 or x.dim() == 1 else shape) > 0.3
+        found = []
+        for y, where, own in ((part.of(x), part.where(), part.of), (x, {}, lambda t: t)):
+            y = y.clone().requires_grad_()
+            given = own(mask) if mask is not None and mask.dim() > 1 else mask
+            loss = fused_ops.cross_entropy(y, target, label_smoothing=0.1, reduction="sum", class_mask=given, **where)
+            found += [loss.detach(), torch.autograd.grad(loss, y)[0]]
+        near(found[0].nan_to_num(-1, -2), found[2].nan_to_num(-1, -2), 1e-12, (shape, kind, masks))
+        assert torch.equal(found[0].isfinite(), found[2].isfinite())
+        near(found[1], part.of(found[3]), 1e-12, (shape, kind, masks))
+
+
+@case
+def the_backward_writes_over_the_logits(rank, world):
+    torch.manual_seed(12)
+    part, target = Part("uneven", rank, world), torch.randint(0, CLASSES, (20,))
+    leaf = part.of(torch.randn(20, CLASSES)).clone().requires_grad_()
+    options = {"label_smoothing": 0.1, **part.where()}
+    logits = leaf * 1
+    loss = fused_ops.cross_entropy(logits, target, inplace_backward=True, **options)
+    grad = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(grad, torch.autograd.grad(fused_ops.cross_entropy(leaf, target, **options), leaf)[0])
+    assert torch.equal(logits, grad)
+    raises(RuntimeError, "modified by an inplace operation", torch.autograd.grad, loss, leaf)
+
+
+@case
+def what_empty_says_is_about_all_ranks(rank, world):
+    x, target = torch.randn(3, 4), torch.full((3,), -100)
+    rows = {"row_group": dist.group.WORLD}
+    assert fused_ops.cross_entropy(x, target, **rows).isnan()
+    assert fused_ops.cross_entropy(x, target, empty="zero", **rows) == 0
+    raises(ValueError, "nothing counts", fused_ops.cross_entropy, x, target, empty="raise", **rows)
+    if rank == 0:
+        target[1] = 2
+    loss = fused_ops.cross_entropy(x, target, empty="raise", **rows)
+    assert loss == (fused_ops.cross_entropy(x, target) if rank == 0 else 0)
+
+
+@case
+def wrong_arguments_raise_before_a_collective(rank, world):
+    if rank:  # nobody to talk to
+        return
+    group, x, target = dist.group.WORLD, torch.randn(3, 4), torch.tensor([0, 1, 2])
+    eight = {"class_start": 0, "classes": 8, "class_group": group}
+    calls = (
+        (ValueError, "class_start and classes together, got only class_start", {"class_start": 0}),
+        (ValueError, "got only classes", {"classes": 4, "class_group": group}),
+        (ValueError, "together, got only class_start and classes", {"class_start": 0, "classes": 4}),
+        (ValueError, "class_start=6", {"class_start": 6, "classes": 8, "class_group": group}),
+        (ValueError, "class_start=-1", {"class_start": -1, "classes": 8, "class_group": group}),
+        (TypeError, "'classes' must be int", {"class_start": 0, "classes": 8.5, "class_group": group}),
+        (TypeError, "'class_group' must be a torch.distributed.ProcessGroup", {"class_group": "model"}),
+        (TypeError, "'row_group' must be", {"row_group": 3}),
+        (
+            RuntimeError,
+            "for all 8 classes",
+            {"weight": torch.ones(4), **eight},
+        ),
+        (
+            RuntimeError,
+            "class_mask of shape [8]",
+            {"class_mask": torch.ones(4) > 0, **eight},
+        ),
+        (ValueError, "normalizer is for", {"class_group": group, "normalizer": 3, "reduction": "sum"}),
+        (RuntimeError, "normalizer", {"row_group": group, "normalizer": torch.ones(2)}),
+        (RuntimeError, "token_weight of shape", {"row_group": group, "token_weight": torch.ones(2)}),
+        (ValueError, "batch_size", {"class_group": group, "target": target[:2]}),
+    )
+    for error, message, options in calls:
+        raises(error, message, fused_ops.cross_entropy, x, **{"target": target, **options})
