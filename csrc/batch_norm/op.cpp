@@ -39,7 +39,7 @@ struct ForwardCall {
         dtype(float_dtype(kOp, "input", input)),
         view(view_of(input, channels_last, valid, a.training ? a.groups : 1,
                      a.has_mask() ? kSmallMaskedSpatial : kSmallSpatial)),
-        output(empty_huge(kOp, input, input.strides())),
+        output(empty_huge(kOp, input, channels_last || keeps_channels_last_strides(a))),
         statistics(empty_statistics()) {
     if (a.mask) check_mask(*a.mask, view.mask_rows() * view.mask_row_bytes());
     if (a.updates()) new_mean = dense(*a.running_mean), new_var = dense(*a.running_var);
@@ -136,12 +136,7 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
       small_forward(call);
     else
       forward_passes(call);
-    for (const auto& [to, from] :
-         {std::pair(&a.running_mean, &call.new_mean), std::pair(&a.running_var, &call.new_var)}) {
-      if (!a.updates() || (*to)->is_contiguous()) continue;
-      Tensor t = **to;
-      torch::stable::copy_(t, **from);
-    }
+    if (a.updates()) write_back(a.running_mean, call.new_mean), write_back(a.running_var, call.new_var);
   }
   return {call.output, call.statistics};
 }

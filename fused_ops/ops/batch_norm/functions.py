@@ -23,7 +23,6 @@ from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
     has_torch_function,
-    increment_version,
     transforms_active,
     without_overrides,
 )
@@ -36,7 +35,7 @@ _STRIDED = torch.strided
 def _fake_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     a = ForwardArguments(*arguments, **named)
     count = a.input.size(1) * (reference.group_count(a.input.size(0), a.groups) if a.training else 1)
-    return empty_output(a.input), a.input.new_empty((2, count), dtype=torch.float64)
+    return reference.empty_forward_output(a), a.input.new_empty((2, count), dtype=torch.float64)
 
 
 def _fake_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,12 +411,10 @@ def eager(
     """
     if input.layout is _STRIDED and not input.is_contiguous():
         input = in_its_format(input)
-    update = False
     if running_mean is not None and running_var is not None:
         if running_mean.requires_grad or running_var.requires_grad:
             raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
-        update = training and graph_task_id() == -1
-        if training and not update:  # see fused_ops.ops.batch_norm.api.recomputing
+        if training and graph_task_id() != -1:  # see fused_ops.ops.batch_norm.api.recomputing
             running_mean = running_var = None
     residual = more[0] if more else None
     output: Tensor
@@ -433,6 +430,4 @@ def eager(
         output = _forward_with_options((input, running_mean, running_var, weight, bias), training, numbers, more)[0]
     else:
         output = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)[0]
-    if update:
-        increment_version([running_mean, running_var])
     return output

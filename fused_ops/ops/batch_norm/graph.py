@@ -59,7 +59,8 @@ def _forward(*args: Any) -> Any:
 def _fake_forward(*args: Any) -> Any:
     call = _call_of(args, 0.1, 1e-5, 0.0)
     input, training = call.input, call.options.training
-    output, statistics = functions._fake_forward(input, *call[1:5], training, groups=call.options.groups)
+    options = {"activation": call.options.activation, "residual": call.residual, "groups": call.options.groups}
+    output, statistics = functions._fake_forward(input, *call[1:5], training, **options)
     new_mean, new_var = (
         input.new_empty((0,), dtype=torch.float64) if r is None or not training else torch.empty_like(r)
         for r in (call.running_mean, call.running_var)
@@ -169,9 +170,8 @@ def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
-    torch.autograd.graph.increment_version((running_mean, running_var))
+    running_mean.data.copy_(new_mean)
+    running_var.data.copy_(new_var)
 
 
 # The running statistics come last: an op that returns its first argument, written to, is what torch.func refuses for
