@@ -304,14 +304,11 @@ def _call_forward(
 
 
 def _forward_with_options(
-    tensors: tuple[Any, ...], training: bool, numbers: tuple[Any, ...], more: tuple[Any, ...]
+    tensors: tuple[Any, ...], training: bool, numbers: tuple[Any, ...], more: tuple[Any, ...], masked: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(output, statistics, mask) with ``more``, the residual, ``valid`` and ghost batches.
-
-    Without gradients too the mask is made, as the loops that make none may round differently.
-    """
+    """(output, statistics, mask) with ``more``, the residual, ``valid`` and ghost batches; a mask is for a backward."""
     residual, valid, groups = more
-    mask = _new_mask(tensors[0], residual, valid, numbers[3])
+    mask = _new_mask(tensors[0], residual, valid, numbers[3]) if masked else None
     return *_forward(*tensors, training, *numbers, residual, mask, valid, groups), mask
 
 
@@ -339,7 +336,7 @@ class BatchNormEagerFunction(Function):
             ctx.save_for_backward(input, weight, bias if numbers[3] else None, statistics)
             return output
         tensors = input, running_mean, running_var, weight, bias
-        output, statistics, mask = _forward_with_options(tensors, training, numbers, more)
+        output, statistics, mask = _forward_with_options(tensors, training, numbers, more, True)
         _, valid, groups = more
         ctx.numbers = training, *numbers, groups
         if mask is not None or numbers[3] == activations.NONE:
@@ -427,7 +424,8 @@ def eager(
         rest = running_mean, running_var, training, numbers, more
         output = _apply(input, weight, bias, rest) if residual is None else _apply(input, weight, bias, rest, residual)
     elif more:
-        output = _forward_with_options((input, running_mean, running_var, weight, bias), training, numbers, more)[0]
+        tensors = input, running_mean, running_var, weight, bias
+        output = _forward_with_options(tensors, training, numbers, more, False)[0]
     else:
         output = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)[0]
     return output
