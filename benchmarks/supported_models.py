@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in benchmarks/__main__.py
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fused_ops
 from fused_ops.conversion import records
@@ -33,7 +33,7 @@ from .families import FAMILIES, Batch, Family
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("eager", "convert", "backend")
-ROUNDS = 5
+ROUNDS = 9
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,44 +77,63 @@ def measure(family: Family, small: bool) -> dict[str, Any]:
     """Steps of the untouched model, of a converted copy and of a compiled copy, in turn."""
     if family.missing:
         return {"missing": family.missing}
-    torch.manual_seed(0)
-    model = family.build(small).train()
-    batch = family.batch(small)
-    converted, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    fused_ops.convert(converted, loss=getattr(converted, "loss_function", None) if family.heads else None)
-    calls: dict[str, Callable[..., Any]] = {
-        "eager": model, "convert": converted, "backend": torch.compile(compiled, backend="fused_ops")
-    }  # fmt: skip
-    models = dict(zip(WAYS, (model, converted, compiled), strict=True))
-    steps = {way: step(family, small, models[way], calls[way], batch) for way in WAYS}
-    for run in steps.values():  # compiles, loads and initialises
-        run()
+    steps, models = ways(family, small, torch.float32)
+    warm_up(steps)
     others, load = machine.OtherProcesses(), machine.load_average()
     times = interleaved(steps, 2 if small else ROUNDS)
+    busy = others.busy_cores()
+    fused = {"convert": fused_by_convert(models["convert"]), "backend": fused_by_backend(steps["backend"])}
     return {
-        "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()),
+        "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in models["eager"].modules()),
         "heads": int(family.heads),
-        "fused": {"convert": fused_by_convert(converted), "backend": fused_by_backend()},
+        "fused": fused,
         "step_ms": {way: round(1e3 * statistics.median(found), 2) for way, found in times.items()},
-        "peak_bytes": {way: memory.peak_extra_bytes(run) for way, run in steps.items()},
-        "busy_cores": others.busy_cores(),
+        "step_ratio": {way: round(median_ratio(found, times["eager"]), 3) for way, found in times.items()},
+        "peak_bytes": peaks(steps),
+        "difference": differences(family, small),
+        "busy_cores": busy,
         "load": load,
         "threads": torch.get_num_threads(),
         "environment": machine.environment("cpu"),
     }
 
 
-def step(family: Family, small: bool, model: nn.Module, call: Callable[..., Any], batch: Batch) -> Callable[[], None]:
-    """Forward, loss and backward."""
+def ways(family: Family, small: bool, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Any]], dict[str, nn.Module]]:
+    """(a training step, the model) of each way, of the same weights and batch."""
+    torch.manual_seed(0)
+    model = family.build(small).train().to(dtype)
+    batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in family.batch(small).items()}
+    models = {way: copy.deepcopy(model) for way in WAYS}
+    own = getattr(models["convert"], "loss_function", None) if family.heads else None
+    fused_ops.convert(models["convert"], loss=own)
+    calls: dict[str, Callable[..., Any]] = {**models, "backend": torch.compile(models["backend"], backend="fused_ops")}
+    return {way: step(family, small, models[way], calls[way], batch) for way in WAYS}, models
 
-    def run() -> None:
+
+def step(family: Family, small: bool, model: nn.Module, call: Callable[..., Any], batch: Batch) -> Callable[[], Any]:
+    """Forward, loss and backward; returns the loss."""
+
+    def run() -> Any:
         model.zero_grad()
-        family.loss(call(**batch), small).backward()
+        loss = family.loss(call(**batch), small)
+        loss.backward()
+        return loss.detach()
 
     return run
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def warm_up(steps: dict[str, Callable[[], Any]]) -> None:
+    """Runs each until it compiles nothing more: some models set what they are guarded by in their first step."""
+    for run in steps.values():
+        run()
+        for _ in range(5):
+            before = len(records.GRAPHS)
+            run()
+            if len(records.GRAPHS) == before:
+                break
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, in rounds whose order turns."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for turn in range(rounds):
@@ -126,16 +145,67 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
     return times
 
 
+def median_ratio(times: list[float], eager: list[float]) -> float:
+    """The median over the rounds, in each of which the two ran beside each other."""
+    return statistics.median(own / other for own, other in zip(times, eager, strict=True))
+
+
+def peaks(steps: dict[str, Callable[[], Any]]) -> dict[str, int | None]:
+    """How far the resident set rises in a step of each.
+
+    Large blocks come straight from the system: else holes in malloc's heap decide, by a fifth and more.
+    """
+    machine.set_allocator("fresh")
+    found: dict[str, int | None] = {}
+    for way, run in steps.items():
+        run()
+        tries = [memory.peak_extra_bytes(run) for _ in range(3)]
+        known = [peak for peak in tries if peak is not None]
+        found[way] = int(statistics.median(known)) if known else None
+    return found
+
+
+def differences(family: Family, small: bool) -> dict[str, float]:
+    """How far loss, gradients and buffers are from eager's after a step in float64, by the largest value of each.
+
+    The gradients are taken together: that of a bias before a batch norm is nothing but rounding.
+    """
+    steps, models = ways(family, small, torch.float64)
+    found: dict[str, dict[str, Tensor]] = {}
+    names: Any = None
+    for way, run in steps.items():
+        torch.manual_seed(1)  # of dropout
+        loss = run()
+        gradients = {name: p.grad for name, p in models[way].named_parameters() if p.grad is not None}
+        names = names or gradients.keys()
+        if gradients.keys() != names:
+            raise RuntimeError(f"{family.name}, {way}: other gradients than eager's")
+        together = torch.cat([g.flatten() for g in gradients.values()])
+        found[way] = {"loss": loss, "gradients": together, **dict(models[way].named_buffers())}
+    expected = found["eager"]
+    return {way: max(relative(t, expected[name]) for name, t in found[way].items()) for way in WAYS[1:]}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, by the largest value."""
+    if not expected.numel():
+        return 0.0
+    scale = float(expected.double().abs().max())
+    return float((found.double() - expected.double()).abs().max()) / (scale or 1.0)
+
+
 def fused_by_convert(model: nn.Module) -> dict[str, int]:
     """What ran in one op, by what it was, of the counts that the report shows."""
     return dict(Counter(entry.what for entry in fused_ops.report(model).fused))
 
 
-def fused_by_backend() -> dict[str, int]:
-    """The same of the graphs that have run."""
+def fused_by_backend(run: Callable[[], Any]) -> dict[str, int]:
+    """The same of the graphs that a step runs: of what was compiled again, the last one alone."""
+    before = [graph.calls for graph in records.GRAPHS]
+    run()
     found: Counter[str] = Counter()
-    for graph in records.GRAPHS:
-        if graph.calls:
+    for graph, calls in zip(records.GRAPHS, before, strict=True):
+        if graph.calls > calls:
             found.update(graph.fused)
     return dict(found)
 
@@ -144,7 +214,7 @@ def fused_by_backend() -> dict[str, int]:
 
 COLUMNS = (
     "model", "batch norms", "convert fuses", "the backend fuses", "step: eager", "convert", "backend",
-    "peak memory: eager", "convert", "backend",
+    "peak memory: eager", "convert", "backend", "differ by",
 )  # fmt: skip
 
 
@@ -159,8 +229,10 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         "",
         "*convert* is `fused_ops.convert(model)`, with `loss=model.loss_function` where there is a head over a",
         'vocabulary; *backend* is `torch.compile(model, backend="fused_ops")`. What they fuse is what their reports',
-        "counted while it ran. A step is forward, loss and backward: the median of interleaved rounds. Memory is how",
-        "far the resident set rises in a step.",
+        "counted in one step. A step is forward, loss and backward in float32: the median of interleaved rounds, and",
+        "of the ratio in each. Memory is how far the resident set rises in a step. The last column is how far loss,",
+        "gradients and buffers of the two are from the untouched model's after a step in float64, by the largest value",
+        "of each (losses that turn their logits to float32 bring its rounding in).",
     ]
     conditions = sorted({describe(entry) for entry in kept.values() if "missing" not in entry})
     parts += ["", *(f"Measured on {line}." for line in conditions)]
@@ -189,9 +261,10 @@ def row(name: str, entry: dict[str, Any]) -> list[object]:
         entry["norms"] or "",
         *(in_words(entry["fused"][way]) for way in WAYS[1:]),
         f"{times['eager']:.1f} ms",
-        *(ratio(times["eager"], times[way]) for way in WAYS[1:]),
+        *(f"{entry['step_ratio'][way]:.2f}x" for way in WAYS[1:]),
         tables.mebibytes(peaks["eager"]),
         *(ratio(peaks["eager"], peaks[way]) for way in WAYS[1:]),
+        f"{max(entry['difference'].values()):.0e}",
     ]
 
 

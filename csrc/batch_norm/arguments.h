@@ -206,6 +206,30 @@ inline MaybeTensor valid_positions(const MaybeTensor& valid, const Tensor& input
   return dense(*valid);
 }
 
+// Whether a result that lies the same either way, having one channel or one position, has the strides of channels_last:
+// as PyTorch's for an input with gaps in that order. An addition or an activation behind its batch norm drops them.
+// Source: is_channels_last_strides_2d_s4 of c10/core/MemoryFormat.h.
+inline bool keeps_channels_last_strides(const ForwardArguments& a) {
+  const Tensor& t = a.input;
+  if (t.is_contiguous() || t.dim() < 4 || t.dim() > 5 || a.residual || a.activation != Activation::none) return false;
+  if (t.size(1) > 1 && t.numel() > t.size(0) * t.size(1)) return false;
+  int64_t least = t.size(1);
+  if (t.stride(1) == 0) return false;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    least = t.stride(d) * t.size(d);
+  }
+  return t.stride(0) >= least && least != t.stride(1);
+}
+
+// Writes running statistics that were updated in a dense copy; as every write to them, without autograd's notice.
+inline void write_back(const MaybeTensor& to, const MaybeTensor& from) {
+  if (to->is_contiguous()) return;
+  Tensor alias =
+      torch::stable::from_blob(to->mutable_data_ptr(), to->sizes(), to->strides(), to->device(), to->scalar_type());
+  torch::stable::copy_(alias, *from);
+}
+
 // What the public function raises too, before anything is written. A dimension of stride 0 is what copy_ refuses.
 inline void check_forward(const ForwardArguments& a) {
   const Tensor& input = a.input;

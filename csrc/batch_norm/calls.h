@@ -26,7 +26,7 @@ struct ForwardCall {
         dtype(float_dtype(kOp, "input", input)),
         view(view_of(input, channels_last, valid, a.training ? a.groups : 1,
                      a.has_mask() ? kSmallMaskedSpatial : kSmallSpatial)),
-        output(empty_huge(kOp, input, input.strides())),
+        output(empty_huge(kOp, input, channels_last || keeps_channels_last_strides(a))),
         statistics(empty_statistics()) {
     if (a.mask) check_mask(*a.mask, view.mask_rows() * view.mask_row_bytes());
     if (a.updates()) new_mean = dense(*a.running_mean), new_var = dense(*a.running_var);

@@ -84,12 +84,7 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
       small_forward(call);
     else
       forward_passes(call);
-    for (const auto& [to, from] :
-         {std::pair(&a.running_mean, &call.new_mean), std::pair(&a.running_var, &call.new_var)}) {
-      if (!a.updates() || (*to)->is_contiguous()) continue;
-      Tensor t = **to;
-      torch::stable::copy_(t, **from);
-    }
+    if (a.updates()) write_back(a.running_mean, call.new_mean), write_back(a.running_var, call.new_var);
   }
   return {call.output, call.statistics};
 }

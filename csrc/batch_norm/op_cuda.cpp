@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
   call.activation = a.activation, call.slope = a.slope;
   call.training = a.training, call.momentum = a.momentum, call.eps = a.eps, call.correction = a.correction;
   const int64_t both[] = {2, input.size(1)};
-  Tensor output = empty_output(input), statistics = empty(input, {both, 2}, ScalarType::Double);
+  Tensor output = empty_result(input, is_channels_last(input) || keeps_channels_last_strides(a)),
+         statistics = empty(input, {both, 2}, ScalarType::Double);
   const Tensor memory = scratch(input, batch_norm_scratch(call.shape));
   call.parameters = {parameter_dtype(kind, input), data_of(weight), data_of(bias), data_of(running_mean),
                      data_of(running_var)};
@@ -90,11 +91,7 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
   call.new_mean = a.updates() ? running_mean->mutable_data_ptr() : nullptr;  // a channel is read before it is written
   call.new_var = a.updates() ? running_var->mutable_data_ptr() : nullptr;
   check_launch(kOp, batch_norm_forward(call, device.stream()));
-  for (const auto& [to, from] : {std::pair(&a.running_mean, &running_mean), std::pair(&a.running_var, &running_var)}) {
-    if (!a.updates() || (*to)->is_contiguous()) continue;
-    Tensor t = **to;
-    torch::stable::copy_(t, **from);
-  }
+  if (a.updates()) write_back(a.running_mean, running_mean), write_back(a.running_var, running_var);
   return {output, statistics};
 }
 
@@ -127,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) {
     if (sign_is_enough(a.activation)) call.mask = static_cast<const uint8_t*>(a.mask->const_data_ptr());
   }
   const ScalarType grad_type = kind ? *kind : input.scalar_type();
-  Tensor grad_input = a.need_input ? empty_output(input) : empty(input, {&none, 1}, input.scalar_type());
+  Tensor grad_input = a.need_input ? empty_result(input) : empty(input, {&none, 1}, input.scalar_type());
   Tensor grad_weight = empty(input, {&count, 1}, grad_type), grad_bias = empty(input, {&count, 1}, grad_type);
   const Tensor memory = scratch(input, batch_norm_scratch(call.shape));
   call.grad_dtype = parameter_dtype(kind, input);

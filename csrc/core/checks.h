@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <sstream>
 #include <stdexcept>
@@ -140,8 +141,21 @@ inline void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 }
 
 // A fresh tensor of the shape and strides of `input`.
-inline Tensor empty_huge(const char* op, const Tensor& input, IntHeaderOnlyArrayRef strides) {
-  Tensor t = empty_strided(input, input.sizes(), strides, input.scalar_type());
+// A result of the input's shape and dtype: channels_last, or contiguous.
+inline Tensor empty_result(const Tensor& input, bool channels_last) {
+  const int64_t dims = input.dim();
+  int64_t strides[kMaxDims], next = 1;
+  const auto lay = [&](int64_t d) { strides[d] = next, next *= std::max<int64_t>(input.size(d), 1); };
+  if (channels_last) lay(1);
+  for (int64_t d = dims; d-- > 0;)
+    if (!channels_last || d != 1) lay(d);
+  return empty_strided(input, input.sizes(), {strides, static_cast<size_t>(dims)}, input.scalar_type());
+}
+inline Tensor empty_result(const Tensor& input) { return empty_result(input, is_channels_last(input)); }
+
+// The same of the CPU, in huge pages.
+inline Tensor empty_huge(const char* op, const Tensor& input, bool channels_last) {
+  Tensor t = empty_result(input, channels_last);
   advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(op, "input", t)));
   return t;
 }

@@ -77,11 +77,5 @@ inline Tensor scratch(const Tensor& like, int64_t count) {
 #endif
 }
 
-// A tensor of another's shape, channels_last where that is, else contiguous.
-inline Tensor empty_output(const Tensor& input) {
-  if (is_channels_last(input)) return empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
-  return empty(input, input.sizes(), input.scalar_type());
-}
-
 }  // namespace cuda
 }  // namespace fused_ops

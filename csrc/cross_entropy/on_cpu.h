@@ -33,16 +33,7 @@ inline void check_targets(const CrossEntropyRows& rows, int64_t count, const Ten
   if (bad >= 0) raise_bad_target(indices, bad);
 }
 
-// A channels_last gradient for channels_last logits, else a contiguous one.
-inline Tensor grad_like(const Tensor& input) {
-  if (is_channels_last(input)) return empty_huge(kOp, input, input.strides());
-  int64_t strides[kMaxDims], next = 1;
-  for (int64_t d = input.dim(); d-- > 0;) {
-    strides[d] = next;
-    next *= std::max<int64_t>(input.size(d), 1);
-  }
-  return empty_huge(kOp, input, {strides, static_cast<size_t>(input.dim())});
-}
+inline Tensor grad_like(const Tensor& input) { return empty_huge(kOp, input, is_channels_last(input)); }
 
 // ---- class indices alone
 

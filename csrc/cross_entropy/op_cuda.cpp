@@ -38,7 +38,7 @@ Tensor index_backward(const IndexBackward& a, bool in_place) {
   const OnDevice device(a.input);
   const Tensor input = spatial_is_one_dim(a.input) ? a.input : dense(a.input);
   const Tensor target = dense(a.target), lse = dense(a.lse), grad_loss = dense(a.grad_loss);
-  Tensor grad = in_place ? input : empty_output(a.input);
+  Tensor grad = in_place ? input : empty_result(a.input);
   BackwardCall call{};
   call.dtype = float_dtype(kOp, "input", input);
   call.layout = layout_of(input), call.grad_layout = layout_of(grad);
@@ -73,7 +73,7 @@ Tensor rows_gradient(const RowsBackward& a, bool in_place) {
   const OnDevice device(a.tensors.input);
   RowsBackwardCall call{};
   BackwardValues values(a, p, call.steps);
-  Tensor grad = in_place ? p.input : empty_output(p.input);
+  Tensor grad = in_place ? p.input : empty_result(p.input);
   values.write_to(grad, p.input);
   const Tensor memory = scratch(p.input, rows_backward_scratch(p.rows));
   call.args = values.args, call.scratch = doubles_of(memory);

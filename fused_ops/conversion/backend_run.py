@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from fused_ops.core.memory_format import in_its_format
-from fused_ops.core.torch_private import set_versions
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.api import batch_norm as fused_batch_norm
 from fused_ops.ops.batch_norm.api import recomputing
@@ -29,11 +27,7 @@ def batch_norm(
     slope: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``fused_ops.batch_norm`` with ``slope`` for the activation's one number.
-
-    As with PyTorch's batch norm, autograd does not see that the running statistics are written: what saved them
-    outside of this graph (PyTorch's own batch norm does) can go on.
-    """
+    """``fused_ops.batch_norm`` with ``slope`` for the activation's one number."""
     args = (running_mean, running_var, weight, bias, training, momentum, eps)
     own: dict[str, Any] = {}
     if residual is not None:
@@ -44,12 +38,7 @@ def batch_norm(
         own["residual"] = residual
     if activation is not None:
         own |= {"activation": activation, "negative_slope": slope, "alpha": slope}
-    if not training or running_mean is None or running_var is None or torch.compiler.is_compiling():
-        return fused_batch_norm(input, *args, **own)
-    versions = running_mean._version, running_var._version
-    output = fused_batch_norm(input, *args, **own)
-    set_versions((running_mean, running_var), versions)
-    return output
+    return fused_batch_norm(input, *args, **own)
 
 
 def count_batch(batches: Tensor, number: int = 1) -> Tensor:

@@ -49,6 +49,12 @@ class Carried(NamedTuple):
 AS_IT_IS = Carried()
 
 
+class Needed(NamedTuple):
+    """What a handler returns that needs the logits, instead of NotImplemented, where the reason is worth telling."""
+
+    why: str
+
+
 @dataclass(eq=False)
 class State:
     """Of logits that are not there: how to compute them, and what a loss without them needs."""
@@ -162,12 +168,13 @@ class DeferredLogits(Tensor):
         if func in METADATA and args[0]._state.real is None:
             return Tensor.__torch_function__(func, (), args, kwargs)
         result = _handled(func, args, kwargs)
-        if result is not NotImplemented:
+        why = result.why if isinstance(result, Needed) else ""
+        if not why and result is not NotImplemented:
             return result
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         if func in _ASK_FOR_GRADIENTS:
             _refuse_if_too_late(func, name, args, kwargs)
-        reason = f"{name.removesuffix('.__get__')} used them"
+        reason = why or f"{name.removesuffix('.__get__')} used them"
         args, kwargs = tree_map_only(DeferredLogits, lambda t: t._state.settle(reason), (args, kwargs))
         return func(*args, **kwargs)
 

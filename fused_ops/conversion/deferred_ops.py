@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.conversion.deferred_logits import AS_IT_IS, HANDLERS, DeferredLogits
+from fused_ops.conversion.deferred_logits import AS_IT_IS, HANDLERS, DeferredLogits, Needed
 
 _HALF = (torch.bfloat16, torch.float16)
 _PRIME = 1_000_003  # a size of the last dimension that no other has
@@ -222,7 +222,11 @@ def _add_low_rank(func: Any, logits: DeferredLogits, low: DeferredLogits) -> Any
     if mine.head.low_input is not None or theirs.head.low_input is not None or theirs.head.bias is not None:
         return NotImplemented
     if mine.twin.dtype != theirs.twin.dtype or mine.head.input.dtype != theirs.head.input.dtype:
-        return NotImplemented
+        base, term = (str(state.twin.dtype).removeprefix("torch.") for state in (mine, theirs))
+        return Needed(
+            f"its low-rank term is {term} and its base {base}: get_peft_model(..., autocast_adapter_dtype=False) keeps "
+            "adapters in the base's dtype, autocast runs both in one"
+        )
     scale = theirs.carried.times / theirs.carried.over
     low_input = theirs.head.input if scale == 1 else theirs.head.input * scale
     head = mine.head._replace(low_input=low_input, low_weight=theirs.head.weight)

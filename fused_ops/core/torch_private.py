@@ -231,9 +231,6 @@ legacy_reduction: Callable[..., str] = _found("torch.nn._reduction:legacy_get_st
 
 BACKEND_REGISTRY = "torch._dynamo.backends.registry"  # the module that knows torch.compile's backends
 HigherOrder: Any = _found("torch._ops:HigherOrderOperator", ())
-set_versions: Callable[[Any, Any], None] = _found(
-    "torch:_C._autograd._unsafe_set_version_counter", lambda tensors, versions: None
-)
 _FakeTensor = _found("torch._subclasses.fake_tensor:FakeTensor", None)
 _CHECKPOINT = "torch._higher_order_ops.wrap:tag_activation_checkpoint"
 _MODE_OPTIONS = "torch._inductor:list_mode_options"

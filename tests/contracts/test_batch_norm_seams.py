@@ -160,7 +160,6 @@ def test_captured_running_statistics(transform):
         if transform == "nested jvp":  # PyTorch's own is wrong
             value = ()
         found.append((value, *running))
-        assert running[0]._version >= 1 or function is F.batch_norm or "compile" in transform
     assert_close(*found)
     assert found[0][1].abs().sum() > 0
 

@@ -253,6 +253,25 @@ def test_low_rank(scale, dropout, dtype, trained):
         assert (mine - right).norm() <= 1.5 * (other - right).norm() + 2 * torch.finfo(dtype).eps * right.norm()
 
 
+def test_low_rank_of_another_dtype_is_computed_and_says_why():
+    """As peft has it by default for a 16-bit model: the sum is rounded once, from float32."""
+    x, y, found = torch.randn(6, FEATURES).bfloat16(), torch.randint(0, CLASSES, (6,)), []
+    for convert in (False, True):
+        model = LowRank(0.7)
+        model.base.bfloat16()
+        if convert:
+            fused_ops.convert(model, loss=F.cross_entropy, head="base")
+            defer(model.b)
+        base = model.base(x)
+        loss = F.cross_entropy((base + model.b(model.a(x.float())) * 0.7).to(base.dtype), y)
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    fused, reasons = counts(model)
+    assert fused == 0 and len(reasons) == 1
+    assert "low-rank term is float32 and its base bfloat16" in next(iter(reasons))
+    assert "autocast_adapter_dtype=False" in next(iter(reasons))
+
+
 def test_low_rank_that_is_looked_at():
     """The gradient of a custom Function's logits reaches each tensor once, through both terms."""
     x, found = torch.randn(6, FEATURES, dtype=torch.float64), []

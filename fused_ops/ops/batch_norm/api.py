@@ -183,12 +183,15 @@ def batch_norm(
 
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
-    """New running statistics into the old ones, which a transform of torch.func may have captured."""
+    """New running statistics into the old ones, which a transform of torch.func may have captured.
+
+    As PyTorch's batch norm writes them: autograd takes no notice, so that what saved them before can go on.
+    """
     if transforms_active():
         graph.write_statistics(new_mean, new_var, running_mean, running_var)
     else:
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
+        running_mean.data.copy_(new_mean)
+        running_var.data.copy_(new_var)
 
 
 def _run(call: Call, way: Way, inplace_activated: bool) -> tuple[Tensor, Tensor, Tensor]:

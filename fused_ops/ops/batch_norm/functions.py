@@ -23,7 +23,6 @@ from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
     has_torch_function,
-    increment_version,
     transforms_active,
     without_overrides,
 )
@@ -36,7 +35,7 @@ _STRIDED = torch.strided
 def _fake_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     a = ForwardArguments(*arguments, **named)
     count = a.input.size(1) * (reference.group_count(a.input.size(0), a.groups) if a.training else 1)
-    return empty_output(a.input), a.input.new_empty((2, count), dtype=torch.float64)
+    return reference.empty_forward_output(a), a.input.new_empty((2, count), dtype=torch.float64)
 
 
 def _fake_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,14 +320,11 @@ def _call_forward(
 
 
 def _forward_with_options(
-    tensors: tuple[Any, ...], training: bool, numbers: tuple[Any, ...], more: tuple[Any, ...]
+    tensors: tuple[Any, ...], training: bool, numbers: tuple[Any, ...], more: tuple[Any, ...], masked: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(output, statistics, mask) with ``more``, the residual, ``valid`` and ghost batches.
-
-    Without gradients too the mask is made, as the loops that make none may round differently.
-    """
+    """(output, statistics, mask) with ``more``, the residual, ``valid`` and ghost batches; a mask is for a backward."""
     residual, valid, groups = more
-    mask = _new_mask(tensors[0], residual, valid, numbers[3])
+    mask = _new_mask(tensors[0], residual, valid, numbers[3]) if masked else None
     return *_forward(*tensors, training, *numbers, residual, mask, valid, groups), mask
 
 
@@ -356,7 +352,7 @@ class BatchNormEagerFunction(Function):
             ctx.save_for_backward(input, weight, bias if numbers[3] else None, statistics)
             return output
         tensors = input, running_mean, running_var, weight, bias
-        output, statistics, mask = _forward_with_options(tensors, training, numbers, more)
+        output, statistics, mask = _forward_with_options(tensors, training, numbers, more, True)
         _, valid, groups = more
         ctx.numbers = training, *numbers, groups
         if mask is not None or numbers[3] == activations.NONE:
@@ -428,12 +424,10 @@ def eager(
     """
     if input.layout is _STRIDED and not input.is_contiguous():
         input = in_its_format(input)
-    update = False
     if running_mean is not None and running_var is not None:
         if running_mean.requires_grad or running_var.requires_grad:
             raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
-        update = training and graph_task_id() == -1
-        if training and not update:  # see fused_ops.ops.batch_norm.api.recomputing
+        if training and graph_task_id() != -1:  # see fused_ops.ops.batch_norm.api.recomputing
             running_mean = running_var = None
     residual = more[0] if more else None
     output: Tensor
@@ -446,9 +440,8 @@ def eager(
         rest = running_mean, running_var, training, numbers, more
         output = _apply(input, weight, bias, rest) if residual is None else _apply(input, weight, bias, rest, residual)
     elif more:
-        output = _forward_with_options((input, running_mean, running_var, weight, bias), training, numbers, more)[0]
+        tensors = input, running_mean, running_var, weight, bias
+        output = _forward_with_options(tensors, training, numbers, more, False)[0]
     else:
         output = _call_forward(input, running_mean, running_var, weight, bias, training, numbers)[0]
-    if update:
-        increment_version([running_mean, running_var])
     return output

@@ -66,7 +66,8 @@ def _forward(*args: Any) -> Any:
 def _fake_forward(*args: Any) -> Any:
     call = _call_of(args, 0.1, 1e-5, 0.0)
     input, training = call.input, call.options.training
-    output, statistics = functions._fake_forward(input, *call[1:5], training, groups=call.options.groups)
+    options = {"activation": call.options.activation, "residual": call.residual, "groups": call.options.groups}
+    output, statistics = functions._fake_forward(input, *call[1:5], training, **options)
     if call.options.group is not None:
         statistics = statistics.new_empty((3, input.size(1)))
     new_mean, new_var = (
@@ -178,9 +179,8 @@ def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
-    torch.autograd.graph.increment_version((running_mean, running_var))
+    running_mean.data.copy_(new_mean)
+    running_var.data.copy_(new_var)
 
 
 # The running statistics come last: an op that returns its first argument, written to, is what torch.func refuses for

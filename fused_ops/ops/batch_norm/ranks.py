@@ -19,6 +19,7 @@ from fused_ops.core.memory_format import empty_output
 from fused_ops.core.torch_private import is_fake
 from fused_ops.distributed.collectives import gather_op, group_of, sum_of_ranks
 from fused_ops.ops.batch_norm import ranks_reference, reference
+from fused_ops.ops.batch_norm.activations import NONE
 from fused_ops.ops.batch_norm.ranks_reference import Merged
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved
 
@@ -27,8 +28,10 @@ def _fake_moments(input: Tensor, valid: Tensor | None = None) -> Tensor:
     return input.new_empty(2 + 2 * input.size(1), dtype=torch.float64)
 
 
-def _fake_normalise(statistics: Tensor, input: Tensor, *_: Any) -> Tensor:
-    return empty_output(input)
+def _fake_normalise(
+    statistics: Tensor, input: Tensor, weight: Any, bias: Any, activation: int, slope: float, residual: Any, *_: Any
+) -> Tensor:
+    return empty_output(input, alone=residual is None and activation == NONE)
 
 
 def _fake_sums(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:

@@ -212,8 +212,8 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     statistics = torch.stack((mean, invstd))
     output = normalised(a, *by_row(statistics, input, a.groups if training else 1))
     if training and a.running_mean is not None and a.running_var is not None:
-        a.running_mean.copy_(new[0])
-        a.running_var.copy_(new[1])
+        a.running_mean.data.copy_(new[0])  # as PyTorch's batch norm, without autograd's notice
+        a.running_var.data.copy_(new[1])
     return output, statistics
 
 
@@ -234,7 +234,12 @@ def normalised(a: ForwardArguments, mean: Tensor, invstd: Tensor) -> Tensor:
         if not has_mask(a.residual, a.valid, a.activation):
             raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
         a.mask.copy_(pack(~(z <= 0), input))
-    return empty_output(input).copy_(y)
+    return empty_forward_output(a).copy_(y)
+
+
+def empty_forward_output(a: ForwardArguments) -> Tensor:
+    """Room for the output of a call."""
+    return empty_output(a.input, alone=a.residual is None and a.activation == activations.NONE)
 
 
 def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -80,7 +80,7 @@ def fixed_order_sum(rows: Tensor) -> Tensor:
     # on a GPU one order by the size; a number of rows that is traced makes no number of blocks
     if rows.is_cuda or torch.compiler.is_compiling() or is_tracing() or type(rows.numel()) is not int:
         return rows.sum()
-    blocks = rows.reshape(-1)
+    blocks = rows if rows.dim() == 1 else rows.reshape(-1)
     while blocks.numel() > _BLOCK:
         whole = blocks.numel() // _BLOCK * _BLOCK
         blocks = torch.cat((blocks[:whole].view(-1, _BLOCK).sum(1), blocks[whole:].sum().reshape(1)))
