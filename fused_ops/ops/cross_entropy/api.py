@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.graph import in_graph, needs_formulas, no_script
 from fused_ops.core.torch_private import has_torch_function, legacy_reduction, transforms_active
-from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.ops.cross_entropy import functions, graph, rows_reference
+from fused_ops.distributed.dtensor import any_dtensor
+from fused_ops.ops.cross_entropy import dtensors, functions, graph, rows_reference
 from fused_ops.ops.cross_entropy.arguments import Numbers, check_ignore_index, check_places, index_door, prepare
 from fused_ops.ops.cross_entropy.reduction import Reduction, reduced_loss
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
@@ -49,6 +48,18 @@ def _check_inplace(input: Tensor) -> None:
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites input, which must not be a leaf that requires grad"
         )
+
+
+def _of_dtensors(input: Tensor, target: Any, options: dict[str, Any]) -> Any:
+    """The call of what this rank holds, and the DTensors of that."""
+    size_average, reduce = options.pop("size_average"), options.pop("reduce")
+    if size_average is not None or reduce is not None:
+        options["reduction"] = legacy_reduction(size_average, reduce)
+    if options["inplace_backward"]:
+        _check_inplace(input)
+    part, logits = dtensors.spread(input, target, options)
+    result = cross_entropy(part, logits.target(target), **logits.options(options))
+    return logits.result(result, options["reduction"])
 
 
 @no_script
@@ -162,7 +173,7 @@ def cross_entropy(
         if small is not None:
             return small
     overridden = has_torch_function(input, target, weight)
-    if overridden or any_dtensor(input, target, weight):
+    if overridden or any_dtensor(input, target, weight, class_mask, token_weight, normalizer):
         given: dict[str, Any] = {
             "weight": weight,
             "size_average": size_average,
@@ -189,8 +200,7 @@ def cross_entropy(
         }
         if overridden:
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
-        refuse(cross_entropy, own)
-        return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
+        return _of_dtensors(input, target, {**given, **own})
     if alone:
         indices = index_door(input, target, ignore_index, reduction)
         if indices is not None:

@@ -14,7 +14,6 @@ from fused_ops.core.checks import check_tensors
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
 from fused_ops.ops.cross_entropy.api import index_loss, rows
 from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
@@ -30,6 +29,7 @@ from fused_ops.ops.linear_cross_entropy.arguments import (
     shapes,
     shifted,
 )
+from fused_ops.ops.linear_cross_entropy.dtensors import linear_cross_entropy as of_dtensors
 from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
