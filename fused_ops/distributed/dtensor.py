@@ -17,9 +17,22 @@ _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 def any_dtensor(*values: Any) -> bool:
     """Whether one is a DTensor, or a tuple with one; asks for what it has, as importing its class takes long."""
+    if torch.compiler.is_compiling():
+        return _any_traced(values)
     for value in values:  # a loop, since any() of a generator takes longer than all of its questions
         kind = type(value)
         if kind not in _ORDINARY and (any_dtensor(*value) if kind in (tuple, list) else hasattr(value, "full_tensor")):
+            return True
+    return False
+
+
+def _any_traced(values: Any) -> bool:
+    """The same under torch.compile, which knows a class, and not what a DTensor has."""
+    found = getattr(torch.distributed, "tensor", None)  # there if anybody has imported it
+    if found is None:
+        return False
+    for value in values:
+        if _any_traced(value) if isinstance(value, (tuple, list)) else isinstance(value, found.DTensor):
             return True
     return False
 
