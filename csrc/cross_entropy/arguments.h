@@ -110,6 +110,55 @@ struct RowsBackward {
   }
 };
 
+// The rows' ops of a shard, which has some of the classes.
+struct ShardForward {
+  RowTensors tensors;
+  Tensor allowed;  // float64, how many classes smoothing is spread over: a scalar or one value per row
+  int64_t first_class, all_classes;
+  RowOptions options;
+
+  explicit ShardForward(Arguments& in)
+      : tensors(in), allowed(in.tensor()), first_class(in.integer()), all_classes(in.integer()), options(in) {
+    tensors.check(in.check, "input"), in.check.next("allowed", allowed);
+  }
+};
+
+struct ShardBackward {
+  MaybeTensor grad_nll, grad_lse, grad_entropy, grad_target_log_probability;  // (rows,) float64 each, like the next
+  RowTensors tensors;
+  Tensor allowed;
+  Tensor high, low, mass, target_weight;  // of all shards
+  MaybeTensor entropy;                    // likewise
+  Tensor target_log_probability;
+  int64_t first_class, all_classes;
+  RowOptions options;
+
+  explicit ShardBackward(Arguments& in)
+      : grad_nll(in.maybe_tensor()),
+        grad_lse(in.maybe_tensor()),
+        grad_entropy(in.maybe_tensor()),
+        grad_target_log_probability(in.maybe_tensor()),
+        tensors(in),
+        allowed(in.tensor()),
+        high(in.tensor()),
+        low(in.tensor()),
+        mass(in.tensor()),
+        target_weight(in.tensor()),
+        entropy(in.maybe_tensor()),
+        target_log_probability(in.tensor()),
+        first_class(in.integer()),
+        all_classes(in.integer()),
+        options(in) {
+    in.check.next("grad_nll", grad_nll), in.check.next("grad_lse", grad_lse);
+    in.check.next("grad_entropy", grad_entropy);
+    in.check.next("grad_target_log_probability", grad_target_log_probability);
+    tensors.check(in.check, "input");
+    in.check.next("allowed", allowed), in.check.next("high", high), in.check.next("low", low);
+    in.check.next("mass", mass), in.check.next("target_weight", target_weight), in.check.next("entropy", entropy);
+    in.check.next("target_log_probability", target_log_probability);
+  }
+};
+
 using RowResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // ---- layouts
@@ -363,27 +412,40 @@ struct BackwardValues {
   CrossEntropyBackward args{};
 
   BackwardValues(const RowsBackward& a, const RowArguments& p, int64_t* steps) {
-    if (a.grad_entropy && !a.entropy) raise(kOp, ": expected entropy beside grad_entropy, got none");
-    int next = 0;
-    const auto values = [&](const char* name, const MaybeTensor& t, bool upstream) {
-      const int i = next++;
-      return row_values(name, t, p, owners_[i], steps && upstream ? steps + i : nullptr);
-    };
-    args.rows = p.rows;
-    args.grad_nll = values("grad_nll", a.grad_nll, true);
-    args.grad_lse = values("grad_lse", a.grad_lse, true);
-    args.grad_entropy = values("grad_entropy", a.grad_entropy, true);
-    args.grad_target_log_probability = values("grad_target_log_probability", a.grad_target_log_probability, true);
-    args.lse = values("lse", a.lse, false);
-    args.mass = values("mass", a.mass, false);
-    if (a.grad_entropy) args.entropy = values("entropy", a.entropy, false);
+    upstream(a, p, steps);
+    args.lse = values("lse", a.lse, p);
+    args.mass = values("mass", a.mass, p);
+    if (a.grad_entropy) args.entropy = values("entropy", a.entropy, p);
+  }
+  BackwardValues(const ShardBackward& a, const RowArguments& p) {
+    upstream(a, p, nullptr);
+    args.high = values("high", a.high, p), args.low = values("low", a.low, p);
+    args.mass = values("mass", a.mass, p);
+    args.target_weight = values("target_weight", a.target_weight, p);
+    args.target_log_probability = values("target_log_probability", a.target_log_probability, p);
+    if (a.grad_entropy) args.entropy = values("entropy", a.entropy, p);
   }
   void write_to(Tensor& grad, const Tensor& input) {
     args.grad_logits = grad.mutable_data_ptr(), args.grad_layout = layout_beside(grad, input);
   }
 
  private:
-  MaybeTensor owners_[7];
+  template <class Arguments>
+  void upstream(const Arguments& a, const RowArguments& p, int64_t* steps) {
+    if (a.grad_entropy && !a.entropy) raise(kOp, ": expected entropy beside grad_entropy, got none");
+    args.rows = p.rows;
+    const auto step = [&](int i) { return steps ? steps + i : nullptr; };
+    args.grad_nll = values("grad_nll", a.grad_nll, p, step(0));
+    args.grad_lse = values("grad_lse", a.grad_lse, p, step(1));
+    args.grad_entropy = values("grad_entropy", a.grad_entropy, p, step(2));
+    args.grad_target_log_probability = values("grad_target_log_probability", a.grad_target_log_probability, p, step(3));
+  }
+  const double* values(const char* name, const MaybeTensor& t, const RowArguments& p, int64_t* step = nullptr) {
+    return row_values(name, t, p, owners_[next_++], step);
+  }
+
+  MaybeTensor owners_[10];
+  int next_ = 0;
 };
 
 }  // namespace fused_ops

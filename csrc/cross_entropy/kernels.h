@@ -54,6 +54,24 @@ struct CrossEntropyRows {
                                            // no smoothing or row_masks
   double label_smoothing = 0, logit_scale = 1, softcap = 0;  // softcap 0: none
   bool statistics = false;  // all rows count for lse; entropy, prediction, target_log_probability are wanted
+  // The layout has some of the classes, from first_class on; indices may be any class.
+  bool shard = false;
+  int64_t first_class = 0;
+  const double* allowed = nullptr;  // (rows,) what smoothing is spread over, with shard and row_masks
+};
+
+// What a shard has of each row, (rows,) each; see shards_reference.py.
+struct CrossEntropyPart {
+  double* high = nullptr;  // max_j u_j, -inf where no class is left
+  double* low = nullptr;   // lse - high
+  double* nll = nullptr;   // sum_j q_j (lse - u_j), without a class index' own
+  double* mass = nullptr;
+  double* target_weight = nullptr;
+  double* target_log_probability = nullptr;  // 1 where the target is elsewhere
+  double* bad_target = nullptr;              // a target that is not in [0, all_classes), else NaN
+  double* entropy = nullptr;                 // with statistics, like the next
+  double* prediction = nullptr;              // the class among all; +inf where none is here
+  int64_t all_classes = 0;
 };
 
 // Everything but lse may be null.
@@ -67,6 +85,7 @@ struct CrossEntropyForward {
   int64_t* prediction;             // (rows,) argmax
   double* target_log_probability;  // (rows,) u_target - lse; 0 where ignored and for other targets than indices
   void* loss;                      // (rows,) nll rounded to the logits' dtype
+  CrossEntropyPart part{};         // with shard, in place of all of them
 };
 
 struct CrossEntropyBackward {
@@ -82,6 +101,8 @@ struct CrossEntropyBackward {
   RowLayout grad_layout;
   const void* grad_loss;  // (rows,) of the logits' dtype, in place of grad_nll, or null
   double scale;           // grad_nll of every row, where neither is there
+  // With shard, (rows,) of all shards together, in place of lse: high + low.
+  const double *high = nullptr, *low = nullptr, *target_weight = nullptr, *target_log_probability = nullptr;
 };
 
 struct CrossEntropyWithGradient {

@@ -140,8 +140,23 @@ struct Accumulators {
 struct Prepared : RowArguments {
   std::vector<double> sparse;
   Accumulators weight, smoothing;
+  MaybeTensor allowed;  // of a shard
 
-  Prepared(const RowTensors& t, const RowOptions& o) : RowArguments(t, o) {
+  Prepared(const RowTensors& t, const RowOptions& o) : RowArguments(t, o) { prepare(t); }
+  Prepared(const RowTensors& t, const RowOptions& o, const Tensor& allowed_of_all, int64_t first_class)
+      : RowArguments(t, o) {
+    rows.shard = true, rows.first_class = first_class;
+    check_dtype(kOp, "allowed", allowed_of_all, ScalarType::Double, "float64");
+    const bool each = rows.row_masks && rows.label_smoothing != 0;
+    if (each)
+      rows.allowed = row_values("allowed", allowed_of_all, *this, allowed);
+    else if (rows.label_smoothing != 0)
+      check_numel(kOp, "allowed", allowed_of_all, 1), allowed = allowed_of_all;
+    prepare(t);
+  }
+
+ private:
+  void prepare(const RowTensors& t) {
     if (indices && probabilities) {
       sparse = doubles(*probabilities);
       sparse.resize(std::max<size_t>(sparse.size(), 1));  // a pointer even to none
@@ -150,7 +165,6 @@ struct Prepared : RowArguments {
     take_weight(t.weight);
   }
 
- private:
   void take_weight(const MaybeTensor& t) {
     std::vector<double> values;
     if (t) {
@@ -161,9 +175,9 @@ struct Prepared : RowArguments {
     const size_t n = static_cast<size_t>(classes());
     const uint8_t* m = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
     const int64_t stride = mask ? mask->stride(0) : 0;
-    int64_t allowed = 0;
-    for (size_t c = 0; c < n; ++c) allowed += !m || m[static_cast<int64_t>(c) * stride];
-    const double share = rows.label_smoothing / static_cast<double>(std::max<int64_t>(allowed, 1));
+    int64_t count = allowed ? static_cast<int64_t>(scalar_value(*allowed)) : 0;
+    for (size_t c = 0; !allowed && c < n; ++c) count += !m || m[static_cast<int64_t>(c) * stride];
+    const double share = rows.label_smoothing / static_cast<double>(std::max<int64_t>(count, 1));
     std::vector<double> spread(std::max<size_t>(n, 1));
     for (size_t c = 0; c < n; ++c)
       spread[c] = !m || m[static_cast<int64_t>(c) * stride] ? share * (t ? values[c] : 1.0) : 0.0;

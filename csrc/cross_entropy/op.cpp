@@ -103,6 +103,40 @@ Tensor rows_backward(const RowsBackward& a, bool in_place) {
 Tensor cross_entropy_rows_backward(const RowsBackward& a) { return rows_backward(a, false); }
 void cross_entropy_rows_backward_(const RowsBackward& a) { rows_backward(a, true); }
 
+// ---- the same of some of the classes
+
+Tensor cross_entropy_shard_forward(const ShardForward& a) {
+  const Prepared p(a.tensors, a.options, a.allowed, a.first_class);
+  const int64_t always = 7, parts = a.options.statistics ? always + 2 : always, rows = p.rows.layout.rows();
+  std::vector<int64_t> shape = p.rows_shape;
+  shape.insert(shape.begin(), parts);
+  Tensor found = empty(p.input, {shape.data(), shape.size()}, ScalarType::Double);
+  double* next = static_cast<double*>(found.mutable_data_ptr());
+  CrossEntropyForward args{};
+  args.rows = p.rows, args.part.all_classes = a.all_classes;
+  CrossEntropyPart& part = args.part;
+  for (double** values : {&part.high, &part.low, &part.nll, &part.mass, &part.target_weight,
+                          &part.target_log_probability, &part.bad_target, &part.entropy, &part.prediction})
+    *values = next, next += rows;
+  const auto kernel = FUSED_OPS_SELECT(cross_entropy_forward);
+  over_rows(p, [&](int64_t begin, int64_t end) { return kernel(args, begin, end).bad_row; });
+  return found;
+}
+
+Tensor shard_backward(const ShardBackward& a, bool in_place) {
+  if (in_place) check_in_place(a.tensors.input);
+  const Prepared p(a.tensors, a.options, a.allowed, a.first_class);
+  BackwardValues values(a, p);
+  Tensor grad = in_place ? p.input : grad_like(p.input);
+  values.write_to(grad, p.input);
+  const auto kernel = FUSED_OPS_SELECT(cross_entropy_backward);
+  over_rows(p, [&](int64_t begin, int64_t end) { return kernel(values.args, begin, end); });
+  return grad;
+}
+
+Tensor cross_entropy_shard_backward(const ShardBackward& a) { return shard_backward(a, false); }
+void cross_entropy_shard_backward_(const ShardBackward& a) { shard_backward(a, true); }
+
 }  // namespace
 }  // namespace fused_ops
 
@@ -114,4 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
   fused_ops::implement_struct<&fused_ops::cross_entropy_rows_forward>(m, "cross_entropy_rows_forward");
   fused_ops::implement_struct<&fused_ops::cross_entropy_rows_backward>(m, "cross_entropy_rows_backward");
   fused_ops::implement_struct<&fused_ops::cross_entropy_rows_backward_>(m, "cross_entropy_rows_backward_");
+  fused_ops::implement_struct<&fused_ops::cross_entropy_shard_forward>(m, "cross_entropy_shard_forward");
+  fused_ops::implement_struct<&fused_ops::cross_entropy_shard_backward>(m, "cross_entropy_shard_backward");
+  fused_ops::implement_struct<&fused_ops::cross_entropy_shard_backward_>(m, "cross_entropy_shard_backward_");
 }

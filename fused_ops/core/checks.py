@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_ops.core.torch_private import is_batched, transforms_active
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_OF_THE_CPU = ("numbers", "place")  # arguments of ops for graphs
 
 
 def check_devices(op: str, tensors: Iterable[tuple[str, Any]]) -> None:
@@ -68,19 +69,19 @@ def check_tensors(op: str, tensors: Sequence[tuple[str, Any]]) -> None:
 def checked(op: str, names: Sequence[str], function: Callable[..., Any], *, reads: bool) -> Callable[..., Any]:
     """A fake kernel or, as it ``reads`` values, a reference of the op whose arguments have these names.
 
-    ``numbers`` are those of an op for graphs: a tensor of the CPU, wherever the others are.
+    ``numbers`` and ``place`` are those of an op for graphs: tensors of the CPU, wherever the others are.
     """
     where = f"fused_ops::{op}"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = [*zip(names, args, strict=False), *kwargs.items()]
-        check_devices(where, [pair for pair in given if pair[0] != "numbers"])
+        check_devices(where, [pair for pair in given if pair[0] not in _OF_THE_CPU])
         for name, value in given:
-            if name == "numbers" and value is not None and value.device.type != "cpu":
+            if name in _OF_THE_CPU and value is not None and value.device.type != "cpu":
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two devices, cpu and "
-                    f"{value.device}! (when checking argument for argument numbers in method {where})"
+                    f"{value.device}! (when checking argument for argument {name} in method {where})"
                 )
         if reads:
             check_data(op, given)

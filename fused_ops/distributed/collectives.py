@@ -101,9 +101,11 @@ def _sum(input: Tensor, group: str, ranks: int) -> Tensor:
     if input.nbytes * ranks <= _GATHERED_BYTES or ranks <= 2:
         total = _gather(input, group, ranks)
         return total[0] if ranks == 1 else total.sum(0)
-    total = input.clone(memory_format=torch.contiguous_format)
+    # of 16 bits in float32, as above, and rounded once
+    dtype = torch.float32 if input.dtype.itemsize == 2 else input.dtype
+    total = input.to(dtype, memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total, group=group_of(group))
-    return total
+    return total.to(input.dtype)
 
 
 def _fake_sum(input: Tensor, group: str, ranks: int) -> Tensor:
@@ -228,3 +230,67 @@ def gather_rows(input: Tensor, group: Any, rows: list[int]) -> Tensor:
 def scatter_rows(input: Tensor, group: Any, rows: list[int]) -> Tensor:
     """This rank's rows of the sum over ranks."""
     return _scattered_rows(input, name_of(group), rows)
+
+
+# ---- rows in graphs, where nobody knows how many another rank has
+
+
+def checked_rows(rows: int, here: int, group: Any) -> list[int]:
+    """How many of ``rows`` each rank has; raises on all ranks if they have not so many together."""
+    sizes = gather_sizes(here, group)
+    if sum(sizes) != rows:
+        raise ValueError(f"expected {rows} rows on all ranks together, as the target says, got {sizes}")
+    return sizes
+
+
+def _gather_all_rows(input: Tensor, rows: int, group: str, ranks: int) -> Tensor:
+    return _gather_rows(input, group, checked_rows(rows, input.size(0), group_of(group)))
+
+
+def _fake_gather_all_rows(input: Tensor, rows: int, group: str, ranks: int) -> Tensor:
+    return input.new_empty(rows, *input.shape[1:])
+
+
+def _scatter_all_rows(input: Tensor, rows: int, group: str, ranks: int) -> Tensor:
+    return _scatter_rows(input, group, checked_rows(input.size(0), rows, group_of(group)))
+
+
+def _all_rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    input, _, *ctx.where = inputs
+    ctx.rows = input.size(0)
+
+
+def _gather_all_rows_backward(ctx: Any, grad: Tensor) -> Any:
+    return _scatter_all_rows_op(grad, ctx.rows, *ctx.where), None, None, None
+
+
+def _scatter_all_rows_backward(ctx: Any, grad: Tensor) -> Any:
+    return gather_all_rows_op(grad, ctx.rows, *ctx.where), None, None, None
+
+
+gather_all_rows_op: Any = register_graph_op(
+    "gather_all_rows(Tensor input, SymInt rows, str group, int ranks) -> Tensor",
+    _gather_all_rows,
+    _fake_gather_all_rows,
+    _all_rows_context,
+    _gather_all_rows_backward,
+)
+_scatter_all_rows_op: Any = register_graph_op(
+    "scatter_all_rows(Tensor input, SymInt rows, str group, int ranks) -> Tensor",
+    _scatter_all_rows,
+    _fake_gather_all_rows,
+    _all_rows_context,
+    _scatter_all_rows_backward,
+)
+
+
+def gather_all_rows(input: Tensor, rows: int, group: Any) -> Tensor:
+    """``gather_rows`` of ranks that have ``rows`` together; asks each how many of them it has.
+
+    Raises:
+        ValueError: on all ranks, as those are not so many.
+    """
+    if in_graph():
+        result: Tensor = gather_all_rows_op(input, rows, name_of(group), size_of(group))
+        return result
+    return gather_rows(input, group, checked_rows(rows, input.size(0), group))

@@ -5,11 +5,11 @@ formulas and with PyTorch where it has the case.
 """
 
 import itertools
+from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from test_cross_entropy_options import draw, formula
+from cross_entropy_formulas import draw, formula
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -174,3 +174,163 @@ def one_dimension_of_the_mesh(rank, world):
                 compare(kind, shape, mesh, placements, reduction, OPTIONS[i % 3], plain=bool(i % 2), seed=i)
     compare("index", (5, 7), mesh, [S(1)], "mean", {}, True, which=())
     compare("index", (5, 7), mesh, [S(0)], "mean", {}, False, which=())
+
+
+@case
+def two_dimensions_of_the_mesh(rank, world):
+    meshes = [mesh_of(2, world // 2)] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
+    i = 0
+    for mesh, shape in itertools.product(meshes, ((5, 7), (3, 5, 2))):
+        for placements in placements_of(len(shape), 2):
+            kind, reduction = KINDS[i % 4], ("mean", "sum", "none")[i % 3]
+            i += 1
+            compare(kind, shape, mesh, placements, reduction, OPTIONS[i % 3], plain=bool(i % 2), seed=i)
+            if world == 2 and (i % 3 or len(shape) == 3):
+                break
+
+
+@case
+def outputs(rank, world):
+    mesh, shape = mesh_of(world), (5, 7)
+    free, fixed = problem("index", shape)
+    options = {"z_loss": 0.1, "label_smoothing": 0.1, "return_outputs": True}
+    exact = call({**free, **fixed}, options)
+    for placements, reduction in itertools.product(([S(1)], [S(0)], [R]), ("mean", "none")):
+        x = spread(free["input"], mesh, placements, True)
+        found = call({**free, **fixed, "input": x}, {**options, "reduction": reduction})
+        y = free["input"].clone().requires_grad_()
+        exact = call({**free, **fixed, "input": y}, {**options, "reduction": reduction})
+        total, expected = 0, 0
+        for name, mine, right in zip(exact._fields, found, exact, strict=True):
+            scalar = reduction != "none" and name in ("loss", "z_loss")
+            assert mine.placements == (partial_rows(placements, 1) if scalar else without(placements, 1)), name
+            assert mine.shape == right.shape and mine.dtype == right.dtype
+            if not right.is_floating_point():
+                assert torch.equal(mine.full_tensor(), right)
+                continue
+            near(mine.full_tensor().detach(), right.detach(), 1e-12, (name, placements, reduction))
+            total, expected = total + mine.full_tensor().sum(), expected + right.sum()
+        (grad,), (right,) = torch.autograd.grad(total, x), torch.autograd.grad(expected, y)
+        near(grad.full_tensor(), right, 1e-12, (placements, reduction))
+
+
+@case
+def as_pytorch_where_it_has_the_case(rank, world):
+    """Values, gradients and placements; without an ignored row, whose mean over rows PyTorch has wrong."""
+    mesh = mesh_of(world)
+    x, target = torch.randn(4, 2 * world, dtype=torch.float64), torch.tensor([0, 3, 1, 2])
+    for parallel, placement, reduction in itertools.product((False, True), (S(1), S(0), R), ("mean", "sum", "none")):
+        if parallel and placement != S(1):
+            continue
+        found = []
+        for patched in (False, True):
+            for function in (F.cross_entropy, torch.nn.CrossEntropyLoss(reduction=reduction)):
+                with loss_parallel() if parallel else nullcontext(), fused_ops.patch() if patched else nullcontext():
+                    y = spread(x, mesh, [placement], True)
+                    named = {"reduction": reduction} if function is F.cross_entropy else {}
+                    loss = function(y, spread(target, mesh, [R]), **named)
+                    loss.sum().backward()
+                    found.append((loss, y.grad))
+        (theirs, grad), *_, (ours, our_grad) = found
+        what = (parallel, placement, reduction)
+        for loss, y_grad in found[2:]:
+            near(loss.full_tensor().detach(), theirs.full_tensor().detach(), 1e-13, what)
+            near(y_grad.full_tensor(), grad.full_tensor(), 1e-13, what)
+        assert our_grad.placements == (placement,)
+        if parallel or placement != S(1):
+            assert grad.placements == our_grad.placements
+        if (placement, reduction) == (
+            S(0),
+            "mean",
+        ):  # an average of the ranks' means in PyTorch: wrong if rows are not even
+            assert ours.placements == (Partial("sum"),) and theirs.placements == (Partial("avg"),)
+        else:
+            assert ours.placements == theirs.placements, what
+
+
+@case
+def derivatives(rank, world):
+    """Backward twice, the second derivative, and a gradient written over the logits."""
+    mesh = mesh_of(world)
+    x, upstream = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    target = torch.tensor([0, 6, -100, 3, 4])
+    y = x.clone().requires_grad_()
+    (right,) = torch.autograd.grad(F.cross_entropy(y, target, label_smoothing=0.1), y, create_graph=True)
+    (second,) = torch.autograd.grad((right * upstream).sum(), y)
+    for placement in (S(1), S(0), R):
+        y = spread(x, mesh, [placement], True)
+        loss = fused_ops.cross_entropy(y, target, label_smoothing=0.1)
+        grads = [torch.autograd.grad(loss, y, create_graph=True)[0] for _ in range(2)]
+        for grad in grads:
+            near(grad.full_tensor().detach(), right.detach(), 1e-12, placement)
+        (found,) = torch.autograd.grad((grads[0] * spread(upstream, mesh, [placement])).sum(), y)
+        near(found.full_tensor(), second, 1e-12, placement)
+        logits = y * 1.0
+        memory = logits.to_local().data_ptr()
+        fused_ops.cross_entropy(logits, target, label_smoothing=0.1, inplace_backward=True).backward()
+        near(y.grad.full_tensor(), right.detach(), 1e-12, placement)
+        assert y.grad.to_local().data_ptr() == memory or y.grad.to_local().numel() == 0 or placement == R
+        assert logits.to_local()._version > 0
+        raises(
+            RuntimeError, "must not be a leaf", lambda y=y: fused_ops.cross_entropy(y, target, inplace_backward=True)
+        )
+
+
+@case
+def compiled(rank, world):
+    mesh = mesh_of(world)
+    x, target = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, -100, 3, 4])
+    for placement, options in itertools.product((S(1), S(0)), ({}, {"label_smoothing": 0.1, "z_loss": 0.1})):
+
+        def f(y, options=options):
+            return fused_ops.cross_entropy(y * 2, target, **options)
+
+        y, whole_y = spread(x, mesh, [placement], True), x.clone().requires_grad_()
+        loss = torch.compile(f, fullgraph=True, backend="aot_eager")(y)
+        right = f(whole_y)
+        loss.backward()
+        right.backward()
+        near(loss.full_tensor().detach(), right.detach(), 1e-12, placement)
+        near(y.grad.full_tensor(), whole_y.grad, 1e-12, placement)
+
+
+@case
+def errors(rank, world):
+    mesh, ce, lce = mesh_of(world), fused_ops.cross_entropy, fused_ops.linear_cross_entropy
+    x, target, w = torch.randn(4, 6), torch.tensor([0, 5, 2, 3]), torch.randn(6, 6)
+    y, v, group = spread(x, mesh, [S(1)]), spread(w, mesh, [S(0)]), mesh.get_group()
+    mixed = "got mixed torch.Tensor and DTensor: expected input to be a DTensor as"
+    raises(RuntimeError, f"{mixed} target is", lambda: ce(x, spread(target, mesh, [R])))
+    raises(RuntimeError, f"{mixed} weight is", lambda: ce(x, target, spread(torch.ones(6), mesh, [R])))
+    raises(RuntimeError, f"{mixed} linear_weight is", lambda: lce(x, v, target))
+    other = init_device_mesh("cpu", (world, 1))
+    raises(RuntimeError, "expected all DTensors on one mesh", lambda: ce(y, spread(target, other, [R, R])))
+    for name, value in {"class_group": group, "row_group": group, "classes": 6}.items():
+        raises(
+            ValueError,
+            f"expected {name}=None with DTensors",
+            lambda name=name, value=value: ce(y, target, **{name: value}),
+        )
+    z = spread(x, mesh, [R])
+    raises(ValueError, "sequence_parallel=False", lambda: lce(z, v, target, sequence_parallel=True))
+    raises(ValueError, "to match target batch_size (3)", lambda: ce(y, target[:3]))
+    raises(ValueError, "to match target batch_size (3)", lambda: lce(z, v, target[:3]))
+    raises(RuntimeError, "all 6 classes", lambda: ce(y, target, torch.ones(3)))
+    raises(RuntimeError, "token_weight of shape [4]", lambda: ce(y, target, token_weight=torch.ones(3)))
+    raises(
+        RuntimeError,
+        "class_mask of shape [6] or [4, 6]",
+        lambda: ce(y, target, class_mask=torch.ones(3, dtype=torch.bool)),
+    )
+    raises(RuntimeError, "A of shape [rank, 6]", lambda: lce(z, v, target, lora=(w[:2, :5], w[:, :2], 1.0)))
+    wrong = target.clone()
+    wrong[0] = 6
+    for placement, reduction in itertools.product((S(1), S(0), R), ("mean", "sum", "none")):
+        where = spread(x, mesh, [placement])
+        raises(IndexError, "Target 6 is out of bounds", lambda x=where, r=reduction: ce(x, wrong, reduction=r))
+    ignored = torch.full((4,), -100)
+    for placement in (S(1), S(0), R):
+        where = spread(x, mesh, [placement])
+        raises(ValueError, "nothing counts", lambda x=where: ce(x, ignored, empty="raise"))
+        assert ce(where, ignored, empty="zero").full_tensor() == 0
+        assert ce(where, ignored).full_tensor().isnan()

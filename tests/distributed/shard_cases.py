@@ -6,10 +6,11 @@ with float64 formulas.
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from test_cross_entropy_options import DTYPES, draw, formula
+from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
 
@@ -114,17 +115,6 @@ def options_and_targets(rank, world):
         compare(part, kind, x, target, options, dtype)
 
 
-def mean_of(x, target, token_weight=None, weight=None, **options):
-    """The mean in plain PyTorch."""
-    rows = formula(x, target, weight=weight, **options)
-    counts = torch.ones_like(rows)
-    if not isinstance(target, tuple) and target.shape != x.shape:
-        counts = (target != -100).double()
-        counts = counts if weight is None else counts * weight.double()[target.clamp(min=0)]
-    token_weight = torch.ones_like(rows) if token_weight is None else token_weight
-    return (rows * token_weight).sum() / (counts * token_weight).sum()
-
-
 @case
 def outputs(rank, world):
     torch.manual_seed(3)
@@ -211,7 +201,7 @@ def second_derivatives(rank, world):
             dot = fused_ops.distributed.collectives.sum_of_shares(dot, dist.group.WORLD) if where else dot
             rest = first[1].square().sum() if len(first) > 1 else 0
             second = torch.autograd.grad(dot + rest, leaves)
-            tangent = torch.func.jvp(lambda y, where=where: loss(y, fixed, **where), (y.detach(),), (mine,))[1]
+            tangent = torch.func.jvp(partial(loss, w=fixed, **where), (y.detach(),), (mine,))[1]
             found.append([*first, *second, tangent])
         n = len(found[0]) // 2
         for i, (mine, whole) in enumerate(zip(*found, strict=True)):
@@ -249,9 +239,9 @@ def row_groups(rank, world):
             near(grads[i], exact[i][mine], 1e-12, (name, reduction, i))
 
 
-def raises(error, message, call):
+def raises(error, message, function, *args, **options):
     try:
-        call()
+        function(*args, **options)
     except error as found:
         assert message in str(found), str(found)
     else:
@@ -263,21 +253,18 @@ def bad_targets_raise_on_all_ranks(rank, world):
     torch.manual_seed(1)
     x, target = torch.randn(4, 6), torch.tensor([0, 5, -100, 3])
     part = Part("even", rank, world, 6)
-    rows = dist.group.WORLD
-    for options in ({}, {"label_smoothing": 0.1}, {"return_outputs": True}):
-        for bad in (6, -1, -(2**63)):
-            wrong = target.clone()
-            wrong[3] = bad
-            message = f"Target {bad} is out of bounds."
-            raises(IndexError, message, lambda w=wrong, o=options: fused_ops.cross_entropy(part.of(x), w, **part.where(), **o))
-            here = wrong if rank == 0 else target
-            raises(IndexError, message, lambda h=here, o=options: fused_ops.cross_entropy(x, h, row_group=rows, **o))
-            for reduction in ("sum", "none"):
-                raises(
-                    IndexError,
-                    message,
-                    lambda h=here, r=reduction: fused_ops.cross_entropy(x, h, row_group=rows, reduction=r),
-                )
+    rows = {"row_group": dist.group.WORLD}
+    for bad, options in itertools.product((6, -1, -(2**63)), ({}, {"label_smoothing": 0.1}, {"return_outputs": True})):
+        wrong = target.clone()
+        wrong[3] = bad
+        here = wrong if rank == 0 else target  # on one rank alone
+        calls = [(part.of(x), wrong, part.where()), (part.of(x), here, {"class_group": dist.group.WORLD})]
+        calls += [(x, here, {**rows, "reduction": reduction}) for reduction in ("mean", "sum", "none")]
+        calls += [(x, (here.unsqueeze(1), torch.ones(4, 1)), rows), (x, here, {**rows, "normalizer": 3})]
+        for y, labels, where in calls:
+            raises(
+                IndexError, f"Target {bad} is out of bounds.", fused_ops.cross_entropy, y, labels, **where, **options
+            )
         loss = fused_ops.cross_entropy(part.of(x), target, **part.where(), reduction="sum")  # and nothing is left
         near(loss, fused_ops.cross_entropy(x, target, reduction="sum"), 3e-6, "after an error")
 
@@ -287,19 +274,21 @@ def compiled_as_one_graph(rank, world):
     torch.manual_seed(7)
     x, weight = torch.randn(10, CLASSES), torch.rand(CLASSES) + 0.1
     group = dist.group.WORLD
-    for kind in ("index", "dense", "sparse"):
+    for kind, given in (("index", True), ("dense", True), ("sparse", False), ("index", False)):
         part, target = Part("uneven", rank, world), draw(kind, x.shape, x.dtype)
-        for where in (part.where(), {"class_group": group}, {"class_group": group, "row_group": dist.new_group([rank], use_local_synchronization=True)}):
+        target = target_here(kind, target, part)
+        where = part.where() if given else {"class_group": group}
 
-            def f(y, w, target=target_here(kind, target, part), where=where):
-                out = fused_ops.cross_entropy(
-                    y * 2, target, w, z_loss=0.1, label_smoothing=0.1, return_outputs=True, **where
-                )
-                return out.loss + out.entropy.sum()
+        def loss(y, w, target=target, where=where):
+            out = fused_ops.cross_entropy(
+                y * 2, target, w, z_loss=0.1, label_smoothing=0.1, return_outputs=True, row_group=group, **where
+            )
+            return out.loss + out.entropy.sum()
 
-            leaves = [part.of(x).clone().requires_grad_(), weight.clone().requires_grad_(kind != "index")]
-            wanted = leaves[:1] if kind == "index" else leaves
-            compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(compiled(*leaves), f(*leaves))
-            for a, b in zip(*(torch.autograd.grad(g(*leaves), wanted) for g in (compiled, f)), strict=True):
-                torch.testing.assert_close(a, b)
+        leaves = [part.of(x).clone().requires_grad_(), weight.clone().requires_grad_(kind != "index")]
+        wanted = leaves[:1] if kind == "index" else leaves
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+        for a, b in zip(*(torch.autograd.grad(f(*leaves), wanted) for f in (compiled, loss)), strict=True):
+            torch.testing.assert_close(a, b)

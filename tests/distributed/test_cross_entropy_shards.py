@@ -11,7 +11,15 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
 )
 
-CASES = ["options_and_targets", "outputs", "replicated_arguments_have_whole_gradients", "second_derivatives", "row_groups", "bad_targets_raise_on_all_ranks", "compiled_as_one_graph"]
+CASES = [
+    "options_and_targets",
+    "outputs",
+    "replicated_arguments_have_whole_gradients",
+    "second_derivatives",
+    "row_groups",
+    "bad_targets_raise_on_all_ranks",
+    "compiled_as_one_graph",
+]
 
 
 @pytest.fixture(scope="module")

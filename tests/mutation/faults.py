@@ -41,7 +41,7 @@ PLACES: dict[str, dict[str, str]] = {
     },
     "lce": {
         "fused_ops/ops/linear_cross_entropy": """
-            _parts _chunks add _add _chunked_second differentiable shifted _low_rank small chunk_ tile_sums_
+            parts_of _chunks product add _add _chunked_second differentiable shifted _low_rank small chunk_ tile_sums_
             tile_grads_ head_gradients _row_results backward _gradients finish""",
         "fused_ops/core": "is_one",
         "csrc/linear_cross_entropy": """

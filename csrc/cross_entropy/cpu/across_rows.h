@@ -273,8 +273,8 @@ class AcrossTile {
     const RowLayout& l = a_.mask.layout;
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* m = static_cast<const uint8_t*>(a_.mask.data) + l.offset(row + r);
-      int64_t count = 0;
-      for (int64_t c = 0; c < l.classes; ++c) count += m[c * l.class_stride] != 0;
+      int64_t count = a_.allowed ? static_cast<int64_t>(a_.allowed[row + r]) : 0;
+      for (int64_t c = 0; !a_.allowed && c < l.classes; ++c) count += m[c * l.class_stride] != 0;
       spread_[r] = static_cast<float>(a_.label_smoothing / static_cast<double>(count));
     }
   }

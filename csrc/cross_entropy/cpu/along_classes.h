@@ -277,6 +277,11 @@ struct RowState {
     if (sum.others != sum.others && !found_nan) find_nan(u, c, n);
   }
 
+  // Whether no class is left, nor a NaN; `one`: a class is left out of the sums.
+  bool is_gone(bool one) const {
+    return sum.max == ExpSum<A>::kNone && sum.others == 0 && (!one || excluded == sum.max);
+  }
+
   // log sum exp(u - max). `below` is the excluded class' u - max; not used if none is.
   double log_sum(bool excluded, double below) const {
     if (sum.max == ExpSum<A>::kNone) return std::numeric_limits<double>::quiet_NaN();  // no class left: as PyTorch

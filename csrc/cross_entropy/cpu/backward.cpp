@@ -97,10 +97,7 @@ struct Rows {
   template <class Sum>
   void set_up(int64_t row, int64_t rows, const RowTarget* targets, const Sum& sum) {
     for (int64_t r = 0; r < rows; ++r) {
-      const double lse = args.lse[row + r];
-      high[r] = static_cast<A>(lse), low[r] = static_cast<A>(lse - static_cast<double>(high[r]));
-      if (std::is_same_v<A, double> || std::fabs(lse) >= kFar)  // a double cannot hold low beside high
-        low[r] = static_cast<A>(std::log(sum(row + r, high[r])));
+      split_lse(row + r, r, sum);
       coefficient[r] = coefficients(row + r, targets[r]);
       others[r] = p_target[r] = 0, u[r] = q[r] = 0;
     }
@@ -127,7 +124,8 @@ struct Rows {
   void set_target(int64_t row, int64_t r, const RowTarget& target) const {
     if (!target.one()) return;
     const Coefficients& k = coefficient[r];
-    const double p = p_target[r], residual = target_residual(p, others[r]);
+    const double p = p_target[r];
+    const double residual = a.shard ? std::expm1(args.target_log_probability[row]) : target_residual(p, others[r]);
     const double log_p = static_cast<double>((u[r] - high[r]) - low[r]);
     const double own = k.nll * (p * k.mass - static_cast<double>(q[r]));
     const double rest = k.slope == 0 || p == 0 ? k.rest : k.rest - k.slope * (log_p + k.entropy);
@@ -144,13 +142,25 @@ struct Rows {
     load_tile(args.grad_loss, a.dtype, {1, 1, 1, 0, 0, 1}, 0, 1, row, 1, &value);
     return static_cast<double>(value);
   }
+  template <class Sum>
+  void split_lse(int64_t row, int64_t r, const Sum& sum) {
+    const double lse = a.shard ? args.high[row] + args.low[row] : args.lse[row];
+    const bool apart = std::is_same_v<A, double> || std::fabs(lse) >= kFar;  // a double cannot hold low beside high
+    if (a.shard && apart) {
+      high[r] = static_cast<A>(args.high[row]), low[r] = static_cast<A>(args.low[row]);
+      return;
+    }
+    high[r] = static_cast<A>(lse);
+    low[r] = static_cast<A>(apart ? std::log(sum(row, high[r])) : lse - static_cast<double>(high[r]));
+  }
   Coefficients coefficients(int64_t row, const RowTarget& target) const {
     const auto read = [&](const double* from) { return from ? from[row] : 0.0; };
     const bool counts = !target.all_ignored();
     if (!counts && !a.statistics) return {};
     const double g = counts ? upstream(row) : 0, h = read(args.grad_entropy);
-    const double t = counts && target.one() ? read(args.grad_target_log_probability) : 0;
-    const double on = target.one() ? (1.0 - a.label_smoothing) * weight_of(a, target.index(0)) : 0;
+    const double t = counts && target.single() ? read(args.grad_target_log_probability) : 0;
+    const auto weight = [&] { return a.shard ? args.target_weight[row] : weight_of(a, target.index(0)); };
+    const double on = target.single() ? (1.0 - a.label_smoothing) * weight() : 0;
     return {g, read(args.mass), read(args.grad_lse), h, h != 0 ? args.entropy[row] : 0, g * on - t};
   }
 };

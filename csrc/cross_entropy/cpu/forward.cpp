@@ -105,6 +105,7 @@ struct Finish {
       const double weight = target.probability(k) * weight_of(a, c), share = soft * weight;
       *target_weight += weight;
       if (!target.one()) *mass += share;
+      if (target.one() && a.shard) continue;  // its own is added when all shards are known
       const double away = target.one() ? -below : max - static_cast<double>(values.at(row, c));
       // 0 even where the logit is -inf; but PyTorch has the one index, and 0 * inf there
       if (share != 0 || target.one()) *nll += share * (log_sum + away);
@@ -115,17 +116,20 @@ struct Finish {
   double operator()(int64_t row, const RowTarget& target, const RowState<A>& s) const {
     const bool one = target.one(), spread = a.has_dense || a.label_smoothing != 0, counts = !target.all_ignored();
     const double u_target = one ? static_cast<double>(s.excluded) : 0;
-    const double max = static_cast<double>(s.sum.max), below = one ? u_target - max : 0;
-    const double log_sum = s.log_sum(one, below);
+    const bool gone = a.shard && s.is_gone(one);  // then lse stands for 0
+    const double max = gone ? 0 : static_cast<double>(s.sum.max), below = one ? u_target - max : 0;
+    const double log_sum = gone ? 0 : s.log_sum(one, below);
     double mass = s.q.mass, target_weight = target.has_indices() ? 0 : 1;
     double nll = spread ? s.q.dot + mass * ((max - static_cast<double>(s.base)) + log_sum) : 0;
     add_indices(row, target, max, below, log_sum, &nll, &mass, &target_weight);
+    if (a.shard) return write_part(row, target, s, {gone, below, log_sum, nll, mass, target_weight});
     args.lse[row] = counts || a.statistics ? max + log_sum : 0;
     if (a.statistics) write_statistics(row, target, s, below, log_sum);
     return write(row, counts ? nll : 0, counts ? mass : 0, counts ? target_weight : 0);
   }
 
   void ignored(int64_t row) const {
+    if (a.shard) return write_part({0, 0, 0, 0, 0, 1, std::numeric_limits<double>::quiet_NaN()}, row);
     args.lse[row] = 0;
     write(row, 0, 0, 0);
   }
@@ -138,16 +142,55 @@ struct Finish {
     return nll;
   }
 
+  static double entropy(const RowState<A>& s, bool one, double below, double log_sum) {
+    const double e = one ? std::exp(below) : 0;
+    const double weighted = s.weighted + (e == 0 ? 0 : e * below), sum = std::exp(log_sum);
+    return log_sum - weighted / sum;
+  }
+
+  static int64_t prediction(const RowState<A>& s, const RowTarget& target) {
+    if (!target.one() || s.excluded == s.excluded) return s.prediction;
+    return s.found_nan ? std::min(s.prediction, target.index(0)) : target.index(0);  // the sums leave it out
+  }
+
   void write_statistics(int64_t row, const RowTarget& target, const RowState<A>& s, double below,
                         double log_sum) const {
     const bool one = target.one();
-    const double e = one ? std::exp(below) : 0;
-    const double weighted = s.weighted + (e == 0 ? 0 : e * below), sum = std::exp(log_sum);
-    args.entropy[row] = log_sum - weighted / sum;
-    args.prediction[row] = s.prediction;
-    if (one && s.excluded != s.excluded)  // the sums leave it out
-      args.prediction[row] = s.found_nan ? std::min(s.prediction, target.index(0)) : target.index(0);
+    args.entropy[row] = entropy(s, one, below, log_sum);
+    args.prediction[row] = prediction(s, target);
     args.target_log_probability[row] = one && !target.all_ignored() ? below - log_sum : 0;
+  }
+
+  struct Part {
+    double high, low, nll, mass, target_weight, log_probability, bad_target;
+  };
+  struct Found {
+    bool gone;
+    double below, log_sum, nll, mass, target_weight;
+  };
+
+  void write_part(const Part& found, int64_t row) const {
+    const CrossEntropyPart& p = args.part;
+    p.high[row] = found.high, p.low[row] = found.low, p.nll[row] = found.nll, p.mass[row] = found.mass;
+    p.target_weight[row] = found.target_weight, p.target_log_probability[row] = found.log_probability;
+    p.bad_target[row] = found.bad_target;
+  }
+
+  double write_part(int64_t row, const RowTarget& target, const RowState<A>& s, const Found& f) const {
+    constexpr double kInf = std::numeric_limits<double>::infinity();
+    const bool one = target.one(), counts = !target.all_ignored();
+    const bool nan = s.found_nan || (one && s.excluded != s.excluded);
+    // with +inf lse is NaN too, but the maximum is not
+    const double high = nan || (!f.gone && s.sum.max == ExpSum<A>::kNone) ? std::numeric_limits<double>::quiet_NaN()
+                                                                          : static_cast<double>(s.sum.max);
+    write_part({high, f.log_sum, counts ? f.nll : 0, counts ? f.mass : 0, counts ? f.target_weight : 0,
+                one ? f.below - f.log_sum : 1, target.no_class(args.part.all_classes)},
+               row);
+    if (!a.statistics) return f.nll;
+    args.part.entropy[row] = f.gone ? 0 : entropy(s, one, f.below, f.log_sum);
+    args.part.prediction[row] =
+        a.layout.classes == 0 ? kInf : static_cast<double>(prediction(s, target) + a.first_class);
+    return f.nll;
   }
 };
 

@@ -25,8 +25,8 @@ inline bool has_few_classes(const RowLayout& l) {
 
 // Class indices with at most a factor for each: the loss has no coefficients beside the target's own.
 inline bool is_plain(const CrossEntropyRows& a) {
-  return !a.has_dense && !a.sparse && !a.has_mask && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 &&
-         !a.statistics;
+  return !a.shard && !a.has_dense && !a.sparse && !a.has_mask && a.label_smoothing == 0 && a.logit_scale == 1 &&
+         a.softcap == 0 && !a.statistics;
 }
 
 // Whether the plain loss has a loop for these strides, beside those of another tensor of the rows.
@@ -78,7 +78,8 @@ inline void read_targets(const Targets& t, int64_t begin, int64_t n, int64_t* to
   }
 }
 
-// One row's target: its indices, or none where it is a distribution over all classes.
+// One row's target: its indices, or none where it is a distribution over all classes. Of a shard, an index that is
+// elsewhere is no one to take off a gradient, but its row counts.
 class RowTarget {
  public:
   RowTarget() = default;
@@ -87,26 +88,44 @@ class RowTarget {
     step_ = a.index_spatial;
     first_ = row / step_ * step_ * a.per_row + row % step_;
     for (int64_t k = 0; k < a.per_row; ++k) {
-      const int64_t t = index(k);
+      const int64_t t = any_index(k);
       if (t == a.indices.ignore_index) continue;
       all_ignored_ = false;
-      bad_ |= t < 0 || t >= a.layout.classes;
+      bad_ |= t < a.first_class || t >= a.first_class + a.layout.classes;
     }
+    if (!a.shard) return;
+    elsewhere_ = bad_;
+    bad_ = false;
   }
 
   bool has_indices() const { return !a_->has_dense; }
   int64_t per_row() const { return has_indices() ? a_->per_row : 0; }
-  bool one() const { return has_indices() && !a_->sparse && !all_ignored_; }  // a class index that counts
+  bool single() const { return has_indices() && !a_->sparse && !all_ignored_; }  // a class index that counts
+  bool one() const { return single() && !elsewhere_; }                           // and is here
   bool all_ignored() const { return all_ignored_; }
   bool bad() const { return bad_; }
-  int64_t index(int64_t k) const { return target_at(a_->indices, first_ + k * step_); }
-  bool ignored(int64_t k) const { return index(k) == a_->indices.ignore_index; }
+  int64_t index(int64_t k) const { return any_index(k) - a_->first_class; }  // in the layout
+  bool ignored(int64_t k) const {                                            // or elsewhere
+    const int64_t t = any_index(k);
+    return t == a_->indices.ignore_index ||
+           (elsewhere_ && (t < a_->first_class || t >= a_->first_class + a_->layout.classes));
+  }
   double probability(int64_t k) const { return a_->sparse ? a_->sparse[first_ + k * step_] : 1.0; }
+  // The first that is no class of all shards', else NaN.
+  double no_class(int64_t all_classes) const {
+    for (int64_t k = 0; k < per_row(); ++k) {
+      const int64_t t = any_index(k);
+      if (t != a_->indices.ignore_index && (t < 0 || t >= all_classes)) return static_cast<double>(t);
+    }
+    return std::numeric_limits<double>::quiet_NaN();
+  }
 
  private:
+  int64_t any_index(int64_t k) const { return target_at(a_->indices, first_ + k * step_); }
+
   const CrossEntropyRows* a_ = nullptr;
   int64_t first_ = 0, step_ = 1;
-  bool all_ignored_ = false, bad_ = false;
+  bool all_ignored_ = false, bad_ = false, elsewhere_ = false;
 };
 
 // The targets of up to kRowTile rows: a class, or kIgnored.
@@ -321,7 +340,8 @@ class Tile {
     for (int64_t r = 0; r < rows; ++r) {
       const RowLayout& l = a_.mask.layout;
       const uint8_t* m = static_cast<const uint8_t*>(a_.mask.data) + l.offset(row + r);
-      allowed_[r] = 0;
+      allowed_[r] = a_.allowed ? static_cast<int64_t>(a_.allowed[row + r]) : 0;
+      if (a_.allowed) continue;
       for (int64_t c = 0; c < l.classes; ++c) allowed_[r] += m[c * l.class_stride] != 0;
     }
   }

@@ -498,9 +498,8 @@ def sum_over_rows(values: Tensor, a: RowArgs, o: RowOptions, group: Any, place: 
     return total
 
 
-def check_ranks(ranks: Ranks) -> Ranks:
+def check_ranks(ranks: Ranks, op: str = "cross_entropy") -> Ranks:
     """The groups of a call with integers; raises for arguments that are wrong or cannot work, without a collective."""
-    op = "cross_entropy"
     collectives.check_group(op, "class_group", ranks.class_group)
     for group in ranks.row_group if isinstance(ranks.row_group, tuple) else (ranks.row_group,):
         collectives.check_group(op, "row_group", group)

@@ -186,10 +186,9 @@ def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
         torch.where(valid, values, 0.0) for values in (nll, part.mass.sum(0), target_weight, log_probability)
     )
     if not o.statistics:
-        none = nll.new_empty(0)
-        index = torch.empty(0, dtype=torch.int64, device=nll.device)
-        lse = torch.where(valid, lse, 0.0)
-        return Merged(nll, lse, mass, target_weight, none, index, log_probability, high[0], lse_low)
+        none, index = nll.new_empty(0), torch.empty(0, dtype=torch.int64, device=nll.device)
+        lse, top, lse_low = (torch.where(valid, values, 0.0) for values in (lse, high[0], lse_low))
+        return Merged(nll, lse, mass, target_weight, none, index, log_probability, top, lse_low)
     share = (-behind).exp()
     entropy = torch.where(share == 0, 0.0, share * (part.entropy + behind)).sum(0)
     best = part.high.amax(0)

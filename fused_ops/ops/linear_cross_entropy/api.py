@@ -13,13 +13,20 @@ from torch.overrides import handle_torch_function
 from fused_ops.core.checks import check_tensors
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
-from fused_ops.distributed.dtensor import any_dtensor, refuse
+from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.cross_entropy.api import index_loss, rows
 from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
-from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput, Reduction, reduced_loss, row_scale
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
-from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.cross_entropy.reduction import (
+    CrossEntropyOutput,
+    Reduction,
+    denominator_of_ranks,
+    reduced_loss,
+    row_scale,
+)
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, find_place
+from fused_ops.ops.linear_cross_entropy import by_shards, dtensors, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
     at_least_one,
     checked_ignore_index,
@@ -28,8 +35,9 @@ from fused_ops.ops.linear_cross_entropy.arguments import (
     head_of,
     shapes,
     shifted,
+    with_all_rows,
 )
-from fused_ops.ops.linear_cross_entropy.dtensors import linear_cross_entropy as of_dtensors
+from fused_ops.ops.linear_cross_entropy.by_shards import Spread
 from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -44,11 +52,15 @@ def _whole_rows(head: Head, classes: int, a: RowArgs, o: RowOptions) -> tuple[Te
     return rows(a._replace(input=reference.logits(head, classes)), o)
 
 
-def _is_sum(call: Call, head: Head, reduction: Reduction) -> int:
-    """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart."""
+def _is_sum(call: Call, head: Head, reduction: Reduction, spread: bool) -> int:
+    """Which of the head's gradients the forward may find at once, as bits; 0 if the rows must be kept apart.
+
+    If the classes are spread over ranks, some may be without any, and goes the way of the others.
+    """
     if reduction.name == "none" or reduction.outputs or not torch.is_grad_enabled() or transforms_active():
         return 0
-    if not torch.compiler.is_compiling() and call.args.input.numel() == 0:
+    nothing = 0 in rows_shape(call.args.input) if spread else call.args.input.numel() == 0
+    if nothing and not torch.compiler.is_compiling():
         return 0
     others = (call.args.probabilities, call.args.weight, call.token_weight, reduction.normalizer)
     if forward_ad._current_level >= 0 or any(isinstance(t, Tensor) and t.requires_grad for t in others):
@@ -81,6 +93,11 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     max_memory_bytes: int | None = None,
     return_outputs: bool = False,
+    class_group: Any = None,
+    class_start: int | None = None,
+    classes: int | None = None,
+    row_group: Any = None,
+    sequence_parallel: bool = False,
 ) -> Any:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
@@ -152,6 +169,11 @@ def linear_cross_entropy(
         and loss_dtype is None
         and chunk_rows is None
         and max_memory_bytes is None
+        and class_group is None
+        and row_group is None
+        and class_start is None
+        and classes is None
+        and not sequence_parallel
         and type(z_loss) in _NUMBERS
         and z_loss == 0
         and type(logit_scale) in _NUMBERS
@@ -167,8 +189,15 @@ def linear_cross_entropy(
         if small is not None:
             return small
     overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
-    if overridden or any_dtensor(input, linear_weight, linear_bias, target):
-        ours: dict[str, Any] = {
+    beside = weight, class_mask, token_weight, normalizer, lora
+    if overridden or any_dtensor(input, linear_weight, linear_bias, target, *beside):
+        given: dict[str, Any] = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
             "z_loss": z_loss,
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -179,29 +208,40 @@ def linear_cross_entropy(
             "loss_dtype": loss_dtype,
             "shift": shift,
             "lora": lora,
+            "chunk_rows": chunk_rows,
+            "max_memory_bytes": max_memory_bytes,
             "return_outputs": return_outputs,
+            "class_group": class_group,
+            "class_start": class_start,
+            "classes": classes,
+            "row_group": row_group,
+            "sequence_parallel": sequence_parallel,
         }
-        theirs: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
         if overridden:
-            ours |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
-            ours |= {"chunk_rows": chunk_rows, "max_memory_bytes": max_memory_bytes, **theirs}
             tensors = (input, linear_weight, linear_bias, target)
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **ours)
-        refuse(linear_cross_entropy, ours)  # how much memory the logits take is PyTorch's affair then
-        theirs["ignore_index"] = -100 if ignore_index is None else ignore_index
-        return of_dtensors(input, linear_weight, linear_bias, target, **theirs)
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
+        parts, mine, logits = dtensors.spread(input, linear_weight, target, given)
+        return logits.result(linear_cross_entropy(*parts, **mine), reduction)
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
         *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
         *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
     ]
     check_tensors("linear_cross_entropy", named)
+    if sequence_parallel and class_group is None:
+        raise ValueError("linear_cross_entropy: sequence_parallel=True is for classes that are spread over class_group")
+    ranks = None
+    if not (class_group is None and row_group is None and class_start is None and classes is None):
+        ranks = check_ranks(Ranks(class_group, class_start, classes, row_group), "linear_cross_entropy")
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
-    wanted = Reduction(reduction, normalizer, empty, return_outputs).check()
+    wanted = Reduction(reduction, normalizer, empty, return_outputs, ranks).check()
     shape = shapes(input, linear_weight, linear_bias)
-    head = head_of(input, linear_weight, linear_bias, lora, shape)
-    found = flat_target(target, shape, ignore_index)
+    if sequence_parallel:
+        shape = with_all_rows(shape, input, target)
+    head = head_of(input, linear_weight, linear_bias, lora, shape, class_group if sequence_parallel else None)
+    some = class_group is not None
+    found = flat_target(target, shape, ignore_index, some)
     cut = Cut(
         math.prod(shape.outputs),
         at_least_one("chunk_rows", chunk_rows),
@@ -214,10 +254,13 @@ def linear_cross_entropy(
         token_weight = flat("token_weight", token_weight, shape, None)
     ignored = checked_ignore_index(ignore_index)
     given = Numbers(ignored, label_smoothing, z_loss, logit_scale, softcap)
-    call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype)
+    call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype, some)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights
         head = Head(*(None if t is None else t.to(call.args.input.dtype) for t in head))  # type: ignore[arg-type]
-    result = _run(call, head, shape.classes, cut, wanted)
+    spread = None
+    if ranks is not None:
+        head, spread, wanted = _with_ranks(call, head, wanted, math.prod(shape.lead) if sequence_parallel else None)
+    result = _run(call, head, shape.classes, cut, wanted, spread)
     if reduction != "none" and not return_outputs:
         return result
     row_shape = shape.rows(False)
@@ -226,19 +269,48 @@ def linear_cross_entropy(
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(row_shape) for t in result))
 
 
-def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction) -> Any:
+def _with_ranks(
+    call: Call, head: Head, reduction: Reduction, rows: int | None
+) -> tuple[Head, Spread | None, Reduction]:
+    """The head with what all ranks have alike, where its classes are, and the reduction with its denominator.
+
+    Args:
+        call: The checked call.
+        head: The matrices.
+        reduction: With process groups.
+        rows: Of all ranks, where each has some of the input's.
+    """
+    ranks = reduction.ranks
+    assert ranks is not None
+    place = None if ranks.class_group is None else find_place(call.args.input, ranks)
+    if place is not None and not isinstance(place, Tensor):
+        check_place(call.args, place)
+    if ranks.row_group is not None:
+        denominator = denominator_of_ranks(call, reduction, place)
+        reduction = reduction if denominator is None else reduction._replace(normalizer=denominator)
+    reduction = reduction._replace(ranks=None)
+    if place is None:
+        return head, None, reduction
+    return by_shards.spread(head, ranks.class_group, rows), Spread(place, ranks.class_group), reduction
+
+
+def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction, spread: Spread | None) -> Any:
     """The loss of a prepared call, in the way that suits it."""
-    compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
-    if in_formulas or (not compiling and cut.is_small(head)):
+    compiling, in_formulas, where = torch.compiler.is_compiling(), needs_formulas(), ()
+    if spread is not None:
+        if spread.at_once(head, cut):
+            return reduced_loss(call, reduction, partial(spread.whole_rows, head, cut))
+        where = spread.where()
+    elif in_formulas or (not compiling and cut.is_small(head)):
         if not in_formulas and reduction.is_ordinary() and call.is_index_alone():
             assert call.args.indices is not None
             logits = reference.logits(head, classes)
             return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name)
         return reduced_loss(call, reduction, partial(_whole_rows, head, classes))
-    needs = _is_sum(call, head, reduction)
+    needs = _is_sum(call, head, reduction, spread is not None)
     if needs:
         scale = row_scale(call, reduction)
         nan_if_empty = reduction.name == "mean" and reduction.normalizer is None and reduction.empty == "nan"
-        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty)
+        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty, where)
         return loss.to(call.loss_dtype)
-    return reduced_loss(call, reduction, partial(linear_rows, head, cut))
+    return reduced_loss(call, reduction, partial(linear_rows, head, cut, where))

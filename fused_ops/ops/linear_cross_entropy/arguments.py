@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_ops.core.checks import as_int64, as_integer
 from fused_ops.core.function import autocast_enabled
+from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
@@ -69,7 +70,18 @@ def shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> 
     return shape
 
 
-def _low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor, float]:
+def with_all_rows(shape: Shape, input: Tensor, target: Any) -> Shape:
+    """The shape of a call whose input has some of the first dimension's entries, and whose target has all of them."""
+    first = target[0] if isinstance(target, (tuple, list)) and target else target
+    if input.dim() < 2 or not isinstance(first, Tensor) or first.dim() < 1:
+        raise ValueError(
+            "linear_cross_entropy: sequence_parallel=True takes input (rows of this rank, ..., in_features) and a "
+            f"target of the rows of all ranks, got input of shape {list(input.shape)}"
+        )
+    return shape._replace(lead=(first.size(0), *shape.lead[1:]))
+
+
+def low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor, float]:
     """lora's (A, B, scale), checked."""
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise TypeError("linear_cross_entropy: expected lora to be (A, B, scale)")
@@ -85,10 +97,21 @@ def _low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor
     return a, b, scale
 
 
-def head_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any, shape: Shape) -> Head:
-    """The matrices, in autocast's dtype where it is on."""
+def head_of(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any, shape: Shape, rows_group: Any = None
+) -> Head:
+    """The matrices, in autocast's dtype where it is on.
+
+    Args:
+        input: (..., in_features).
+        linear_weight: Of the call.
+        linear_bias: Likewise.
+        lora: Likewise.
+        shape: Of these.
+        rows_group: The ranks, if each has some rows of ``input``: lora's A, which all have, gets their gradients' sum.
+    """
     in_features = input.size(-1)
-    rows = input if input.dim() == 2 else input.reshape(math.prod(shape.lead), in_features)
+    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), in_features)
     tensors = [rows, linear_weight.flatten(0, -2)]
     tensors += [] if linear_bias is None else [linear_bias.reshape(-1)]
     if isinstance(lora, LowRank):
@@ -96,7 +119,8 @@ def head_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lo
         return Head(rows, tensors[1], tensors[2] if linear_bias is not None else None, low, lora.weight)
     scale = 1.0
     if lora is not None:
-        a, b, scale = _low_rank(lora, shape, in_features)
+        a, b, scale = low_rank(lora, shape, in_features)
+        a = a if rows_group is None else collectives.copy_to_shares(a, rows_group)
         tensors += [a, b]
     device = input.device.type
     if autocast_enabled(input) and input.dtype != torch.float64:
@@ -122,7 +146,7 @@ def flat(name: str, value: Any, shape: Shape, k: int | None) -> Any:
     raise RuntimeError(f"linear_cross_entropy: expected {name} of shape {list(wanted)}, got {list(value.shape)}")
 
 
-def flat_target(target: Any, shape: Shape, ignore_index: int | None) -> Any:
+def flat_target(target: Any, shape: Shape, ignore_index: int | None, some_classes: bool) -> Any:
     if isinstance(target, (tuple, list)):
         if len(target) == 3:
             lam = target[2]
@@ -134,7 +158,9 @@ def flat_target(target: Any, shape: Shape, ignore_index: int | None) -> Any:
         return tuple(flat(n, t, shape, k) for n, t in zip(("indices", "probabilities"), target, strict=False))
     if not isinstance(target, Tensor):
         raise TypeError(f"linear_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
-    if tuple(target.shape) != shape.with_classes(shape.classes, False):
+    # of some classes there may be as many as of what a class index of one row may be in
+    index = some_classes and not target.is_floating_point()
+    if index or tuple(target.shape) != shape.with_classes(shape.classes, False):
         return flat("target", target, shape, None)
     if ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     tile_classes: int = 0  # 0: in chunks of rows
 
 
-class _Gradients:
+class Gradients:
     """The head's gradients as chunks add to them: weights in float32 at least."""
 
     def __init__(self, head: Head, plan: Plan, chunks: int) -> None:
@@ -117,7 +117,7 @@ class _Gradients:
         return tuple(self.of(1 << i, tensor) for i, tensor in enumerate(self.head))
 
 
-def _parts(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | slice]:
+def parts_of(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | slice]:
     """The rows of each chunk. Ignored rows are left out, on the CPU, where finding them costs no synchronisation."""
     rows, step = head.input.size(0), plan.chunk_rows
     if a.indices is not None and a.indices.dim() == 1 and not o.statistics and has_values(a.indices):
@@ -128,6 +128,17 @@ def _parts(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | s
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
+def product(head: Head, part: Tensor | slice, x: Tensor, out: Tensor) -> Tensor:
+    """The logits of the rows ``x = head.input[part]``, (rows, classes * positions), written to ``out``."""
+    if head.bias is None:
+        torch.mm(x, head.weight.t(), out=out)
+    else:
+        torch.addmm(head.bias, x, head.weight.t(), out=out)
+    if head.low_input is not None and head.low_weight is not None:
+        out.addmm_(head.low_input[part], head.low_weight.t())
+    return out
+
+
 def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """Each chunk's rows, its logits, (rows, classes[, positions]), and the same memory as a matrix."""
     outputs = head.weight.size(0)
@@ -136,23 +147,17 @@ def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tup
         x = head.input[part]
         if buffer is None:
             buffer = tiles.buffer(x, x.size(0), outputs)  # the first chunk is the largest
-        flat = buffer[: x.size(0)]
-        if head.bias is None:
-            torch.mm(x, head.weight.t(), out=flat)
-        else:
-            torch.addmm(head.bias, x, head.weight.t(), out=flat)
-        if head.low_input is not None and head.low_weight is not None:
-            flat.addmm_(head.low_input[part], head.low_weight.t())
+        flat = product(head, part, x, buffer[: x.size(0)])
         yield part, flat if outputs == plan.classes else flat.view(x.size(0), plan.classes, -1), flat
 
 
-def _cut(value: Tensor | None, part: Tensor | slice) -> Tensor | None:
+def cut_rows(value: Tensor | None, part: Tensor | slice) -> Tensor | None:
     return None if value is None else value[part]
 
 
 def cut_args(a: RowArgs, logits: Tensor, part: Tensor | slice) -> RowArgs:
     mask = a.class_mask if a.class_mask is None or a.class_mask.dim() == 1 else a.class_mask[part]
-    return RowArgs(logits, _cut(a.indices, part), _cut(a.probabilities, part), a.weight, mask)
+    return RowArgs(logits, cut_rows(a.indices, part), cut_rows(a.probabilities, part), a.weight, mask)
 
 
 def _row_results(head: Head, o: RowOptions, plan: Plan) -> list[Tensor]:
@@ -170,11 +175,11 @@ def forward(
     """The rows' seven results, then the head's five gradients of sum_r row_scale_r (nll_r + z_loss lse_r^2)."""
     if plan.tile_classes and row_scale is not None:
         return _forward_in_tiles(head, a, o, row_scale, z_loss, plan)
-    parts = _parts(head, a, o, plan)
-    results, gradients = _row_results(head, o, plan), _Gradients(head, plan, len(parts))
+    parts = parts_of(head, a, o, plan)
+    results, gradients = _row_results(head, o, plan), Gradients(head, plan, len(parts))
     for part, logits, flat in _chunks(head, plan, parts):
         cut = cut_args(a, logits, part)
-        found = _chunk_op(logits, *cut[1:], _cut(row_scale, part), z_loss, *o)
+        found = _chunk_op(logits, *cut[1:], cut_rows(row_scale, part), z_loss, *o)
         for whole, chunk in zip(results, found, strict=True):  # type: ignore[call-overload]
             if whole.numel():
                 whole[part] = chunk
@@ -201,11 +206,11 @@ def backward(
     g: RowGrads, head: Head, a: RowArgs, lse: Tensor, mass: Tensor, entropy: Tensor, o: RowOptions, plan: Plan
 ) -> tuple[Tensor, ...]:
     """The head's five gradients, from logits that are computed again."""
-    parts = _parts(head, a, o, plan)
-    gradients = _Gradients(head, plan, len(parts))
+    parts = parts_of(head, a, o, plan)
+    gradients = Gradients(head, plan, len(parts))
     for part, logits, flat in _chunks(head, plan, parts):
         cut = cut_args(a, logits, part)
-        grads = (_cut(grad, part) for grad in g)
+        grads = (cut_rows(grad, part) for grad in g)
         saved = (lse[part], mass[part], entropy[part] if o.statistics else entropy)
         functions.rows_backward_inplace_op(*grads, *cut, *saved, *o)
         gradients.add(part, flat)

@@ -12,7 +12,7 @@ from fused_ops.core.function import FusedFunction, checked_saved, has_values, sa
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
-from fused_ops.ops.linear_cross_entropy import graph, reference
+from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -66,44 +66,62 @@ class LinearCrossEntropySumFunction(FusedFunction):
     @staticmethod
     def forward(*args: Any) -> Any:
         settings = Settings.of(RowOptions(*args[11:16]), args[10], Cut(*args[16:19]))
-        return graph.sum_op(*args[:10], *settings, args[19], False)
+        return _sum_op(args[20])(*args[:10], *settings, args[19], False, *args[20])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.z_loss, ctx.o, ctx.cut, ctx.needs = inputs[10], RowOptions(*inputs[11:16]), Cut(*inputs[16:19]), inputs[19]
+        ctx.where = inputs[20]
         ctx.mark_non_differentiable(*output[1:])
         ctx.gradients = output[1:]  # to be handed over, not only lent
         save(ctx, *inputs[:10])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        none, need = (None,) * 20, ctx.needs_input_grad[:5]
+        none, need = (None,) * 21, ctx.needs_input_grad[:5]
         if grad_loss is None:
             return none
         *tensors, row_scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             checked_saved(ctx.saved_tensors, grad_loss)
-            run = partial(_apply_rows, ctx.o, ctx.cut)
+            run = partial(_rows_of, ctx.o, ctx.cut, ctx.where)
             return *graph.differentiable(run, tensors, row_scale, ctx.z_loss, grad_loss, need), *none[5:]
         gradients = ctx.gradients
         if gradients is None:  # a second backward through a graph that was retained
             settings = Settings.of(ctx.o, ctx.z_loss, ctx.cut)
-            gradients = graph.sum_op(*tensors, row_scale, *settings, ctx.needs, False)[1:]
+            gradients = _sum_op(ctx.where)(*tensors, row_scale, *settings, ctx.needs, False, *ctx.where)[1:]
         if has_values(grad_loss) and float(grad_loss) == 1.0:
             ctx.gradients = None
             return *(g if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
         return *((g * grad_loss).to(g.dtype) if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
 
 
-def _apply_rows(o: RowOptions, cut: Cut, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return LinearCrossEntropyRowsFunction.apply(*tensors, *o, *cut)  # type: ignore[no-any-return]
+def _sum_op(where: tuple[Any, ...]) -> Any:
+    return by_shards.sum_op if where else graph.sum_op
 
 
-def linear_rows(head: Head, cut: Cut, a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
-    """The rows' seven results."""
-    if torch.compiler.is_compiling():
-        return graph.rows_op(*head, *a[1:], *Settings.of(o, 0.0, cut), o.statistics)  # type: ignore[no-any-return]
-    return _apply_rows(o, cut, *head, *a[1:])
+def _rows_of(o: RowOptions, cut: Cut, where: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...]
+    if where:  # an op with its gradient in eager mode too: what watches it there, takes all the logits at once
+        found = by_shards.rows_op(*tensors, *Settings.of(o, 0.0, cut), o.statistics, *where)
+    elif torch.compiler.is_compiling():
+        found = graph.rows_op(*tensors, *Settings.of(o, 0.0, cut), o.statistics)
+    else:
+        found = LinearCrossEntropyRowsFunction.apply(*tensors, *o, *cut)
+    return found[:7]
+
+
+def linear_rows(head: Head, cut: Cut, where: tuple[Any, ...], a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:
+    """The rows' seven results.
+
+    Args:
+        head: The matrices.
+        cut: How the rows are cut.
+        where: ``by_shards.Where`` of classes that are spread over ranks; empty if all are here.
+        a: The target.
+        o: The options.
+    """
+    return _rows_of(o, cut, where, *head, *a[1:])
 
 
 def _lift(row_scale: Tensor) -> Tensor:
@@ -114,7 +132,15 @@ def _lift(row_scale: Tensor) -> Tensor:
 
 
 def linear_sum(
-    head: Head, a: RowArgs, row_scale: Tensor, z_loss: float, o: RowOptions, cut: Cut, needs: int, nan_if_empty: bool
+    head: Head,
+    a: RowArgs,
+    row_scale: Tensor,
+    z_loss: float,
+    o: RowOptions,
+    cut: Cut,
+    needs: int,
+    nan_if_empty: bool,
+    where: tuple[Any, ...],
 ) -> Tensor:
     """The weighted sum of the rows' losses.
 
@@ -127,12 +153,13 @@ def linear_sum(
         cut: How the rows are cut.
         needs: The gradients of the head that the forward finds, as bits.
         nan_if_empty: Whether the sum of no rows is NaN.
+        where: As for ``linear_rows``.
     """
     lift = _lift(row_scale) if head.input.dtype == torch.float16 else None
     scale = row_scale if lift is None else row_scale * lift
     tensors = (*head, *a[1:], scale)
     if torch.compiler.is_compiling():
-        loss = graph.sum_op(*tensors, *Settings.of(o, z_loss, cut), needs, nan_if_empty)[0]
+        loss = _sum_op(where)(*tensors, *Settings.of(o, z_loss, cut), needs, nan_if_empty, *where)[0]
     else:
-        loss = LinearCrossEntropySumFunction.apply(*tensors, z_loss, *o, *cut, needs)[0]
+        loss = LinearCrossEntropySumFunction.apply(*tensors, z_loss, *o, *cut, needs, where)[0]
     return loss if lift is None else loss / lift  # type: ignore[no-any-return]

@@ -33,10 +33,10 @@ TENSORS = 9
 PROBABILITIES, CLASS_WEIGHT = 32, 64
 OF_HEAD = 31
 
-_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
-_NUMBERS = "SymInt ignore_index, Tensor? numbers"  # of numbers, see Settings
-_CUT = "SymInt positions, SymInt? chunk_rows, SymInt? max_memory_bytes"
-_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
+HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_input, Tensor? low_weight"
+NUMBERS = "SymInt ignore_index, Tensor? numbers"  # of numbers, see Settings
+CUT = "SymInt positions, SymInt? chunk_rows, SymInt? max_memory_bytes"
+GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_input, Tensor grad_low_weight"
 
 
 class Settings(NamedTuple):
@@ -79,7 +79,7 @@ def cut_off(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.view_as(t) for t in tensors)
 
 
-def _flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products: int) -> int:
+def flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products: int) -> int:
     """Multiplications and additions of ``products`` matrix products with each weight."""
     head, a = split(tensors)
     counted = head.input.size(0)
@@ -95,7 +95,7 @@ def _flops(tensors: Sequence[Any], ignore_index: int, statistics: bool, products
     return 2 * counted * products * (head.weight.numel() + low)
 
 
-def _check(head: Head, settings: Settings) -> None:
+def check(head: Head, settings: Settings) -> None:
     """Raises for what only a direct call of the op can bring."""
     matrices = [t for t in (head.input, head.weight, head.low_input, head.low_weight) if t is not None]
     if any(t.dim() != 2 for t in matrices) or len(matrices) == 3:
@@ -110,43 +110,56 @@ def _check(head: Head, settings: Settings) -> None:
 def _sum(*args: Any) -> tuple[Tensor, ...]:
     (head, a), row_scale, settings = split(args), args[9], Settings(*args[10:15])
     needs, nan_if_empty = args[15:]
-    _check(head, settings)
+    check(head, settings)
     o, z_loss = settings.unpack()
     nll, lse, *others = chunks.forward(head, a, o, row_scale, z_loss, plan(head, a, o, settings.cut, needs))
+    return total(nll, lse, row_scale, z_loss, nan_if_empty), *others[5:]
+
+
+def total(nll: Tensor, lse: Tensor, row_scale: Tensor, z_loss: float, nan_if_empty: bool) -> Tensor:
+    """The weighted sum of the rows' losses."""
     terms = nll if z_loss == 0 else nll + z_loss * lse.square()
     loss = fixed_order_sum(terms * row_scale)
-    return loss.fill_(torch.nan) if nan_if_empty and not row_scale.numel() else loss, *others[5:]
+    return loss.fill_(torch.nan) if nan_if_empty and not row_scale.numel() else loss
 
 
-def _fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
+def fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
     return tuple(
         head.input.new_empty(t.shape if t is not None and needs & (1 << i) else (0,)) for i, t in enumerate(head)
     )
 
 
-def _fake_sum(*args: Any) -> tuple[Tensor, ...]:
-    return args[0].new_empty((), dtype=torch.float64), *_fake_gradients(Head(*args[:5]), args[15])
+def fake_sum(*args: Any) -> tuple[Tensor, ...]:
+    return args[0].new_empty((), dtype=torch.float64), *fake_gradients(Head(*args[:5]), args[15])
 
 
-def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.ignore_index, numbers, *ctx.cut, ctx.needs, ctx.nan_if_empty = inputs[10:]
+def sum_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of the op, and of the one for classes that are spread over ranks, which has a tensor and more at the end."""
+    ctx.ignore_index, numbers, *ctx.cut, ctx.needs, ctx.nan_if_empty = inputs[10:17]
+    ctx.where = inputs[18:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10], numbers, *output[1:])
+    ctx.save_for_backward(*inputs[:10], numbers, *output[1:], *inputs[17:18])
 
 
 def _sum_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-    none, need = (None,) * 17, ctx.needs_input_grad[:5]
+    return sum_gradients(ctx, grad_loss, sum_op, rows_op)
+
+
+def sum_gradients(ctx: Any, grad_loss: Tensor | None, sum_op: Any, rows_op: Any) -> Any:
+    """The backward of the sum's op, which runs again what those ops do."""
+    none, need = (None,) * len(ctx.needs_input_grad), ctx.needs_input_grad[:5]
     if grad_loss is None:
         return none
     *tensors, row_scale, numbers = ctx.saved_tensors[:11]
-    settings, gradients = Settings(ctx.ignore_index, numbers, *ctx.cut), ctx.saved_tensors[11:]
+    settings, gradients = Settings(ctx.ignore_index, numbers, *ctx.cut), ctx.saved_tensors[11:16]
+    where = *ctx.saved_tensors[16:], *ctx.where
     needs = sum(1 << i for i in range(5) if need[i])
     if torch.is_grad_enabled():  # to be differentiated again, outside of what was compiled
-        run = lambda *t: rows_op(*t, *settings, False)  # noqa: E731
+        run = lambda *t: rows_op(*t, *settings, False, *where)  # noqa: E731
         return *differentiable(run, tensors, row_scale, settings.unpack()[1], grad_loss, need), *none[5:]
     if needs & ~ctx.needs:  # a program that was exported with inputs of which no gradient was wanted
-        gradients = sum_op(*tensors, row_scale, *settings, needs, ctx.nan_if_empty)[1:]
+        gradients = sum_op(*tensors, row_scale, *settings, needs, ctx.nan_if_empty, *where)[1:]
     found = _scale_op(grad_loss, tensors[0], tensors[1], *gradients)
     return *(g if n else None for g, n in zip(found, need, strict=True)), *none[5:]
 
@@ -180,16 +193,16 @@ def _fake_scale(grad_loss: Tensor, input: Tensor, linear_weight: Tensor, *gradie
 # take them for constants, and a second derivative would be wrong without a word instead of refused.
 _scale_op: Any = register_graph_op(
     "linear_cross_entropy_scale(Tensor grad_loss, Tensor input, Tensor linear_weight, "
-    f"{_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _scale,
     _fake_scale,
 )
 sum_op: Any = register_graph_op(
-    f"linear_cross_entropy({_HEAD}, {functions.TENSORS}, Tensor row_scale, {_NUMBERS}, {_CUT}, int needs, "
-    f"bool nan_if_empty) -> (Tensor loss, {_GRADIENTS})",
+    f"linear_cross_entropy({HEAD}, {functions.TENSORS}, Tensor row_scale, {NUMBERS}, {CUT}, int needs, "
+    f"bool nan_if_empty) -> (Tensor loss, {GRADIENTS})",
     _sum,
-    _fake_sum,
-    _sum_context,
+    fake_sum,
+    sum_context,
     _sum_backward,
 )
 
@@ -199,7 +212,7 @@ sum_op: Any = register_graph_op(
 
 def _rows(*args: Any) -> tuple[Tensor, ...]:
     (head, a), settings, statistics = split(args), Settings(*args[9:14]), args[14]
-    _check(head, settings)
+    check(head, settings)
     o, _ = settings.unpack(statistics)
     return chunks.forward(head, a, o, None, 0.0, plan(head, a, o, settings.cut, 0))[:7]
 
@@ -263,25 +276,25 @@ def _target_gradients(
 def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
     g, (head, a), (lse, mass, entropy) = RowGrads(*args[:4]), split(args[4:13]), args[13:16]
     settings, statistics, needs = Settings(*args[16:21]), *args[21:]
-    _check(head, settings)
+    check(head, settings)
     o, _ = settings.unpack(statistics)
     found: tuple[Tensor, ...] = tuple(head.input.new_empty(0) for _ in range(5))
     if needs & OF_HEAD:
         in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=needs & OF_HEAD)
         found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows)
     others = _target_gradients(g, head, a, o, settings.cut.classes(head), needs)
-    empty = _fake_others(a, needs)
+    empty = fake_others(a, needs)
     return *found, *(e.zero_() if t is None else t for t, e in zip(others, empty, strict=True))
 
 
-def _fake_others(a: RowArgs, needs: int) -> tuple[Tensor, ...]:
+def fake_others(a: RowArgs, needs: int) -> tuple[Tensor, ...]:
     of = (a.probabilities, PROBABILITIES), (a.weight, CLASS_WEIGHT)
     return tuple(a.input.new_empty(0) if t is None or not needs & bit else t.new_empty(t.shape) for t, bit in of)
 
 
 def _fake_rows_grad(*args: Any) -> tuple[Tensor, ...]:
     head, a = split(args[4:13])
-    return *_fake_gradients(head, args[22]), *_fake_others(a, args[22])
+    return *fake_gradients(head, args[22]), *fake_others(a, args[22])
 
 
 class _Leaves(NamedTuple):
@@ -388,7 +401,7 @@ def _rows_grad_backward(ctx: Any, *outer: Tensor | None) -> Any:
 
 
 rows_op: Any = register_graph_op(
-    f"linear_cross_entropy_rows({_HEAD}, {functions.TENSORS}, {_NUMBERS}, {_CUT}, bool statistics) "
+    f"linear_cross_entropy_rows({HEAD}, {functions.TENSORS}, {NUMBERS}, {CUT}, bool statistics) "
     f"-> ({functions.RESULTS})",
     _rows,
     _fake_rows,
@@ -396,8 +409,8 @@ rows_op: Any = register_graph_op(
     _rows_backward,
 )
 rows_grad_op: Any = register_graph_op(
-    f"linear_cross_entropy_rows_grad({functions.GRADS}, {_HEAD}, {functions.TENSORS}, {functions.SAVED}, {_NUMBERS}, "
-    f"{_CUT}, bool statistics, int needs) -> ({_GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
+    f"linear_cross_entropy_rows_grad({functions.GRADS}, {HEAD}, {functions.TENSORS}, {functions.SAVED}, {NUMBERS}, "
+    f"{CUT}, bool statistics, int needs) -> ({GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
     _rows_grad,
     _fake_rows_grad,
     _rows_grad_context,
@@ -408,21 +421,21 @@ rows_grad_op: Any = register_graph_op(
 # ---- what FlopCounterMode counts
 
 
-def _count(needs: int) -> int:
+def gradient_products(needs: int) -> int:
     """Products of the head's gradients that are wanted: inputs and weights."""
     return bool(needs & chunks.INPUT) + bool(needs & chunks.WEIGHT)
 
 
 @register_flop_formula(torch.ops.fused_ops.linear_cross_entropy, get_raw=True)
-def _sum_flops(*args: Any, **_: Any) -> int:
-    return _flops(args, args[10], False, 1 + _count(args[15]))
+def sum_flops(*args: Any, **_: Any) -> int:
+    return flops(args, args[10], False, 1 + gradient_products(args[15]))
 
 
 @register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_rows, get_raw=True)
-def _rows_flops(*args: Any, **_: Any) -> int:
-    return _flops(args, args[9], args[14], 1)
+def rows_flops(*args: Any, **_: Any) -> int:
+    return flops(args, args[9], args[14], 1)
 
 
 @register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_rows_grad, get_raw=True)
 def _rows_grad_flops(*args: Any, **_: Any) -> int:
-    return _flops(args[4:13], args[16], args[21], 1 + _count(args[22]))
+    return flops(args[4:13], args[16], args[21], 1 + gradient_products(args[22]))

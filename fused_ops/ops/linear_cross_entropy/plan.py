@@ -116,7 +116,7 @@ def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max
 
 _GPU_ROWS = 1024  # with fewer, reading the weights again for each chunk takes longer than its products
 _GPU_SUMMED_ROWS = 2048  # the same where a chunk reads and writes a sum in float32 besides
-_L2_BYTES = 50 << 20  # where torch does not say
+L2_BYTES = 50 << 20  # where torch does not say
 
 
 def chosen_rows(rows: int, row_bytes: int, l2_bytes: int, summed_features: int = 0) -> int:
@@ -146,7 +146,7 @@ def gpu_rows(input: Tensor, row_bytes: int, wants_weight: bool) -> int:
     """``chosen_rows`` for inputs (rows, features) on the GPU where they are."""
     properties = torch.cuda.get_device_properties(input.device)
     summed = input.size(1) if wants_weight and input.dtype.itemsize == 2 else 0
-    return chosen_rows(input.size(0), row_bytes, getattr(properties, "L2_cache_size", 0) or _L2_BYTES, summed)
+    return chosen_rows(input.size(0), row_bytes, getattr(properties, "L2_cache_size", 0) or L2_BYTES, summed)
 
 
 # ---- a call
