@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from cross_entropy_formulas import draw, formula
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import fused_ops
 from tests.distributed.shard_cases import near, raises
@@ -28,7 +29,11 @@ KINDS = ("index", "dense", "sparse", "mixup")
 
 
 def case(function):
-    CASES[function.__name__] = function
+    def seeded(rank, world):
+        torch.manual_seed(0)  # every rank draws the same
+        function(rank, world)
+
+    CASES[function.__name__] = seeded
     return function
 
 
@@ -266,11 +271,10 @@ def derivatives(rank, world):
         (found,) = torch.autograd.grad((grads[0] * spread(upstream, mesh, [placement])).sum(), y)
         near(found.full_tensor(), second, 1e-12, placement)
         logits = y * 1.0
-        memory = logits.to_local().data_ptr()
-        fused_ops.cross_entropy(logits, target, label_smoothing=0.1, inplace_backward=True).backward()
-        near(y.grad.full_tensor(), right.detach(), 1e-12, placement)
-        assert y.grad.to_local().data_ptr() == memory or y.grad.to_local().numel() == 0 or placement == R
-        assert logits.to_local()._version > 0
+        loss = fused_ops.cross_entropy(logits, target, label_smoothing=0.1, inplace_backward=True)
+        (grad,) = torch.autograd.grad(loss, logits)
+        near(grad.full_tensor(), right.detach(), 1e-12, placement)
+        assert grad.to_local().data_ptr() == logits.to_local().data_ptr() and logits.to_local()._version > 0
         raises(
             RuntimeError, "must not be a leaf", lambda y=y: fused_ops.cross_entropy(y, target, inplace_backward=True)
         )
@@ -334,3 +338,267 @@ def errors(rank, world):
         raises(ValueError, "nothing counts", lambda x=where: ce(x, ignored, empty="raise"))
         assert ce(where, ignored, empty="zero").full_tensor() == 0
         assert ce(where, ignored).full_tensor().isnan()
+
+
+def classes_last(t, name):
+    """Of tensors drawn for (batch, classes, positions) logits those that a head of (batch, positions, ...) takes."""
+    return t.movedim(1, -1).contiguous() if t.dim() == 3 and (name.startswith("target") or name == "class_mask") else t
+
+
+def compare_head(
+    kind, lead, classes, mesh, of_input, of_weight, reduction, options, plain, rows_spread, seed=0, **more
+):
+    """The same of a head, whose logits the formula has: the value, all gradients, and where the loss lies.
+
+    Args:
+        kind: Of target.
+        lead: (batch,) or (batch, positions).
+        classes: How many.
+        mesh: On which the tensors are.
+        of_input: Placements of (*lead, 4).
+        of_weight: Placements of (classes, 4).
+        reduction: Of the loss.
+        options: Numbers.
+        plain: Whether all else is no DTensor.
+        rows_spread: The dimensions of the mesh along which the loss is a sum.
+        seed: Of all values.
+        **more: For ours alone.
+    """
+    g = torch.Generator().manual_seed(seed)
+    free, fixed = problem(kind, (lead[0], classes, *lead[1:]), seed=seed)
+    del free["input"]
+    if kind == "mixup":
+        free["target2"] = free["target2"].reshape(-1, *(1,) * (len(lead) - 1)).expand(lead).contiguous()
+    shapes = {"x": (*lead, 4), "w": (classes, 4), "linear_bias": (classes,), "a": (2, 4), "b": (classes, 2)}
+    free |= {name: torch.randn(shape, dtype=torch.float64, generator=g) for name, shape in shapes.items()}
+    leaves = {name: t.clone().requires_grad_() for name, t in free.items()}
+    named = {**leaves, **fixed}
+    x, w, bias, a, b = (named.pop(name) for name in shapes)
+    logits = F.linear(x, w, bias) + 0.5 * x @ a.t() @ b.t()
+    exact = by_formula({**named, "input": logits if len(lead) == 1 else logits.movedim(-1, 1)}, reduction, options)
+    upstream = torch.linspace(-0.5, 2, max(exact.numel(), 1), dtype=torch.float64).reshape(exact.shape)
+    grads = torch.autograd.grad(exact, list(leaves.values()), upstream)
+
+    placed = {"x": of_input, "w": of_weight, "linear_bias": [S(0) if p == S(0) else R for p in of_weight]}
+    placed["b"] = placed["linear_bias"]
+    ours = {}
+    for name, t in {**free, **fixed}.items():
+        t = classes_last(t, name)
+        if name in placed or not plain:
+            t = spread(t, mesh, placed.get(name, [R] * mesh.ndim))
+        ours[name] = (
+            t.clone().requires_grad_(name in free) if not isinstance(t, DTensor) else t.requires_grad_(name in free)
+        )
+    named = dict(ours)
+    x, w, bias, a, b = (named.pop(name) for name in shapes)
+    target = tuple(named.pop(f"target{i}") for i in range(3) if f"target{i}" in named)
+    found = fused_ops.linear_cross_entropy(
+        x,
+        w,
+        target[0] if len(target) == 1 else target,
+        linear_bias=bias,
+        lora=(a, b, 0.5),
+        reduction=reduction,
+        **named,
+        **options,
+        **more,
+    )
+    what = (kind, lead, classes, of_input, of_weight, reduction, sorted(options), plain)
+    near(found.full_tensor().detach(), exact.detach(), 1e-12, what)
+    if reduction != "none":
+        assert found.placements == tuple(Partial() if i in rows_spread else R for i in range(mesh.ndim)), what
+    else:
+        assert [i for i, p in enumerate(found.placements) if p.is_shard()] == rows_spread, what
+    found_grads = torch.autograd.grad(found, [ours[name] for name in free], spread(upstream, mesh, [R] * mesh.ndim))
+    for name, grad, right in zip(free, found_grads, grads, strict=True):
+        assert isinstance(grad, DTensor) == isinstance(ours[name], DTensor)
+        if name == "x":
+            assert grad.placements == tuple(R if p.is_partial() else p for p in of_input), (what, grad.placements)
+        near(whole(grad), classes_last(right, name), 1e-11, (what, name))
+
+
+@case
+def heads(rank, world):
+    mesh = mesh_of(world)
+    rows = [
+        ((5,), 9, R, S(0), []),
+        ((5,), 9, S(0), S(0), []),  # few rows: the hidden states are gathered
+        ((8,), 3, S(0), S(0), [0]),  # few classes: the weight is
+        ((5,), 9, S(0), R, [0]),
+        ((2, 3), 9, S(1), S(0), []),  # sequence-parallel hidden states
+        ((2, 9), 3, S(1), S(0), [0]),
+        ((2, 3), 9, S(1), R, [0]),
+        ((2, 3), 9, S(2), S(1), []),  # the features are divided
+        ((5,), 9, S(1), S(0), []),
+        ((5,), 9, Partial(), Partial(), []),
+        ((5,), 9, R, R, []),
+    ]
+    for i, ((lead, classes, of_input, of_weight, spread_rows), kind) in enumerate(itertools.product(rows, KINDS)):
+        reduction = ("mean", "sum", "none")[i % 3]
+        more = {"chunk_rows": 2} if i % 2 else {}  # and all logits at once
+        compare_head(
+            kind,
+            lead,
+            classes,
+            mesh,
+            [of_input],
+            [of_weight],
+            reduction,
+            OPTIONS[i % 3],
+            bool(i // 2 % 2),
+            spread_rows,
+            i,
+            **more,
+        )
+
+
+@case
+def shifted_targets(rank, world):
+    mesh = mesh_of(world)
+    x, w = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    target = torch.randint(0, 9, (3, 5))
+    for of_input, of_weight, of_target in itertools.product((R, S(0), S(1)), (R, S(0)), (None, R, S(0), S(1))):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        right = fused_ops.linear_cross_entropy(*leaves, target, shift=True)
+        ours = spread(x, mesh, [of_input], True), spread(w, mesh, [of_weight], True)
+        found = fused_ops.linear_cross_entropy(
+            *ours, target if of_target is None else spread(target, mesh, [of_target]), shift=True
+        )
+        what = (of_input, of_weight, of_target)
+        near(found.full_tensor().detach(), right.detach(), 1e-12, what)
+        for mine, exact in zip(torch.autograd.grad(found, ours), torch.autograd.grad(right, leaves), strict=True):
+            near(mine.full_tensor(), exact, 1e-12, what)
+
+
+@case
+def heads_at_several_positions(rank, world):
+    mesh = mesh_of(world)
+    x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 3, 4, dtype=torch.float64)
+    b, target = torch.randn(21, 2, dtype=torch.float64), torch.randint(0, 7, (5, 3))
+    a = torch.randn(2, 4, dtype=torch.float64)
+    for of_input, of_weight in itertools.product((R, S(0)), (R, S(0), S(1))):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        right = fused_ops.linear_cross_entropy(*leaves[:2], target, lora=(a, leaves[2], 0.5))
+        ours = [spread(x, mesh, [of_input], True), spread(w, mesh, [of_weight], True), b.clone().requires_grad_()]
+        found = fused_ops.linear_cross_entropy(*ours[:2], target, lora=(a, ours[2], 0.5))
+        near(found.full_tensor().detach(), right.detach(), 1e-12, (of_input, of_weight))
+        for mine, exact in zip(torch.autograd.grad(found, ours), torch.autograd.grad(right, leaves), strict=True):
+            near(whole(mine), exact, 1e-12, (of_input, of_weight))
+
+
+@case
+def heads_on_two_dimensions_of_the_mesh(rank, world):
+    meshes = [mesh_of(2, world // 2)] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
+    for mesh in meshes:
+        for i, (of_input, of_weight, spread_rows) in enumerate(
+            (
+                ([S(0), R], [R, S(0)], [0]),  # DP x TP
+                ([S(0), S(1)], [R, S(0)], [0]),  # with sequence parallelism
+                ([S(0), R], [S(0), R], []),  # a weight as FSDP leaves it
+                ([S(0), S(0)], [R, R], [0, 1]),
+                ([R, R], [S(0), S(0)], []),
+                ([S(1), S(0)], [S(1), R], [0, 1]),
+            )
+        ):
+            compare_head(
+                KINDS[i % 4], (2, 3), 11, mesh, of_input, of_weight, ("mean", "sum", "none")[i % 3], OPTIONS[i % 3],
+                bool(i % 2), spread_rows, i, **({"chunk_rows": 2} if i % 2 else {}),
+            )  # fmt: skip
+
+
+class Net(torch.nn.Module):
+    """A body, a head of a number of classes that no mesh divides evenly, and the loss in one of some ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.body, self.norm = torch.nn.Linear(6, 8), torch.nn.LayerNorm(8)
+        self.head, self.loss = torch.nn.Linear(8, 15), torch.nn.CrossEntropyLoss()
+        self.way, self.mesh = way, None
+
+    def hidden(self, x):
+        h = self.norm(self.body(x).relu())
+        if self.mesh is None or self.way == "FSDP2":
+            return h
+        h = DTensor.from_local(h, self.mesh, [R], run_check=False)
+        return h.redistribute(placements=[S(1)]) if "sequence" in self.way else h
+
+    def forward(self, x, target):
+        h = self.hidden(x)
+        if "head" in self.way or self.way == "FSDP2":
+            weight, bias = self.head.weight, self.head.bias
+            return fused_ops.linear_cross_entropy(h, weight, target, linear_bias=bias)
+        logits, target = self.head(h).flatten(0, 1), target.flatten()
+        return self.loss(logits, target) if "module" in self.way else F.cross_entropy(logits, target)
+
+
+def trained(way, mesh, rank):
+    """The parameters after three steps, and what is left of the losses."""
+    torch.manual_seed(3)
+    net = Net(way).double()
+    x, target = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(0, 15, (4, 3))
+    if mesh is not None:
+        if "convert" in way:
+            fused_ops.convert(net, **({"loss": F.cross_entropy, "head": "head"} if "loss" in way else {}))
+        net.mesh = mesh
+        if way == "FSDP2":
+            fully_shard(net, mesh=mesh)
+            x, target = (t.chunk(mesh.size())[rank] for t in (x, target))
+        else:
+            layout = S(1) if "sequence" in way else R
+            plan = ColwiseParallel(input_layouts=layout, use_local_output=False)
+            parallelize_module(net, mesh, {"head": plan})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, foreach=False)
+    losses = []
+    for _ in range(3):
+        with fused_ops.patch() if "patch" in way and mesh is not None else nullcontext():
+            loss = net(x, target)
+            loss.backward()
+        losses.append(loss.detach())
+        if mesh is not None and way != "FSDP2":
+            assert isinstance(loss, DTensor) and loss.placements == (R,), way
+            assert net.head.weight.grad.placements == (S(0),), way
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*(whole(p.detach()) for p in net.parameters()), *(whole(t) for t in losses if way != "FSDP2")]
+
+
+@case
+def models(rank, world):
+    mesh = mesh_of(world)
+    for way in (*("patch", "patch, sequence", "module, convert", "convert, loss", "head", "head, sequence", "FSDP2"),):
+        for mine, right in zip(trained(way, mesh, rank), trained(way, None, rank), strict=True):
+            near(mine, right, 1e-10, way)
+
+
+@case
+def heads_in_autocast(rank, world):
+    mesh = mesh_of(world)
+    x, w, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(0, 9, (6,))
+    for of_input, of_weight in ((R, S(0)), (S(0), R)):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        ours = spread(x, mesh, [of_input], True), spread(w, mesh, [of_weight], True)
+        with torch.autocast("cpu", torch.bfloat16):
+            right = fused_ops.linear_cross_entropy(*leaves, target, label_smoothing=0.1)
+            found = fused_ops.linear_cross_entropy(*ours, target, label_smoothing=0.1)
+        assert found.dtype == right.dtype
+        near(found.full_tensor().detach(), right.detach(), 1e-2, of_input)
+        for mine, exact in zip(torch.autograd.grad(found, ours), torch.autograd.grad(right, leaves), strict=True):
+            near(mine.full_tensor(), exact, 2e-2, of_input)
+
+
+@case
+def compiled_heads(rank, world):
+    mesh = mesh_of(world)
+    x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    target = torch.randint(0, 9, (5,))
+    for of_input, of_weight in ((R, S(0)), (S(0), R)):
+
+        def f(x, w):
+            return fused_ops.linear_cross_entropy(x * 2, w, target, chunk_rows=2)
+
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        ours = spread(x, mesh, [of_input], True), spread(w, mesh, [of_weight], True)
+        right, found = f(*leaves), torch.compile(f, fullgraph=True, backend="aot_eager")(*ours)
+        near(found.full_tensor().detach(), right.detach(), 1e-12, of_input)
+        for mine, exact in zip(torch.autograd.grad(found, ours), torch.autograd.grad(right, leaves), strict=True):
+            near(mine.full_tensor(), exact, 1e-12, of_input)
