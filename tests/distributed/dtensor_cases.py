@@ -367,8 +367,6 @@ def compare_head(
     g = torch.Generator().manual_seed(seed)
     free, fixed = problem(kind, (lead[0], classes, *lead[1:]), seed=seed)
     del free["input"]
-    if kind == "mixup":
-        free["target2"] = free["target2"].reshape(-1, *(1,) * (len(lead) - 1)).expand(lead).contiguous()
     shapes = {"x": (*lead, 4), "w": (classes, 4), "linear_bias": (classes,), "a": (2, 4), "b": (classes, 2)}
     free |= {name: torch.randn(shape, dtype=torch.float64, generator=g) for name, shape in shapes.items()}
     leaves = {name: t.clone().requires_grad_() for name, t in free.items()}
@@ -392,6 +390,8 @@ def compare_head(
     named = dict(ours)
     x, w, bias, a, b = (named.pop(name) for name in shapes)
     target = tuple(named.pop(f"target{i}") for i in range(3) if f"target{i}" in named)
+    if kind == "mixup":
+        target = (*target[:2], target[2].reshape(-1, *(1,) * (len(lead) - 1)).expand(lead))
     found = fused_ops.linear_cross_entropy(
         x,
         w,

@@ -130,7 +130,7 @@ def cross_entropy(
         RuntimeError: a tensor of another dtype or shape than said above; ``label_smoothing`` above 1; ``weight`` that
             requires grad with class indices; ``ignore_index`` of a class with class probabilities;
             ``inplace_backward`` with a leaf, with elements that share memory, with ``create_graph``, or under
-            torch.compile and torch.func.
+            torch.compile and torch.func; ordinary logits beside DTensors, or DTensors on several meshes.
         IndexError: a class index outside [0, classes) that is not ``ignore_index``; ``input`` is a scalar.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
         TypeError: something that must be a tensor or a number is none.
@@ -140,6 +140,12 @@ def cross_entropy(
         whatever the number of threads. Differentiable any number of times; beyond class indices alone the second
         derivative is plain PyTorch, and so is torch.func.grad. The gradient of ignored rows is zero even where their
         logits are not finite.
+
+        DTensors need no process groups, and no ``loss_parallel()``: the placements of ``input`` say along which
+        dimensions of its mesh the ranks share classes or rows. All else may be a DTensor, placed in any way, or a
+        tensor that every rank has whole. The result is a DTensor: replicated where ranks share classes, a sum over rows
+        ``Partial`` where they share rows, and what there is of each row placed as the rows are. What ``input`` has as
+        ``Partial`` is summed first, and classes that several dimensions divide are gathered along all but the first.
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """

@@ -153,6 +153,13 @@ def linear_cross_entropy(
         second derivative is computed in chunks; forward-mode AD, torch.func and derivatives beyond take the logits at
         once.
 
+        DTensors need no process groups: along a dimension of the mesh that divides ``linear_weight`` by classes
+        (``Shard(0)``) the ranks share classes, along one that divides the rows of ``input`` they share rows, and the
+        result is a DTensor, as of ``cross_entropy``. Where one divides both, the ``input`` is gathered if 3 * rows <=
+        2 * classes (it travels once in the forward, and its gradient twice in the backward), else the weight (and its
+        gradient is reduce-scattered). Features that are divided are gathered. All else may be a DTensor or a tensor
+        that every rank has whole.
+
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
     """
