@@ -22,7 +22,10 @@ PLACES = (
     *("csrc/{}/cpu", "csrc/{}/cuda", "tests/{0}/test_{0}.py", "benchmarks/bench_{}.py", "docs/{}.md"),
 )
 # Files that a call of an op may come through on the CPU. These numbers only fall: see the end of this file.
-READ_AT_MOST = {"batch_norm": 40, "cross_entropy": 35, "linear_cross_entropy": 48}
+# They rose once, by three each, with what cross-entropy over process groups needs: its file of collectives, its
+# formulas, and its ops; linear cross-entropy's by one more, its ops over them. An eager call of one process runs
+# through none of them.
+READ_AT_MOST = {"batch_norm": 40, "cross_entropy": 38, "linear_cross_entropy": 52}
 # The same of one eager call: files of Python in which code runs, and those of C++ behind the binding and the kernels.
 OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy": 40}
 PLAIN_PYTORCH = {"reference", "rows_reference", "shards_reference", "derivatives", "activations", "samples"}

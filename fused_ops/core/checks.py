@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_ops.core.torch_private import is_batched, transforms_active
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_OF_THE_CPU = ("numbers", "place")  # arguments of ops for graphs
+_OF_THE_CPU = ("numbers", "place")
 
 
 def check_devices(op: str, tensors: Iterable[tuple[str, Any]]) -> None:

@@ -41,14 +41,19 @@ _groups: dict[str, Any] = {}  # by name, as the ops' schemas have no other way t
 def name_of(group: Any) -> str:
     """The name of a process group, which ``group_of`` finds it by."""
     name: str = group.group_name
-    if name not in _groups and not torch.compiler.is_compiling():
-        _groups[name] = group
+    if not torch.compiler.is_compiling() and _groups.get(name) is not group:
+        _groups[name] = group  # in the place of one of that name that is destroyed
     return name
 
 
 def group_of(name: str) -> Any:
     """The process group of that name."""
-    return _groups[name] if name in _groups else resolve_group(name)
+    try:
+        return resolve_group(name)
+    except RuntimeError:
+        if name in _groups:
+            return _groups[name]
+        raise
 
 
 def size_of(group: Any) -> int:

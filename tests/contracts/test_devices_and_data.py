@@ -6,10 +6,12 @@ public functions are held to the same, forward and backward.
 """
 
 import functools
+import math
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 from test_raw_ops import valid_calls
@@ -20,6 +22,7 @@ from fused_ops.testing import op_names
 
 NOT_ALLOCATED = "non-zero number of elements, but its data is not allocated yet"
 OTHER_DEVICE = "Expected all tensors to be on the same device, but found at least two devices"
+OF_THE_CPU = ("numbers", "place")
 NATIVE = fused_ops.core.library.missing_reason is None
 
 
@@ -55,6 +58,39 @@ def tensor_arguments(name):
 ARGUMENTS = [(op, i, name) for op in raw_ops() for i, name in tensor_arguments(op)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one():
+    """What ops that name a process group find: the group of all ranks, which has one."""
+    if dist.is_available():
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    if dist.is_available():
+        dist.destroy_process_group()
+
+
+def over_ranks(x, indices, doubles):
+    """The same of what speaks to a process group, or is one rank's share."""
+    rows, classes = 4, 6
+    group, numbers = dist.group.WORLD.group_name, (-100, 0.1, 0.7, 5.0, True)
+    one, place = torch.ones((), dtype=torch.float64), torch.tensor([0, classes])
+    names = ("gather_of_ranks", "sum_of_ranks", "sum_of_shares", "copy_to_shares")
+    found = {name: [(x, group, 1)] for name in names}
+    found |= {name: [(x, group, [rows])] for name in ("gather_rows", "scatter_rows")}
+    found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, group, 1)]
+    found |= {name: [(x, rows, group, 1)] for name in ("gather_all_rows", "scatter_all_rows")}
+    found |= {f"cross_entropy_shard{name}": [] for name in ("", "_grad", "_forward", "_backward")}
+    for side in ((indices, None), (None, torch.rand(rows, classes))):
+        a = (torch.randn(rows, classes), *side, torch.rand(classes), torch.ones(classes).bool())
+        tensors = one.new_tensor(numbers[1:4])
+        found["cross_entropy_shard_forward"].append((*a, one, 0, classes, *numbers))
+        found["cross_entropy_shard_backward"].append((*doubles[:4], *a, one, *doubles[:6], 0, classes, *numbers))
+        found["cross_entropy_shard"].append((*a, place, -100, tensors, True, group, 1))
+        results = (*doubles[:5], indices, *doubles[:3], one)
+        needs = 1 + 4 + (2 if side[1] is not None else 0)
+        found["cross_entropy_shard_grad"].append((*doubles[:4], *a, place, *results, -100, tensors, True, group, needs))
+    return found
+
+
 @functools.cache
 def recorded():
     """Op -> valid lists of arguments."""
@@ -76,9 +112,18 @@ def recorded():
     ]
     for name in ("batch_norm_write_statistics", "batch_norm_write_statistics_silently"):
         found[name] = [tuple(torch.rand(3) for _ in range(4))]
+    found |= over_ranks(head[0], indices, doubles)
     for name in raw_ops():  # what overwrites an argument takes what its twin takes
         if name.endswith("_") and name[:-1] in found:
             found.setdefault(name, []).extend(found[name[:-1]])
+    where = (torch.tensor([0, classes]), dist.group.WORLD.group_name, 1)
+    for t in tensors:
+        settings, results = (-100, torch.tensor([0.1, 0.7, 5.0, 0.1]).double(), *cut), (*doubles[:5], indices)
+        args = (*t, doubles[0], *settings, 31, False, *where)
+        found.setdefault("linear_cross_entropy_shard", []).append(args)
+        found.setdefault("linear_cross_entropy_shard_rows", []).append((*t, *settings, True, *where))
+        args = (*doubles[:4], *t, *results, *doubles[:3], doubles[0].new_ones(()), *settings, True, 31, *where)
+        found.setdefault("linear_cross_entropy_shard_rows_grad", []).append(args)
     rows = found["cross_entropy_rows_forward"]
     found["linear_cross_entropy_chunk_"] += [(*args[:5], None, 0.0, *args[5:]) for args in rows]
     found.setdefault("linear_cross_entropy_small", []).append((*head, indices, -100, 1, 7))
@@ -145,7 +190,7 @@ def test_another_device(op, index, name):
     given = [*args]
     given[index] = args[index].to("meta")
     refused(function, given, RuntimeError, OTHER_DEVICE, "argument")
-    if name == "numbers":  # are on the CPU, wherever the others are
+    if name in OF_THE_CPU:  # are on the CPU, wherever the others are
         return
     given = [a.to("meta") if i in others else a for i, a in enumerate(args)]
     refused(function, given, RuntimeError, OTHER_DEVICE, "argument")
@@ -166,18 +211,19 @@ def test_one_device_that_has_no_data(op):
     index = tensor_arguments(op)[-1][0] if tensor_arguments(op) else None
     index = next(i for i, _ in tensor_arguments(op) if any(isinstance(a[i], torch.Tensor) for a in recorded()[op]))
     function, args = call_with(op, index)
+    tensors = [(i, n) for i, n in tensor_arguments(op) if i < len(args) and isinstance(args[i], torch.Tensor)]
+    moved = [i for i, name in tensors if name not in OF_THE_CPU]
     if op != "batch_norm_keep":  # whose size depends on the data
-        check_results(function(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)), "meta")
+        check_results(function(*(a.to("meta") if i in moved else a for i, a in enumerate(args))), "meta")
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-        for i, a in enumerate(fake):
-            if isinstance(a, torch.Tensor):
-                fake[i] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+        for i in moved:
+            a = fake[i]
+            fake[i] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
         if op != "batch_norm_keep":
             check_results(function(*fake), "cuda")
-        tensors = [i for i, a in enumerate(fake) if isinstance(a, torch.Tensor)]
-        if len(tensors) > 1:
-            fake[tensors[-1]] = mode.from_tensor(args[tensors[-1]])
+        if len(moved) > 1:
+            fake[moved[-1]] = mode.from_tensor(args[moved[-1]])
             with pytest.raises(RuntimeError, match=OTHER_DEVICE):
                 function(*fake)
 

@@ -74,13 +74,14 @@ def run(tensors, target, options, function=called, upstream=None):
     """The loss, and the gradients by name."""
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     loss = function(leaves, target, options)
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype).reshape(loss.shape)
-    return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, leaves.values(), upstream), strict=True))
+    total = loss if upstream is None or loss.dim() == 0 else (loss * upstream.to(loss.dtype)).sum()
+    return loss.detach(), dict(zip(leaves, torch.autograd.grad(total, leaves.values()), strict=True))
 
 
 def exactly(leaves, target, options):
     logits = leaves["input"] @ leaves["linear_weight"].t() + leaves["linear_bias"]
-    return formula(logits, target, **options)
+    rows = formula(logits, target, **{k: v for k, v in options.items() if k != "reduction"})
+    return rows if options["reduction"] == "none" else rows.sum()
 
 
 def no_further(mine, whole, exact, dtype, what):
@@ -109,12 +110,13 @@ def options_and_targets(rank, world):
         if i % 2:
             options["weight"] = torch.linspace(0.2, 2, CLASSES).to(dtype)
         mine, what = Mine(part, rank), (kind, name, dtype, part.sizes)
-        cut = {"reduction": "none", "chunk_rows": 8} if i % 5 else {"reduction": "none"}
+        reduction = "none" if i % 3 else "sum"
+        cut = {"reduction": reduction, "chunk_rows": 8} if i % 5 else {"reduction": reduction}
         held = {key: mine.of(key, t) for key, t in tensors.items()}
         loss, grads = run(held, mine.target(target), {**options, **cut, **mine.options}, upstream=upstream)
         whole, whole_grads = run(tensors, target, {**options, **cut}, upstream=upstream)
         wide = {key: t.double() for key, t in tensors.items()}
-        exact, exact_grads = run(wide, target, options, exactly, upstream)
+        exact, exact_grads = run(wide, target, {**options, "reduction": reduction}, exactly, upstream)
         everywhere_alike(loss.double(), grads["input"].double())
         no_further(loss, whole, exact, dtype, (what, "loss"))
         for key, grad in grads.items():
@@ -213,6 +215,9 @@ def outputs_and_what_is_retained(rank, world):
     again = torch.autograd.grad(loss, held.values(), torch.tensor(2.0, dtype=torch.float64))
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=1e-14, atol=0)
+    rows = called(held, draw("index", (ROWS, CLASSES), None), {"reduction": "none", "chunk_rows": 7, **part.where()})
+    several = {"grad_outputs": torch.eye(ROWS, dtype=rows.dtype), "is_grads_batched": True}
+    raises(NotImplementedError, "is_grads_batched", torch.autograd.grad, rows, held["input"], **several)
 
 
 @case
@@ -255,7 +260,10 @@ def several_positions(rank, world):
 def derivatives_of_derivatives(rank, world):
     tensors = draw_head()
     target = draw("index", (ROWS, CLASSES), torch.float64)
-    tangents = {key: torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(1)) for key, t in tensors.items()}
+    tangents = {
+        key: torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(1))
+        for key, t in tensors.items()
+    }
     for sizes, (options, reduction) in itertools.product(
         ("even", "empty"), (({"chunk_rows": 7}, "mean"), ({"chunk_rows": 7}, "none"), ({}, "mean"))
     ):
@@ -269,15 +277,38 @@ def derivatives_of_derivatives(rank, world):
             spread = sum((first[key] * of(key, tangents[key])).sum() for key in first if key in OF_CLASSES)
             spread = collectives.sum_of_shares(spread, dist.group.WORLD) if own else spread
             second = dict(zip(leaves, torch.autograd.grad(shared + spread, leaves.values()), strict=True))
-            here = {key: of(key, t) for key, t in tangents.items()}
-            primals = {key: t.detach() for key, t in leaves.items()}
-            _, tangent = torch.func.jvp(lambda d, g={**given, **own}: called(d, target, g), (primals,), (here,))
-            found.append((first, second, tangent))
-        (first, second, tangent), (whole_first, whole_second, whole_tangent) = found
-        near(tangent, whole_tangent, 1e-11, (given, sizes, "forward mode"))
+            found.append((first, second))
+        (first, second), (whole_first, whole_second) = found
         for key in first:
             near(first[key].detach(), mine.of(key, whole_first[key]).detach(), 1e-11, (given, sizes, key))
             near(second[key], mine.of(key, whole_second[key]), 1e-10, (given, sizes, key, "second"))
+
+
+@case
+def transforms(rank, world):
+    """Forward-mode AD, torch.func.grad, and one over the other."""
+    tensors, target = draw_head(rank=2), draw("index", (ROWS, CLASSES), torch.float64)
+    tangents = {key: draw_head(seed=5, rank=2)[key] for key in tensors}
+    for sizes, reduction in (("even", "mean"), ("empty", "none")):
+        given, found = {"chunk_rows": 7, "reduction": reduction, "z_loss": 0.1, "softcap": 4.0}, []
+        mine = Mine(Part(sizes, rank, world), rank, rows_of(world, "uneven") if sizes == "even" else None)
+        for own, of in ((mine.options, mine.of), ({}, lambda key, t: t)):
+            here, along = ({key: of(key, t) for key, t in ts.items()} for ts in (tensors, tangents))
+
+            def loss(leaves, own=own, given=given):
+                return called(leaves, target, {**given, **own})
+
+            def total(leaves, loss=loss):
+                return loss(leaves).square().sum()
+
+            value, tangent = torch.func.jvp(loss, (here,), (along,))
+            grads, second = torch.func.jvp(torch.func.grad(total), (here,), (along,))
+            found.append((value, tangent, grads, second))
+        for a, b in zip(*(f[:2] for f in found), strict=True):
+            near(a, b, 1e-11, (given, sizes, "forward mode"))
+        for a, b in zip(*(f[2:] for f in found), strict=True):
+            for key in a:
+                near(a[key], mine.of(key, b[key]), 1e-10, (given, sizes, key))
 
 
 @case
@@ -301,6 +332,29 @@ def rows_of_a_mean_on_each_rank(rank, world):
                 near(collectives.sum_of_ranks(grad, dist.group.WORLD), whole_grads[key], 1e-12, (rows, cut, more, key))
             else:
                 near(grad, whole_grads[key][here], 1e-12, (rows, cut, more, key))
+
+
+@case
+def classes_and_rows_on_a_mesh(rank, world):
+    """Both groups: two ranks share the classes of the same rows, which are some of those of a mean."""
+    if world != 4:
+        return
+    class_groups, row_groups = ([dist.new_group(r) for r in ranks] for ranks in (([0, 1], [2, 3]), ([0, 2], [1, 3])))
+    tensors, target = draw_head(rank=2), draw("index", (ROWS, CLASSES), torch.float64)
+    mine = Mine(Part("uneven", rank % 2, 2), rank % 2)
+    first, here = rank // 2, slice(0, 12) if rank < 2 else slice(12, ROWS)
+    for spread, cut in itertools.product((False, True), ({}, {"chunk_rows": 7})):
+        rows = [2, here.stop - here.start - 2] if spread else [0, here.stop - here.start]
+        mine.start, mine.n = (sum(rows[: rank % 2]), rows[rank % 2]) if spread else (0, rows[1])
+        held = {key: mine.of(key, t[here] if key == "input" else t) for key, t in tensors.items()}
+        own = {**mine.options, "class_group": class_groups[first], "sequence_parallel": spread, **cut}
+        loss, grads = run(held, target[here], {**own, "row_group": row_groups[rank % 2], "label_smoothing": 0.1})
+        whole, whole_grads = run(tensors, target, {**cut, "label_smoothing": 0.1})
+        near(collectives.sum_of_ranks(loss, row_groups[rank % 2]), whole, 1e-12, cut)
+        for key, grad in grads.items():
+            expected = mine.of(key, whole_grads[key][here] if key == "input" else whole_grads[key])
+            grad = grad if key == "input" else collectives.sum_of_ranks(grad, row_groups[rank % 2])
+            near(grad, expected, 1e-12, (cut, spread, key))
 
 
 @case
@@ -364,7 +418,7 @@ def memory(rank, world):
     from benchmarks.memory import peak_extra_bytes
 
     rows, classes, features = 2048, 4096 * world, 16
-    assert plan.SMALL_BYTES < rows * classes // world * 4
+    assert rows * classes // world * 4 > plan.SMALL_BYTES
     x, weight = torch.randn(rows, features, requires_grad=True), torch.randn(classes // world, features)
     target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(0))
     options = {"class_group": dist.group.WORLD, "class_start": rank * 4096, "classes": classes, "chunk_rows": 128}

@@ -51,7 +51,7 @@ def problems_of(module, world, folder, only=""):
         module: Its name, to be imported from the tests' folders.
         world: How many processes.
         folder: Where they leave what they found.
-        only: What the names of the cases to run begin with.
+        only: What the names of the cases to run begin with; several with commas.
     """
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "cross_entropy")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -64,7 +64,11 @@ def problems_of(module, world, folder, only=""):
 
 def _run_cases(rank, port, module, world, folder, only):
     start(rank, port, world)
-    cases = {name: case for name, case in importlib.import_module(module).CASES.items() if name.startswith(only)}
+    cases = {
+        name: case
+        for name, case in importlib.import_module(module).CASES.items()
+        if name.startswith(tuple(only.split(",")))
+    }
     problems, failed = dict.fromkeys(cases, "not run, after one that failed"), False
     for name, case in cases.items():
         try:

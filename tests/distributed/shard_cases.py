@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
+from fused_ops.distributed import collectives
 
 CASES = {}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -198,7 +199,7 @@ def second_derivatives(rank, world):
             mine = part.of(upstream) if where else upstream
             # what is spread over the ranks: the sum of shares, as the loss of the second derivative
             dot = (first[0] * mine).sum()
-            dot = fused_ops.distributed.collectives.sum_of_shares(dot, dist.group.WORLD) if where else dot
+            dot = collectives.sum_of_shares(dot, dist.group.WORLD) if where else dot
             rest = first[1].square().sum() if len(first) > 1 else 0
             second = torch.autograd.grad(dot + rest, leaves)
             tangent = torch.func.jvp(partial(loss, w=fixed, **where), (y.detach(),), (mine,))[1]
@@ -233,7 +234,7 @@ def row_groups(rank, world):
         if reduction == "none":
             near(loss.detach(), expected.detach()[mine], 1e-12, name)
         else:
-            total = fused_ops.distributed.collectives.sum_of_ranks(loss.detach(), dist.group.WORLD)
+            total = collectives.sum_of_ranks(loss.detach(), dist.group.WORLD)
             near(total, expected.detach(), 1e-12, (name, reduction))
         for i in range(2):
             near(grads[i], exact[i][mine], 1e-12, (name, reduction, i))
@@ -292,3 +293,160 @@ def compiled_as_one_graph(rank, world):
         torch.testing.assert_close(compiled(*leaves), loss(*leaves))
         for a, b in zip(*(torch.autograd.grad(f(*leaves), wanted) for f in (compiled, loss)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@case
+def derivatives_by_finite_differences(rank, world):
+    """Of a whole that all ranks have alike, each takes its part: the ranks' checks go in step."""
+    torch.manual_seed(8)
+    group, classes = dist.group.WORLD, 5
+    part = Part("uneven" if world < 3 else "even", rank, world, classes)
+    x, weight, token = (torch.randn(shape, dtype=torch.float64) for shape in ((3, classes), (classes,), (3,)))
+    sparse = torch.rand(3, 2, dtype=torch.float64)
+    targets = {
+        "index": lambda _: torch.tensor([4, -100, 0]),
+        "dense": lambda p: part.of(collectives.copy_to_shares(p, group)),
+        "sparse": lambda p: (torch.tensor([[0, 4], [-100, 2], [1, 1]]), p),
+    }
+    more = {"index": None, "dense": x.softmax(1), "sparse": sparse}
+    for kind, target in targets.items():
+
+        def values(x, token, *others, kind=kind, target=target):
+            own = part.of(collectives.copy_to_shares(x, group))
+            w = others[0] if others else weight.abs()
+            out = fused_ops.cross_entropy(
+                own,
+                target(others[1] if others else None),
+                w,
+                token_weight=token,
+                label_smoothing=0.1,
+                softcap=3.0,
+                z_loss=0.1,
+                return_outputs=True,
+                **part.where(),
+            )
+            wanted = out.loss, out.lse, out.entropy
+            return wanted if kind != "index" else (*wanted, out.target_log_probability)
+
+        inputs = [x, token.abs() + 0.1] + ([weight.abs() + 0.1, more[kind]] if more[kind] is not None else [])
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        assert torch.autograd.gradcheck(values, inputs, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(values, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+@case
+def transforms(rank, world):
+    torch.manual_seed(9)
+    group, part, target = dist.group.WORLD, Part("even", rank, world, 5), torch.tensor([4, -100, 0])
+
+    def ours(x):
+        own = part.of(collectives.copy_to_shares(x, group))
+        return fused_ops.cross_entropy(own, target, label_smoothing=0.1, z_loss=0.1, **part.where())
+
+    def whole(x):
+        return fused_ops.cross_entropy(x, target, label_smoothing=0.1, z_loss=0.1)
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    for f in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        near(f(ours)(x), f(whole)(x), 1e-12, f.__name__)
+    batch = torch.randn(2, 3, 5, dtype=torch.float64)
+    near(torch.vmap(ours)(batch), torch.vmap(whole)(batch), 1e-12, "vmap")
+    near(torch.vmap(torch.func.grad(ours))(batch), torch.vmap(torch.func.grad(whole))(batch), 1e-12, "vmap of grad")
+    nested = torch.func.jacfwd(torch.func.jacfwd(ours))
+    raises(NotImplementedError, "one level of forward-mode AD", nested, x)
+
+
+@case
+def a_group_of_one_rank(rank, world):
+    torch.manual_seed(10)
+    group = dist.new_group([rank], use_local_synchronization=True)
+    for dtype in DTYPES:
+        x, target = torch.randn(20, CLASSES).to(dtype), torch.randint(0, CLASSES, (20,))
+        found = []
+        for where in ({"class_group": group, "row_group": group}, {}):
+            y = x.clone().requires_grad_()
+            loss = fused_ops.cross_entropy(y, target, label_smoothing=0.1, **where)
+            found += [loss.detach(), torch.autograd.grad(loss, y)[0]]
+        near(found[0], found[2], TOLERANCE[dtype], dtype)
+        near(found[1], found[3], TOLERANCE[dtype], dtype)
+
+
+@case
+def masks_and_shapes(rank, world):
+    torch.manual_seed(11)
+    shapes = ((CLASSES,), (4, CLASSES), (0, CLASSES), (3, CLASSES, 2, 2), (2, CLASSES, 0))
+    for shape, kind, masks in itertools.product(shapes, ("even", "empty"), (0, 1, 2)):
+        part, x = Part(kind, rank, world), torch.randn(shape, dtype=torch.float64)
+        dim = min(x.dim() - 1, 1)
+        target = torch.randint(0, CLASSES, (*shape[:dim], *shape[dim + 1 :]))
+        mask = None if not masks else torch.rand(CLASSES if masks == 1 or x.dim() == 1 else shape) > 0.3
+        found = []
+        for y, where, own in ((part.of(x), part.where(), part.of), (x, {}, lambda t: t)):
+            y = y.clone().requires_grad_()
+            given = own(mask) if mask is not None and mask.dim() > 1 else mask
+            loss = fused_ops.cross_entropy(y, target, label_smoothing=0.1, reduction="sum", class_mask=given, **where)
+            found += [loss.detach(), torch.autograd.grad(loss, y)[0]]
+        near(found[0].nan_to_num(-1, -2), found[2].nan_to_num(-1, -2), 1e-12, (shape, kind, masks))
+        assert torch.equal(found[0].isfinite(), found[2].isfinite())
+        near(found[1], part.of(found[3]), 1e-12, (shape, kind, masks))
+
+
+@case
+def the_backward_writes_over_the_logits(rank, world):
+    torch.manual_seed(12)
+    part, target = Part("uneven", rank, world), torch.randint(0, CLASSES, (20,))
+    leaf = part.of(torch.randn(20, CLASSES)).clone().requires_grad_()
+    options = {"label_smoothing": 0.1, **part.where()}
+    logits = leaf * 1
+    loss = fused_ops.cross_entropy(logits, target, inplace_backward=True, **options)
+    grad = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(grad, torch.autograd.grad(fused_ops.cross_entropy(leaf, target, **options), leaf)[0])
+    assert torch.equal(logits, grad)
+    raises(RuntimeError, "modified by an inplace operation", torch.autograd.grad, loss, leaf)
+
+
+@case
+def what_empty_says_is_about_all_ranks(rank, world):
+    x, target = torch.randn(3, 4), torch.full((3,), -100)
+    rows = {"row_group": dist.group.WORLD}
+    assert fused_ops.cross_entropy(x, target, **rows).isnan()
+    assert fused_ops.cross_entropy(x, target, empty="zero", **rows) == 0
+    raises(ValueError, "nothing counts", fused_ops.cross_entropy, x, target, empty="raise", **rows)
+    if rank == 0:
+        target[1] = 2
+    loss = fused_ops.cross_entropy(x, target, empty="raise", **rows)
+    assert loss == (fused_ops.cross_entropy(x, target) if rank == 0 else 0)
+
+
+@case
+def wrong_arguments_raise_before_a_collective(rank, world):
+    if rank:  # nobody to talk to
+        return
+    group, x, target = dist.group.WORLD, torch.randn(3, 4), torch.tensor([0, 1, 2])
+    eight = {"class_start": 0, "classes": 8, "class_group": group}
+    calls = (
+        (ValueError, "class_start and classes together, got only class_start", {"class_start": 0}),
+        (ValueError, "got only classes", {"classes": 4, "class_group": group}),
+        (ValueError, "together, got only class_start and classes", {"class_start": 0, "classes": 4}),
+        (ValueError, "class_start=6", {"class_start": 6, "classes": 8, "class_group": group}),
+        (ValueError, "class_start=-1", {"class_start": -1, "classes": 8, "class_group": group}),
+        (TypeError, "'classes' must be int", {"class_start": 0, "classes": 8.5, "class_group": group}),
+        (TypeError, "'class_group' must be a torch.distributed.ProcessGroup", {"class_group": "model"}),
+        (TypeError, "'row_group' must be", {"row_group": 3}),
+        (
+            RuntimeError,
+            "for all 8 classes",
+            {"weight": torch.ones(4), **eight},
+        ),
+        (
+            RuntimeError,
+            "class_mask of shape [8]",
+            {"class_mask": torch.ones(4) > 0, **eight},
+        ),
+        (ValueError, "normalizer is for", {"class_group": group, "normalizer": 3, "reduction": "sum"}),
+        (RuntimeError, "normalizer", {"row_group": group, "normalizer": torch.ones(2)}),
+        (RuntimeError, "token_weight of shape", {"row_group": group, "token_weight": torch.ones(2)}),
+        (ValueError, "batch_size", {"class_group": group, "target": target[:2]}),
+    )
+    for error, message, options in calls:
+        raises(error, message, fused_ops.cross_entropy, x, **{"target": target, **options})

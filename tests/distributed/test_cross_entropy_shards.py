@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+import fused_ops
+from fused_ops.distributed import collectives
 from tests.distributed import processes
 
 pytestmark = pytest.mark.skipif(
@@ -19,14 +21,81 @@ CASES = [
     "row_groups",
     "bad_targets_raise_on_all_ranks",
     "compiled_as_one_graph",
+    "derivatives_by_finite_differences",
+    "transforms",
+    "a_group_of_one_rank",
+    "masks_and_shapes",
+    "the_backward_writes_over_the_logits",
+    "what_empty_says_is_about_all_ranks",
+    "wrong_arguments_raise_before_a_collective",
 ]
+
+
+def problems(world, tmp_path_factory):
+    found = processes.problems_of("tests.distributed.shard_cases", world, tmp_path_factory.mktemp("shards"))
+    assert sorted(found) == sorted(CASES)
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return processes.problems_of("tests.distributed.shard_cases", 2, tmp_path_factory.mktemp("shards"))
+    return problems(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=[3, 4])
+def more_processes(request, tmp_path_factory):
+    return problems(request.param, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_two_processes(name, two_processes):
     assert two_processes[name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_in_more_processes(name, more_processes):
+    assert more_processes[name] == []
+
+
+@pytest.fixture
+def group_of_1024(monkeypatch):
+    """A group of ranks that all have what this one has; and how many bytes each collective brought."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    brought, real = [], collectives._all_gather
+
+    def gather(output, input, **options):
+        work = real(output, input, **options)
+        output.view(1024, -1)[:] = input
+        brought.append(output.nbytes)
+        return work
+
+    monkeypatch.setattr(collectives, "_all_gather", gather)
+    torch.distributed.init_process_group("fake", rank=3, world_size=1024, store=FakeStore())
+    yield brought
+    torch.distributed.destroy_process_group()
+
+
+def test_one_collective_a_call(group_of_1024):
+    group, rows = torch.distributed.group.WORLD, 5
+    x, target = torch.randn(rows, 4, requires_grad=True), torch.tensor([3, 1024 * 4 - 1, 13, -100, 12])
+    where = {"class_group": group, "class_start": 12, "classes": 4 * 1024}
+    row = 1024 * rows * 8
+    calls = (
+        ({**where}, [7 * row]),
+        ({**where, "return_outputs": True, "label_smoothing": 0.1}, [9 * row]),
+        ({"class_group": group}, [1024 * 8, 7 * row]),  # the sizes first
+        ({**where, "row_group": group}, [1024 * 2 * 8, 7 * row]),
+        ({**where, "class_mask": torch.rand(4 * 1024) > 0.1, "label_smoothing": 0.1}, [7 * row]),
+        ({**where, "class_mask": torch.ones(rows, 4) > 0, "label_smoothing": 0.1}, [row, 7 * row]),
+    )
+    for options, expected in calls:
+        loss = fused_ops.cross_entropy(x, target, **options)
+        loss = loss.loss if isinstance(loss, tuple) else loss
+        assert group_of_1024 == expected
+        torch.autograd.grad(loss, x)
+        assert group_of_1024 == expected  # none in the backward
+        group_of_1024.clear()
+    fused_ops.cross_entropy(x, target.clamp(max=3), row_group=group).backward()
+    assert group_of_1024 == [1024 * 2 * 8]

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from conftest import run_python
 
 from tests.distributed import processes
 
@@ -23,15 +22,15 @@ CASES = [
     "derivatives_of_derivatives",
     "rows_of_a_mean_on_each_rank",
     "errors",
-    "compiled_as_one_graph",
     "memory",
 ]
+SLOW = ["transforms", "compiled_as_one_graph", "classes_and_rows_on_a_mesh"]  # imports take long, or of 4 processes
 MODULE = "tests.distributed.head_shard_cases"
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return processes.problems_of(MODULE, 2, tmp_path_factory.mktemp("head_shards"))
+    return processes.problems_of(MODULE, 2, tmp_path_factory.mktemp("head_shards"), ",".join(CASES))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,11 +38,80 @@ def test_in_two_processes(name, two_processes):
     assert two_processes[name] == []
 
 
-def test_every_case_is_here(two_processes):
-    assert sorted(two_processes) == sorted(CASES)
+@pytest.mark.slow
+def test_what_imports_much_in_two_processes(tmp_path):
+    found = processes.problems_of(MODULE, 2, tmp_path, ",".join(SLOW))
+    assert found == {name: [] for name in SLOW}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [3, 4])
 def test_in_more_processes(world, tmp_path):
-    assert {name: found for name, found in processes.problems_of(MODULE, world, tmp_path).items() if found} == {}
+    assert processes.problems_of(MODULE, world, tmp_path) == {name: [] for name in [*CASES, *SLOW]}
+
+
+COUNT = """
+import json, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fused_ops
+from fused_ops.distributed import collectives
+from fused_ops.ops.linear_cross_entropy import by_rows
+
+RANKS, ROWS, CLASSES, FEATURES = 1024, 100, 4, 600
+dist.init_process_group("fake", rank=3, world_size=RANKS, store=FakeStore())
+events, product, gather, reduce = [], by_rows.product, collectives._all_gather, dist.all_reduce
+
+class Work:
+    def wait(self):
+        events.append("wait")
+
+def noted_product(*args):
+    events.append("product")
+    return product(*args)
+
+def noted_gather(output, input, **options):
+    events.append(["gather", input.nbytes])
+    gather(output, input, **options)
+    return Work()
+
+def noted_reduce(input, **options):
+    events.append(["reduce", input.nbytes])
+    return reduce(input, **options)
+
+by_rows.product, collectives._all_gather, collectives.dist.all_reduce = noted_product, noted_gather, noted_reduce
+x = torch.randn(ROWS, FEATURES, dtype=torch.bfloat16, requires_grad=True)
+w = torch.randn(CLASSES, FEATURES, dtype=torch.bfloat16, requires_grad=True)
+target = torch.randint(0, CLASSES * RANKS, (ROWS,))
+target[:10] = -100
+where = {"class_group": dist.group.WORLD, "class_start": 3 * CLASSES, "classes": CLASSES * RANKS}
+found = {}
+for name, options in {
+    "mean": where,
+    "sizes": {"class_group": dist.group.WORLD},
+    "rows apart": {**where, "return_outputs": True},
+    "mask of rows": {**where, "class_mask": torch.ones(ROWS, CLASSES).bool(), "label_smoothing": 0.1},
+}.items():
+    events.clear()
+    out = fused_ops.linear_cross_entropy(x, w, target, chunk_rows=60, **options)
+    forward = list(events)
+    events.clear()
+    (out.loss if name == "rows apart" else out).backward()
+    found[name] = forward, [e for e in events if e not in ("product", "wait")]
+print(json.dumps(found))
+"""
+
+
+def test_what_1024_ranks_exchange(run_python):
+    """One gather a chunk, which travels while the next product is computed, and one sum of the input's gradient."""
+    found = json.loads(run_python("-c", COUNT).stdout)
+    of_row, hidden = 7 * 8, ["reduce", 100 * 600 * 4]
+    in_chunks = ["product", ["gather", 30 * of_row]]
+    for _ in range(2):
+        in_chunks += ["product", ["gather", 30 * of_row], "wait"]
+    assert found["mean"] == [[*in_chunks, "wait"], [hidden]]
+    assert found["sizes"] == [[["gather", 8], "wait", *in_chunks, "wait"], [hidden]]
+    gathered = [e for e in found["rows apart"][0] if e not in ("product", "wait")]
+    assert gathered == [["gather", rows * 9 * 8] for rows in (30, 30, 30, 10)]
+    assert found["rows apart"][1] == [hidden]
+    gathered = [e for e in found["mask of rows"][0] if e not in ("product", "wait")]
+    assert gathered == [["gather", 100 * 8], *(["gather", 30 * of_row] for _ in range(3))]

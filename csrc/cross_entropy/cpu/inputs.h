@@ -89,26 +89,26 @@ class RowTarget {
     first_ = row / step_ * step_ * a.per_row + row % step_;
     for (int64_t k = 0; k < a.per_row; ++k) {
       const int64_t t = any_index(k);
+      if (k == 0) index_ = t - a.first_class;
       if (t == a.indices.ignore_index) continue;
       all_ignored_ = false;
-      bad_ |= t < a.first_class || t >= a.first_class + a.layout.classes;
+      bad_ |= is_outside(t);
     }
-    if (!a.shard) return;
-    elsewhere_ = bad_;
-    bad_ = false;
+    single_ = !a.sparse && !all_ignored_;
+    one_ = single_ && !(a.shard && bad_);
+    if (a.shard) elsewhere_ = bad_, bad_ = false;
   }
 
   bool has_indices() const { return !a_->has_dense; }
   int64_t per_row() const { return has_indices() ? a_->per_row : 0; }
-  bool single() const { return has_indices() && !a_->sparse && !all_ignored_; }  // a class index that counts
-  bool one() const { return single() && !elsewhere_; }                           // and is here
+  bool single() const { return single_; }  // a class index that counts
+  bool one() const { return one_; }        // and is here
   bool all_ignored() const { return all_ignored_; }
   bool bad() const { return bad_; }
-  int64_t index(int64_t k) const { return any_index(k) - a_->first_class; }  // in the layout
-  bool ignored(int64_t k) const {                                            // or elsewhere
+  int64_t index(int64_t k) const { return k == 0 ? index_ : any_index(k) - a_->first_class; }  // in the layout
+  bool ignored(int64_t k) const {                                                              // or elsewhere
     const int64_t t = any_index(k);
-    return t == a_->indices.ignore_index ||
-           (elsewhere_ && (t < a_->first_class || t >= a_->first_class + a_->layout.classes));
+    return t == a_->indices.ignore_index || (elsewhere_ && is_outside(t));
   }
   double probability(int64_t k) const { return a_->sparse ? a_->sparse[first_ + k * step_] : 1.0; }
   // The first that is no class of all shards', else NaN.
@@ -122,10 +122,11 @@ class RowTarget {
 
  private:
   int64_t any_index(int64_t k) const { return target_at(a_->indices, first_ + k * step_); }
+  bool is_outside(int64_t t) const { return t < a_->first_class || t >= a_->first_class + a_->layout.classes; }
 
   const CrossEntropyRows* a_ = nullptr;
-  int64_t first_ = 0, step_ = 1;
-  bool all_ignored_ = false, bad_ = false, elsewhere_ = false;
+  int64_t first_ = 0, step_ = 1, index_ = 0;
+  bool all_ignored_ = false, bad_ = false, elsewhere_ = false, single_ = false, one_ = false;
 };
 
 // The targets of up to kRowTile rows: a class, or kIgnored.

@@ -120,26 +120,47 @@ def cross_entropy(
             Whatever else uses the logits after that backward raises, as does a second backward.
         return_outputs: Returns a ``CrossEntropyOutput`` (loss, lse, prediction, correct, target_log_probability,
             entropy, z_loss), all from the same pass over the logits.
+        class_group: Process group of ranks that share the classes (a vocabulary-parallel head): ``input``, class
+            probabilities and a ``class_mask`` of its shape hold this rank's, any number of them, zero included, in the
+            order of ranks; class indices, ``weight`` and a (classes,) ``class_mask`` are of all ranks. Every rank
+            computes the same loss, bit for bit, and gets the gradient of its own ``input``, and the whole gradient
+            of what all ranks have alike (``token_weight``, ``weight``, probabilities of indices).
+        class_start: The first class of this rank, and
+        classes: how many all ranks have. Given both, nothing need be asked of the other ranks; else a call gathers
+            their sizes. That the ranks' classes neither overlap nor leave one out cannot be seen, and is not checked.
+        row_group: Process group of ranks that share the rows (data or context parallel), any number of them, zero
+            included: the mean's denominator, and what ``empty`` is about, is that of all ranks, so that their losses
+            add up to the mean over all rows. What averages gradients over ranks, as DDP and FSDP do, divides them by
+            the group's size once more: multiply the loss by it there.
 
     Returns:
         The loss: a scalar, or the shape of ``input`` without its class dimension for ``"none"``.
 
     Raises:
         ValueError: unknown ``reduction`` or ``empty``; batch sizes of input and target that differ; ``normalizer``
-            without the mean; a number out of its range; nothing counts and ``empty="raise"``.
+            without the mean; a number out of its range; nothing counts and ``empty="raise"``; one of ``class_start``
+            and ``classes`` without the other or without ``class_group``, or a rank's classes beyond ``classes``.
         RuntimeError: a tensor of another dtype or shape than said above; ``label_smoothing`` above 1; ``weight`` that
             requires grad with class indices; ``ignore_index`` of a class with class probabilities;
             ``inplace_backward`` with a leaf, with elements that share memory, with ``create_graph``, or under
             torch.compile and torch.func; ordinary logits beside DTensors, or DTensors on several meshes.
-        IndexError: a class index outside [0, classes) that is not ``ignore_index``; ``input`` is a scalar.
-        NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
-        TypeError: something that must be a tensor or a number is none.
+        IndexError: a class index outside [0, classes) that is not ``ignore_index``; ``input`` is a scalar. With process
+            groups all their ranks raise for the class index of one.
+        NotImplementedError: ``input`` is not of one of the four floating-point dtypes; process groups under
+            torch.jit.trace, under nested forward-mode AD, or in torch.func inside of torch.compile.
+        TypeError: something that must be a tensor, a number or a process group is none.
 
     Note:
         16-bit logits are computed in float32 and rounded once. Each row's loss and gradient depend on that row alone,
         whatever the number of threads. Differentiable any number of times; beyond class indices alone the second
         derivative is plain PyTorch, and so is torch.func.grad. The gradient of ignored rows is zero even where their
         logits are not finite.
+
+        With process groups all ranks must make the same calls, and take the same derivatives: a tensor that all have
+        alike, or ``token_weight`` with ``row_group``, requires grad on all of them or on none. ``class_group`` costs
+        one gather of 7 numbers a row (9 with outputs; one more number first where a mask of rows meets smoothing), and
+        none in the backward of ``input``; ``row_group`` one of two numbers. A wrong argument (a shape, a dtype) raises
+        on the rank that has it, before it has told the others anything: they wait until the group's timeout.
 
         DTensors need no process groups, and no ``loss_parallel()``: the placements of ``input`` say along which
         dimensions of its mesh the ranks share classes or rows. All else may be a DTensor, placed in any way, or a

@@ -134,12 +134,23 @@ def linear_cross_entropy(
             where that makes it faster; all the logits if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice.
         return_outputs: Returns a ``CrossEntropyOutput``.
+        class_group: As in ``cross_entropy``, like the next three, of ranks that share the classes: ``linear_weight``,
+            ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape hold this rank's.
+            All else is the same on all ranks, and its gradients, those of ``input`` and lora's A too, are whole on
+            each: not to be summed again.
+        class_start: The first class of this rank.
+        classes: How many all ranks have.
+        row_group: Of ranks that share the rows.
+        sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
+            the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
+            results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
 
     Raises:
-        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1.
+        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1; ``sequence_parallel`` without
+            ``class_group``, or with a target of another number of rows than the ranks have together.
         RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
             with class probabilities; ``shift`` with another target than class indices.
         IndexError: a class index outside [0, classes).
@@ -152,6 +163,12 @@ def linear_cross_entropy(
         Without reduction, and with ``return_outputs``, the backward computes the logits again, in chunks as well. The
         second derivative is computed in chunks; forward-mode AD, torch.func and derivatives beyond take the logits at
         once.
+
+        With ``class_group`` each chunk is one exchange, which goes on while the next chunk's product is computed; two
+        chunks share what ``chunk_rows`` and ``max_memory_bytes`` allow. These, like all arguments that say what is
+        computed, must be the same on all ranks, and so must be which gradients are wanted and how often a backward
+        runs. The gradient of ``input`` is one sum over ranks: of 16 bits in float32, and rounded once. The second
+        derivative takes all logits of a rank at once.
 
         DTensors need no process groups: along a dimension of the mesh that divides ``linear_weight`` by classes
         (``Shard(0)``) the ranks share classes, along one that divides the rows of ``input`` they share rows, and the
@@ -303,7 +320,8 @@ def _with_ranks(
 
 def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction, spread: Spread | None) -> Any:
     """The loss of a prepared call, in the way that suits it."""
-    compiling, in_formulas, where = torch.compiler.is_compiling(), needs_formulas(), ()
+    compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
+    where: tuple[Any, ...] = ()
     if spread is not None:
         if spread.at_once(head, cut):
             return reduced_loss(call, reduction, partial(spread.whole_rows, head, cut))

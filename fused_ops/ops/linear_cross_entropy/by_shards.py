@@ -275,10 +275,14 @@ def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
     g, needs = functions.row_grads(ctx.statistics, grads), graph.row_needs(ctx.needs_input_grad)
     if not needs or all(grad is None for grad in g):
         return (None,) * 18
+    if graph.is_batched(*g):
+        raise NotImplementedError(
+            "linear_cross_entropy: is_grads_batched=True is not for classes that are spread over class_group; expected "
+            "one gradient at a time"
+        )
     settings = Settings(ctx.ignore_index, numbers, *ctx.cut)
     args = (*g, *saved, *settings, ctx.statistics, needs, place, ctx.group, ctx.ranks)
-    # to be differentiated again, or several at once
-    again = torch.is_grad_enabled() or transforms_active() or graph.is_batched(*g)
+    again = torch.is_grad_enabled() or transforms_active()  # to be differentiated
     found = _formulas(_Saved.of(args)) if again else _rows_grad_op(*args)
     return graph.place(found, needs, 18)
 
@@ -300,7 +304,7 @@ class _Saved(NamedTuple):
     def of(args: tuple[Any, ...]) -> _Saved:
         (head, a), settings, statistics, needs = split(args[4:13]), Settings(*args[23:28]), *args[28:30]
         where = Where(*args[30:])
-        shard = Shard(collectives.group_of(where.group), *where.place.tolist(), args[22])
+        shard = Shard(collectives.group_of(where.group), *where.place.tolist())._replace(allowed=args[22])
         o, _ = settings.unpack(statistics)
         return _Saved(RowGrads(*args[:4]), head, a, o, shard, Merged(*args[13:22]), settings, needs, where)
 

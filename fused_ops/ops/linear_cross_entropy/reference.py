@@ -118,7 +118,7 @@ def add_(sum: Tensor, part: Tensor) -> None:
 
 def head_gradients(grad_z: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the head's tensors from that of the logits."""
-    flat = grad_z.flatten(1).to(head.input.dtype)
+    flat = grad_z.reshape(head.input.size(0), head.weight.size(0)).to(head.input.dtype)
     bias = None if head.bias is None else flat.sum(0)
     low = (None, None)
     if head.low_input is not None and head.low_weight is not None:
