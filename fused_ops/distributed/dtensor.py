@@ -1,23 +1,38 @@
-"""DTensors: until the ops are distributed themselves, PyTorch's own op takes them, with its own sharding."""
+"""DTensors as what this rank holds of them, and back: where their parts are, and the groups that share a dimension.
+
+DTensor's own classes are imported where they are needed, as that takes a third of a second.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
 def any_dtensor(*values: Any) -> bool:
-    """Whether one is a DTensor; asks for what it has, as importing its class takes a third of a second."""
+    """Whether one is a DTensor, or a tuple with one; asks for what it has, as importing its class takes long."""
+    if torch.compiler.is_compiling():
+        return _any_traced(values)
     for value in values:  # a loop, since any() of a generator takes longer than all of its questions
         kind = type(value)
-        if kind not in _ORDINARY and hasattr(kind, "full_tensor"):
+        if kind not in _ORDINARY and (any_dtensor(*value) if kind in (tuple, list) else hasattr(value, "full_tensor")):
+            return True
+    return False
+
+
+def _any_traced(values: Any) -> bool:
+    """The same under torch.compile, which knows a class, and not what a DTensor has."""
+    found = getattr(torch.distributed, "tensor", None)  # there if anybody has imported it
+    if found is None:
+        return False
+    for value in values:
+        if _any_traced(value) if isinstance(value, (tuple, list)) else isinstance(value, found.DTensor):
             return True
     return False
 
@@ -39,17 +54,112 @@ def refuse(op: Callable[..., Any], own: dict[str, Any]) -> None:
             )
 
 
-def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Any, **options: Any
-) -> Tensor:
-    """``F.cross_entropy`` of ``F.linear``."""
-    if linear_weight.dim() != 2 or not isinstance(target, Tensor):
-        raise NotImplementedError(
-            "linear_cross_entropy: with a DTensor expected linear_weight of shape (classes, in_features) and class "
-            f"indices or probabilities, got shape {list(linear_weight.shape)} and {type(target).__name__}"
+class Layout(NamedTuple):
+    """Where the parts of a tensor are."""
+
+    mesh: Any
+    placements: tuple[Any, ...]  # one for each dimension of the mesh: Replicate, Shard, or Partial of a gradient
+
+    def dims_of(self, dim: int) -> list[int]:
+        """The dimensions of the mesh over which a dimension of the tensor is spread."""
+        return [i for i, placement in enumerate(self.placements) if placement.is_shard(dim)]
+
+    def groups_of(self, mesh_dims: list[int]) -> tuple[Any, ...]:
+        """The process groups along dimensions of the mesh, without those of one rank."""
+        return tuple(self.mesh.get_group(i) for i in mesh_dims if self.mesh.size(i) > 1)
+
+    def start_of(self, size: int, mesh_dim: int) -> int:
+        """Where this rank's part of a dimension of that size begins, if that of the mesh alone divides it."""
+        ranks = self.mesh.size(mesh_dim)
+        begin: int = min(size, -(-size // ranks) * self.mesh.get_local_rank(mesh_dim))  # as torch.chunk does
+        return begin
+
+    def without(self, dim: int) -> Layout:
+        """Of a tensor that lacks the dimension, and has it whole where it is divided here."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return self._replace(
+            placements=tuple(
+                Replicate() if not p.is_shard() or p.dim == dim else Shard(p.dim - (p.dim > dim))
+                for p in self.placements
+            )
         )
-    logits = F.linear(input, linear_weight, linear_bias)
-    if logits.dim() > 2:
-        target = target.flatten(0, -2) if target.dim() == logits.dim() else target.flatten()
-        logits = logits.flatten(0, -2)
-    return F.cross_entropy(logits, target, **options)
+
+    def whole_along(self, dim: int) -> Layout:
+        """The same, but for one dimension of the tensor, which is whole on each rank."""
+        from torch.distributed.tensor import Replicate
+
+        return self._replace(placements=tuple(Replicate() if p.is_shard(dim) else p for p in self.placements))
+
+    def everywhere(self) -> Layout:
+        """Of a tensor that every rank has whole."""
+        from torch.distributed.tensor import Replicate
+
+        return self._replace(placements=(Replicate(),) * len(self.placements))
+
+    def sum_over(self, mesh_dims: list[int]) -> Layout:
+        """Of a sum of which the ranks along dimensions of the mesh have a part each, and all others the same."""
+        from torch.distributed.tensor import Partial, Replicate
+
+        return self._replace(
+            placements=tuple(Partial() if i in mesh_dims else Replicate() for i in range(len(self.placements)))
+        )
+
+    def local(self, value: Tensor, grad: Layout | None = None) -> Tensor:
+        """This rank's part of a DTensor, moved where it lies elsewhere, or of a tensor that every rank has whole.
+
+        Args:
+            value: The tensor.
+            grad: Where the parts of its gradient will be. Default: as here.
+        """
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(value, DTensor):
+            value = DTensor.from_local(value, self.mesh, self.everywhere().placements, run_check=False)
+        if value.placements != self.placements:
+            value = value.redistribute(placements=self.placements)
+        part: Tensor = value.to_local(grad_placements=(grad or self).placements)
+        return part
+
+    def whole(self, part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The DTensor of that shape of which ``part`` is this rank's."""
+        from torch.distributed.tensor import DTensor
+
+        strides = torch.empty(shape, device="meta").stride()
+        size = torch.Size(shape)
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=size, stride=strides)
+
+
+def layout_of(value: Any, once: int | None = None) -> Layout:
+    """Where a DTensor's parts are, or should be put first: replicated or in contiguous parts.
+
+    Args:
+        value: The DTensor.
+        once: A dimension of it that one dimension of the mesh at most may divide.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in value.placements:
+        mine = Shard(placement.dim % value.dim()) if type(placement) is Shard else Replicate()
+        placements.append(Replicate() if mine in placements and mine.is_shard(once) and once is not None else mine)
+    return Layout(value.device_mesh, tuple(placements))
+
+
+def check_mesh(op: str, values: list[tuple[str, Any]]) -> None:
+    """Raises unless the first tensor is a DTensor and all DTensors are on its mesh, in which this rank is."""
+    name, input = values[0]
+    found = [(name, value) for name, value in values if any_dtensor(value)]
+    if not any_dtensor(input):
+        raise RuntimeError(
+            f"{op}: got mixed torch.Tensor and DTensor: expected {name} to be a DTensor as {found[0][0]} is, or "
+            "ordinary tensors (to_local() or full_tensor())"
+        )
+    mesh = input.device_mesh
+    for other, value in found:
+        if value.device_mesh != mesh:
+            raise RuntimeError(
+                f"{op}: expected all DTensors on one mesh, got {name} on {mesh} and {other} on {value.device_mesh}"
+            )
+    if mesh.get_coordinate() is None:
+        raise RuntimeError(f"{op}: expected a mesh that this rank is in, got {name} on {mesh}")

@@ -239,24 +239,25 @@ def mesh(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_dtensors_go_to_pytorch(mesh):
-    from torch.distributed.tensor import Replicate, distribute_tensor
+def test_dtensors_on_a_mesh_of_one_process(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     x, target = logits(), indices()
-    whole = distribute_tensor(x.clone().requires_grad_(), mesh, [Replicate()])
     spread = distribute_tensor(target, mesh, [Replicate()])
-    found = cross_entropy(whole, spread, label_smoothing=0.1)
-    found.backward()
-    y = x.clone().requires_grad_()
-    right = F.cross_entropy(y, target, label_smoothing=0.1)
-    right.backward()
-    torch.testing.assert_close(found.full_tensor(), right)
-    torch.testing.assert_close(whole.grad.full_tensor(), y.grad)
-    with pytest.raises(NotImplementedError, match="DTensor goes to PyTorch's own op, which has no z_loss"):
-        cross_entropy(whole, spread, z_loss=0.1)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        whole = distribute_tensor(x.clone(), mesh, [placement]).requires_grad_()
+        found = cross_entropy(whole, spread, label_smoothing=0.1, z_loss=0.1)
+        found.backward()
+        y = x.clone().requires_grad_()
+        right = cross_entropy(y, target, label_smoothing=0.1, z_loss=0.1)
+        right.backward()
+        torch.testing.assert_close(found.full_tensor(), right)
+        torch.testing.assert_close(whole.grad.full_tensor(), y.grad)
+    with pytest.raises(RuntimeError, match="got mixed torch.Tensor and DTensor"):
+        cross_entropy(x, spread)
 
 
-def test_patch_leaves_loss_parallel_alone(mesh):
+def test_loss_parallel_with_patch(mesh):
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
 

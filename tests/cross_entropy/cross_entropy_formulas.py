@@ -68,5 +68,5 @@ def formula(x, target, weight=None, label_smoothing=0.0, z_loss=0.0, logit_scale
     spread = allowed.double() / allowed.expand(x.shape).sum(1, keepdim=True)
     q = (1 - label_smoothing) * dense + label_smoothing * spread
     q = q if weight is None else q * weight.double().reshape(-1, *(1,) * (x.dim() - 2))
-    rows = -torch.where(allowed, q * log_p, 0.0).sum(1) + z_loss * u.logsumexp(1).square()
+    rows = -(q * torch.where(allowed, log_p, 0.0)).sum(1) + z_loss * u.logsumexp(1).square()
     return torch.where(valid, rows, 0.0)

@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fused_ops.core.graph import in_graph, needs_formulas, no_script
 from fused_ops.core.torch_private import has_torch_function, legacy_reduction, transforms_active
-from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.ops.cross_entropy import functions, graph, rows_reference
+from fused_ops.distributed.dtensor import any_dtensor
+from fused_ops.ops.cross_entropy import dtensors, functions, graph, rows_reference
 from fused_ops.ops.cross_entropy.arguments import Numbers, check_ignore_index, check_places, index_door, prepare
 from fused_ops.ops.cross_entropy.reduction import Reduction, reduced_loss
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
@@ -49,6 +48,18 @@ def _check_inplace(input: Tensor) -> None:
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites input, which must not be a leaf that requires grad"
         )
+
+
+def _of_dtensors(input: Tensor, target: Any, options: dict[str, Any]) -> Any:
+    """The call of what this rank holds, and the DTensors of that."""
+    size_average, reduce = options.pop("size_average"), options.pop("reduce")
+    if size_average is not None or reduce is not None:
+        options["reduction"] = legacy_reduction(size_average, reduce)
+    if options["inplace_backward"]:
+        _check_inplace(input)
+    part, logits = dtensors.spread(input, target, options)
+    result = cross_entropy(part, logits.target(target), **logits.options(options))
+    return logits.result(result, options["reduction"])
 
 
 @no_script
@@ -132,7 +143,7 @@ def cross_entropy(
         RuntimeError: a tensor of another dtype or shape than said above; ``label_smoothing`` above 1; ``weight`` that
             requires grad with class indices; ``ignore_index`` of a class with class probabilities;
             ``inplace_backward`` with a leaf, with elements that share memory, with ``create_graph``, or under
-            torch.compile and torch.func.
+            torch.compile and torch.func; ordinary logits beside DTensors, or DTensors on several meshes.
         IndexError: a class index outside [0, classes) that is not ``ignore_index``; ``input`` is a scalar. With process
             groups all their ranks raise for the class index of one.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes; process groups under
@@ -150,6 +161,12 @@ def cross_entropy(
         one gather of 7 numbers a row (9 with outputs; one more number first where a mask of rows meets smoothing), and
         none in the backward of ``input``; ``row_group`` one of two numbers. A wrong argument (a shape, a dtype) raises
         on the rank that has it, before it has told the others anything: they wait until the group's timeout.
+
+        DTensors need no process groups, and no ``loss_parallel()``: the placements of ``input`` say along which
+        dimensions of its mesh the ranks share classes or rows. All else may be a DTensor, placed in any way, or a
+        tensor that every rank has whole. The result is a DTensor: replicated where ranks share classes, a sum over rows
+        ``Partial`` where they share rows, and what there is of each row placed as the rows are. What ``input`` has as
+        ``Partial`` is summed first, and classes that several dimensions divide are gathered along all but the first.
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """
@@ -183,7 +200,7 @@ def cross_entropy(
         if small is not None:
             return small
     overridden = has_torch_function(input, target, weight)
-    if overridden or any_dtensor(input, target, weight):
+    if overridden or any_dtensor(input, target, weight, class_mask, token_weight, normalizer):
         given: dict[str, Any] = {
             "weight": weight,
             "size_average": size_average,
@@ -210,8 +227,7 @@ def cross_entropy(
         }
         if overridden:
             return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
-        refuse(cross_entropy, own)
-        return F.cross_entropy(input, target, **given)  # type: ignore[arg-type]
+        return _of_dtensors(input, target, {**given, **own})
     if alone:
         indices = index_door(input, target, ignore_index, reduction)
         if indices is not None:

@@ -118,6 +118,21 @@ def check_ignore_index(value: object) -> int:
     return as_int64("cross_entropy", "ignore_index", value)
 
 
+def share_of_rows(lam: Tensor, first: Tensor) -> Tensor:
+    """Mixup's share of each row, from a tensor of the shape of the class indices or of their first dimension."""
+    if not lam.is_floating_point():
+        raise RuntimeError(f"cross_entropy: expected lam of a floating-point dtype, got {lam.dtype}")
+    if lam.dim() == 1 and first.dim() > 1:
+        lam = lam.reshape(-1, *(1,) * (first.dim() - 1))
+    try:
+        return lam.expand(first.shape)
+    except RuntimeError:
+        raise RuntimeError(
+            f"cross_entropy: expected lam to be a number, of shape {list(first.shape[:1])} or of target_a's "
+            f"{list(first.shape)}, got shape {list(lam.shape)}"
+        ) from None
+
+
 def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     """(target_a, target_b, lam) as indices and probabilities, two a row."""
     first, second = (
@@ -127,17 +142,7 @@ def _mixup(target: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor]:
     dim, lam = class_dim(input), target[2]
     if not isinstance(lam, Tensor):
         lam = torch.ones((), dtype=acc_dtype(input.dtype), device=input.device) * number("lam", lam, 0.0)
-    if not lam.is_floating_point():
-        raise RuntimeError(f"cross_entropy: expected lam of a floating-point dtype, got {lam.dtype}")
-    if lam.dim() == 1 and first.dim() > 1:
-        lam = lam.reshape(-1, *(1,) * (first.dim() - 1))
-    try:
-        lam = lam.expand(first.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"cross_entropy: expected lam to be a number, of shape {list(first.shape[:1])} or of target_a's "
-            f"{list(first.shape)}, got shape {list(lam.shape)}"
-        ) from None
+    lam = share_of_rows(lam, first)
     if first.dtype != second.dtype:
         first, second = first.long(), second.long()
     return torch.stack((first, second), dim), torch.stack((lam, 1 - lam), dim)
@@ -223,6 +228,33 @@ def _check_mask(mask: Tensor, input: Tensor, some_classes: bool) -> None:
         raise RuntimeError(
             f"cross_entropy: expected class_mask of shape [{classes}] or {list(input.shape)}, got {list(mask.shape)}"
         )
+
+
+def check_shapes(
+    input: Tensor,
+    target: object,
+    weight: Tensor | None,
+    class_mask: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+) -> str:
+    """Which kind of target it is; raises for shapes and dtypes that do not fit, without a look at any value."""
+    check_logits(input)
+    if isinstance(target, (tuple, list)) and len(target) == 3:
+        kind = "mixup"
+        named = zip(("target_a", "target_b"), target[:2], strict=True)
+        first, _ = (class_indices(name, _tensor(name, t), input) for name, t in named)
+        if isinstance(target[2], Tensor):
+            share_of_rows(target[2], first)
+    else:
+        kind = _target(target, input, check_ignore_index(ignore_index), False)[0]
+    if weight is not None:
+        _check_weight(weight, input, kind, autocast_enabled(input), False)
+    if class_mask is not None:
+        _check_mask(class_mask, input, False)
+    if token_weight is not None:
+        _check_rows("token_weight", _tensor("token_weight", token_weight), input)
+    return kind
 
 
 def check_places(

@@ -7,7 +7,6 @@ summed over the ranks. ``shards_reference`` has the equations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class Ranks(NamedTuple):
     class_group: Any  # the ranks that share the classes, or None
     class_start: int | None  # None with the next: asked for
     classes: int | None
-    row_group: Any  # the ranks that share the rows of a mean, or None
+    row_group: Any  # the ranks that share the rows of a mean, or several groups one after the other, or None
 
 
 class Shard(NamedTuple):
@@ -433,22 +432,31 @@ def rows(a: RowArgs, o: RowOptions, place: Place, ranks: Ranks, inplace_backward
 # ---- the mean's denominator over the rows of all ranks
 
 
-def _checked_sum(input: Tensor, bad_target: Tensor, group: str, ranks: int) -> Tensor:
-    found = collectives.gather(torch.stack([input, bad_target]), collectives.group_of(group))
-    shards_reference.raise_for_bad_targets(found[:, 1])
-    return found[:, 0].sum()
+def _checked_sum(input: Tensor, bad_target: Tensor, groups: list[str], ranks: list[int]) -> Tensor:
+    # All ranks of all groups must have heard of a bad target before one of them raises.
+    for name in groups:
+        found = collectives.gather(torch.stack([input, bad_target]), collectives.group_of(name))
+        input, bad_target = found[:, 0].sum(), shards_reference.one_of(found[:, 1])
+    shards_reference.raise_for_bad_targets(bad_target)
+    return input
 
 
-def _fake_checked_sum(input: Tensor, bad_target: Tensor, group: str, ranks: int) -> Tensor:
+def _fake_checked_sum(input: Tensor, bad_target: Tensor, groups: list[str], ranks: list[int]) -> Tensor:
     return input.new_empty(())
 
 
+def _sum_over(values: Tensor, groups: list[str]) -> Tensor:
+    for name in groups:
+        values = collectives.sum_of_ranks(values, collectives.group_of(name))
+    return values
+
+
 def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.group = inputs[2]
+    ctx.groups = inputs[2]
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> Any:
-    return collectives.sum_of_ranks(grad, collectives.group_of(ctx.group)), None, None, None
+    return _sum_over(grad, ctx.groups), None, None, None
 
 
 class _CheckedSumFunction(FusedFunction):
@@ -458,11 +466,11 @@ class _CheckedSumFunction(FusedFunction):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
-        return collectives.sum_of_ranks(tangent, collectives.group_of(ctx.group))
+        return _sum_over(tangent, ctx.groups)
 
 
 _checked_sum_op: Any = register_graph_op(
-    "cross_entropy_rows_of_ranks(Tensor input, Tensor bad_target, str group, int ranks) -> Tensor",
+    "cross_entropy_rows_of_ranks(Tensor input, Tensor bad_target, str[] groups, int[] ranks) -> Tensor",
     _checked_sum,
     _fake_checked_sum,
     _sum_context,
@@ -477,17 +485,15 @@ def sum_over_rows(values: Tensor, a: RowArgs, o: RowOptions, group: Any, place: 
         values: The scalar, float64.
         a: This rank's targets.
         o: The options.
-        group: The ranks.
+        group: The ranks, or several groups: the sum of their sums, as over dimensions of a mesh.
         place: Of this rank's classes; None: all of them are here.
     """
     classes: int | Tensor = a.input.size(class_dim(a.input))
     if place is not None:
         classes = place[1].to(a.input.device) if isinstance(place, Tensor) else place.classes
-    bad = shards_reference.bad_targets(a, o, classes)
-    none = bad.new_full((1,), -math.inf)
-    bad = torch.cat([none, torch.where(bad.isnan(), none, bad).flatten()]).amax()
-    bad = torch.where(bad == -math.inf, math.nan, bad)
-    where = collectives.name_of(group), collectives.size_of(group)
+    bad = shards_reference.one_of(shards_reference.bad_targets(a, o, classes).flatten())
+    groups = group if isinstance(group, tuple) else (group,)
+    where = [collectives.name_of(g) for g in groups], [collectives.size_of(g) for g in groups]
     total: Tensor = (_checked_sum_op if in_graph() else _CheckedSumFunction.apply)(values, bad, *where)
     return total
 
@@ -495,7 +501,8 @@ def sum_over_rows(values: Tensor, a: RowArgs, o: RowOptions, group: Any, place: 
 def check_ranks(ranks: Ranks, op: str = "cross_entropy") -> Ranks:
     """The groups of a call with integers; raises for arguments that are wrong or cannot work, without a collective."""
     collectives.check_group(op, "class_group", ranks.class_group)
-    collectives.check_group(op, "row_group", ranks.row_group)
+    for group in ranks.row_group if isinstance(ranks.row_group, tuple) else (ranks.row_group,):
+        collectives.check_group(op, "row_group", group)
     given = [name for name, value in zip(("class_start", "classes"), ranks[1:3], strict=True) if value is not None]
     if given and (len(given) == 1 or ranks.class_group is None):
         raise ValueError(

@@ -133,6 +133,13 @@ def forward(
     return torch.stack([part.expand_as(zero) for part in found])
 
 
+def one_of(bad: Tensor) -> Tensor:
+    """A scalar: one of some targets that are no class, (targets,); NaN where there is none."""
+    none = bad.new_full((1,), -math.inf)
+    found = torch.cat([none, torch.where(bad.isnan(), none, bad)]).amax()
+    return torch.where(found == -math.inf, math.nan, found)
+
+
 def raise_for_bad_targets(bad: Tensor) -> None:
     """Raises IndexError for what is not NaN."""
     ok = bad.isnan()

@@ -13,8 +13,7 @@ from torch.overrides import handle_torch_function
 from fused_ops.core.checks import check_tensors
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
-from fused_ops.distributed.dtensor import any_dtensor, refuse
-from fused_ops.distributed.dtensor import linear_cross_entropy as of_dtensors
+from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.cross_entropy.api import index_loss, rows
 from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
@@ -27,7 +26,7 @@ from fused_ops.ops.cross_entropy.reduction import (
 )
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, find_place
-from fused_ops.ops.linear_cross_entropy import by_shards, reference
+from fused_ops.ops.linear_cross_entropy import by_shards, dtensors, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
     at_least_one,
     checked_ignore_index,
@@ -171,6 +170,13 @@ def linear_cross_entropy(
         runs. The gradient of ``input`` is one sum over ranks: of 16 bits in float32, and rounded once. The second
         derivative takes all logits of a rank at once.
 
+        DTensors need no process groups: along a dimension of the mesh that divides ``linear_weight`` by classes
+        (``Shard(0)``) the ranks share classes, along one that divides the rows of ``input`` they share rows, and the
+        result is a DTensor, as of ``cross_entropy``. Where one divides both, the ``input`` is gathered if 3 * rows <=
+        2 * classes (it travels once in the forward, and its gradient twice in the backward), else the weight (and its
+        gradient is reduce-scattered). Features that are divided are gathered. All else may be a DTensor or a tensor
+        that every rank has whole.
+
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
     """
@@ -207,8 +213,15 @@ def linear_cross_entropy(
         if small is not None:
             return small
     overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
-    if overridden or any_dtensor(input, linear_weight, linear_bias, target):
-        ours: dict[str, Any] = {
+    beside = weight, class_mask, token_weight, normalizer, lora
+    if overridden or any_dtensor(input, linear_weight, linear_bias, target, *beside):
+        given: dict[str, Any] = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
             "z_loss": z_loss,
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -219,6 +232,8 @@ def linear_cross_entropy(
             "loss_dtype": loss_dtype,
             "shift": shift,
             "lora": lora,
+            "chunk_rows": chunk_rows,
+            "max_memory_bytes": max_memory_bytes,
             "return_outputs": return_outputs,
             "class_group": class_group,
             "class_start": class_start,
@@ -226,15 +241,11 @@ def linear_cross_entropy(
             "row_group": row_group,
             "sequence_parallel": sequence_parallel,
         }
-        theirs: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
         if overridden:
-            ours |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
-            ours |= {"chunk_rows": chunk_rows, "max_memory_bytes": max_memory_bytes, **theirs}
             tensors = (input, linear_weight, linear_bias, target)
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **ours)
-        refuse(linear_cross_entropy, ours)  # how much memory the logits take is PyTorch's affair then
-        theirs["ignore_index"] = -100 if ignore_index is None else ignore_index
-        return of_dtensors(input, linear_weight, linear_bias, target, **theirs)
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
+        parts, mine, logits = dtensors.spread(input, linear_weight, target, given)
+        return logits.result(linear_cross_entropy(*parts, **mine), reduction)
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
         *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),

@@ -81,7 +81,7 @@ def with_all_rows(shape: Shape, input: Tensor, target: Any) -> Shape:
     return shape._replace(lead=(first.size(0), *shape.lead[1:]))
 
 
-def _low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor, float]:
+def low_rank(lora: Any, shape: Shape, in_features: int) -> tuple[Tensor, Tensor, float]:
     """lora's (A, B, scale), checked."""
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise TypeError("linear_cross_entropy: expected lora to be (A, B, scale)")
@@ -119,7 +119,7 @@ def head_of(
         return Head(rows, tensors[1], tensors[2] if linear_bias is not None else None, low, lora.weight)
     scale = 1.0
     if lora is not None:
-        a, b, scale = _low_rank(lora, shape, in_features)
+        a, b, scale = low_rank(lora, shape, in_features)
         a = a if rows_group is None else collectives.copy_to_shares(a, rows_group)
         tensors += [a, b]
     device = input.device.type
