@@ -201,7 +201,7 @@ def look_at(module: nn.Module) -> str:
     if MARK in module.__dict__ or isinstance(module, (*NORMS, Converted)):
         return ""
     if isinstance(module, nn.SyncBatchNorm):
-        return "synchronises its statistics over processes: convert(model, sync_batch_norm=True) does too"
+        return "synchronised over processes: give sync_batch_norm=True"
     kinds = (nn.modules.batchnorm._BatchNorm, nn.CrossEntropyLoss)
     if isinstance(module, kinds) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return "not converted" if type(module).__module__.startswith("torch.nn") else "a subclass without a rule"

@@ -48,7 +48,7 @@ class Pool:
 
 
 def _serve(rank, port, world, connection):
-    start(rank, port, world)
+    start(rank, port, world, timeout_s=180)  # processes of a busy machine start far apart
     while message := connection.recv_bytes():
         try:
             function, arguments = pickle.loads(message)

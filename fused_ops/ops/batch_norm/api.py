@@ -119,7 +119,8 @@ def batch_norm(
     way = arguments.way_of(input, running_mean, running_var, weight, bias, residual, valid)
     if group is not None:
         group = several_ranks(group, training, groups)
-    if way is _EAGER and group is None and not inplace_activated and (training is True or training is False):
+        way = Way.FUNCTION if group is not None and way is _EAGER else way
+    if way is _EAGER and not inplace_activated and (training is True or training is False):
         try:
             code, slope = _NONE, 0.0
             more: tuple[Any, ...] = ()
