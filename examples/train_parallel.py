@@ -13,7 +13,8 @@ both       two halves of the batch (fully_shard), each of them with tensor paral
 =========  ===================================================================================================
 
 Each process first trains the model alone, unconverted, on the whole batch; the table shows both losses. With
-``--model resnet`` (data and sharded) the batch norms take the statistics of all processes. The Llama needs transformers.
+``--model resnet`` (data and sharded) the batch norms take the statistics of all processes. The Llama needs
+transformers.
 """
 
 from __future__ import annotations
