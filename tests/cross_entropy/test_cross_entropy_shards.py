@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from conftest import skip_without
 from cross_entropy_formulas import DTYPES, draw, layouts
 
+import fused_ops
 from fused_ops.ops.cross_entropy import shards, shards_reference
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.shards import Shard
@@ -228,3 +230,11 @@ def test_a_single_example_and_rows_without_classes():
         grads = gradients(g, a, o, [(0, 0), (0, 4), (4, 3), (7, 0)], found, merged)
         expected = torch.ops.fused_ops.cross_entropy_rows_backward(*g, *a, whole[1], whole[2], None, *o)
         torch.testing.assert_close(torch.cat(grads, 0 if x.dim() == 1 else 1), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(fused_ops.core.library.missing_reason is not None, reason="without the library there is no kernel")
+@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])
+def test_every_isa(isa, run_pytest):
+    skip_without(isa)
+    run_pytest(__file__, "-m", "not slow", ATEN_CPU_CAPABILITY=isa.lower())

@@ -209,35 +209,61 @@ def second_derivatives(rank, world):
             near(mine.detach(), (part.of(whole) if i in (0, n) else whole).detach(), 1e-10, (kind, sizes, i))
 
 
+def some_rows(target, rows):
+    return tuple(some_rows(t, rows) for t in target) if isinstance(target, tuple) else target[rows]
+
+
 @case
 def row_groups(rank, world):
     torch.manual_seed(6)
-    x = torch.randn(11, 6, dtype=torch.float64)
-    target = draw("index", x.shape, x.dtype)
-    token = torch.rand(11, dtype=torch.float64) + 0.1
-    weight = torch.rand(6, dtype=torch.float64) + 0.1
+    x, token, weight = (torch.rand(shape, dtype=torch.float64) + 0.1 for shape in ((11, 6), (11,), (6,)))
     first = {"uneven": 7, "empty": 0, "ignored": 5}
-    for name, reduction in itertools.product(first, ("mean", "sum", "none")):
+    kinds = [("index", name, reduction) for name in first for reduction in ("mean", "sum", "none")]
+    kinds += [(kind, "empty", "mean") for kind in ("dense", "sparse", "mixup")]
+    for kind, name, reduction in kinds:
         begin = [0, *(min(first[name] + 2 * r, 11) for r in range(world - 1)), 11]
-        mine = slice(begin[rank], begin[rank + 1])
-        labels = target.clone()
+        mine, labels = slice(begin[rank], begin[rank + 1]), draw(kind, x.shape, x.dtype)
         if name == "ignored":
             labels[:5] = -100
         y, t = x[mine].clone().requires_grad_(), token[mine].clone().requires_grad_()
-        loss = fused_ops.cross_entropy(
-            y, labels[mine], weight, token_weight=t, reduction=reduction, row_group=dist.group.WORLD
-        )
+        here = some_rows(labels, mine)
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        loss = fused_ops.cross_entropy(y, here, weight, token_weight=t, row_group=dist.group.WORLD, **options)
         whole, tokens = x.clone().requires_grad_(), token.clone().requires_grad_()
-        expected = fused_ops.cross_entropy(whole, labels, weight, token_weight=tokens, reduction=reduction)
+        expected = fused_ops.cross_entropy(whole, labels, weight, token_weight=tokens, **options)
         grads = torch.autograd.grad(loss.sum(), (y, t))
         exact = torch.autograd.grad(expected.sum(), (whole, tokens))
         if reduction == "none":
             near(loss.detach(), expected.detach()[mine], 1e-12, name)
         else:
             total = collectives.sum_of_ranks(loss.detach(), dist.group.WORLD)
-            near(total, expected.detach(), 1e-12, (name, reduction))
+            near(total, expected.detach(), 1e-12, (kind, name, reduction))
         for i in range(2):
-            near(grads[i], exact[i][mine], 1e-12, (name, reduction, i))
+            near(grads[i], exact[i][mine], 1e-12, (kind, name, reduction, i))
+
+
+@case
+def a_mesh_of_classes_and_rows(rank, world):
+    """Two by two where there are four ranks, else as many rows as ranks."""
+    torch.manual_seed(13)
+    across = 2 if world == 4 else 1
+    tensor, data = rank % across, rank // across
+    classes = [dist.new_group([d * across + t for t in range(across)]) for d in range(world // across)][data]
+    rows = [dist.new_group([d * across + t for d in range(world // across)]) for t in range(across)][tensor]
+    x, target = torch.randn(9, CLASSES, dtype=torch.float64), torch.randint(0, CLASSES, (9,))
+    target[0] = -100
+    part, mine = Part("uneven", tensor, across), slice(*((0, 2), (2, 9), (9, 9), (9, 9))[data])
+    if world == 3:
+        mine = slice(3 * rank, 3 * rank + 3)
+    y, whole = part.of(x)[mine].clone().requires_grad_(), x.clone().requires_grad_()
+    loss = fused_ops.cross_entropy(y, target[mine], label_smoothing=0.1, class_group=classes, row_group=rows)
+    expected = fused_ops.cross_entropy(whole, target, label_smoothing=0.1)
+    near(collectives.sum_of_ranks(loss.detach(), rows), expected.detach(), 1e-12, "loss")
+    near(*(torch.autograd.grad(loss, y)[0], part.of(torch.autograd.grad(expected, whole)[0])[mine]), 1e-12, "grad")
+    wrong = target[mine].clone()
+    if rank // across == 0:
+        wrong[-1] = CLASSES
+    raises(IndexError, f"Target {CLASSES}", fused_ops.cross_entropy, y, wrong, class_group=classes, row_group=rows)
 
 
 def raises(error, message, function, *args, **options):
@@ -275,7 +301,7 @@ def compiled_as_one_graph(rank, world):
     torch.manual_seed(7)
     x, weight = torch.randn(10, CLASSES), torch.rand(CLASSES) + 0.1
     group = dist.group.WORLD
-    for kind, given in (("index", True), ("dense", True), ("sparse", False), ("index", False)):
+    for kind, given in (("index", True), ("sparse", False)):
         part, target = Part("uneven", rank, world), draw(kind, x.shape, x.dtype)
         target = target_here(kind, target, part)
         where = part.where() if given else {"class_group": group}

@@ -19,6 +19,7 @@ CASES = [
     "replicated_arguments_have_whole_gradients",
     "second_derivatives",
     "row_groups",
+    "a_mesh_of_classes_and_rows",
     "bad_targets_raise_on_all_ranks",
     "compiled_as_one_graph",
     "derivatives_by_finite_differences",

@@ -182,6 +182,8 @@ def reduced_loss(
     denominator = None if reduction.normalizer is None else _normalizer(reduction.normalizer, call)
     if (ranks := reduction.ranks) is not None:
         place = None if ranks.class_group is None else shards.find_place(call.args.input, ranks)
+        if isinstance(place, shards.Shard):
+            shards.check_place(call.args, place)
         if ranks.row_group is not None:
             found = denominator_of_ranks(call, reduction, place)
             denominator = denominator if found is None else found
