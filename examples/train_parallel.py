@@ -143,7 +143,10 @@ def split_layers(llama: Any, mesh: DeviceMesh, sequence: bool) -> None:
     outside: dict[str, Any] = {"lm_head": ColwiseParallel()}  # the head's weight is what the loss takes
     if sequence:
         outside |= {
-            "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+            # split here, as the model computes positions and the mask from what the embedding gives
+            "model.layers.0": PrepareModuleInput(
+                input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+            ),
             "model.norm": SequenceParallel(use_local_output=False),
         }
     parallelize_module(llama, mesh, outside)
