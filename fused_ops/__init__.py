@@ -20,6 +20,7 @@ from fused_ops.ops.batch_norm.modules import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.cross_entropy.modules import CrossEntropyLoss
@@ -42,6 +43,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "LinearCrossEntropyLoss",
+    "SyncBatchNorm",
     "batch_norm",
     "convert",
     "cross_entropy",

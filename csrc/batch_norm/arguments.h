@@ -2,6 +2,7 @@
 #pragma once
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "batch_norm/kernels.h"
@@ -21,6 +22,11 @@ inline Activation activation_of(int64_t code) {
 
 inline bool sign_is_enough(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
 
+// Which arguments an op has: those of plain calls, all, or those of an op that is given its statistics.
+enum class Form { plain, all, given };
+template <Form form>
+using FormOf = std::integral_constant<Form, form>;
+
 struct ForwardArguments {
   Tensor input;
   MaybeTensor running_mean, running_var;  // (channels,); written in training
@@ -35,22 +41,24 @@ struct ForwardArguments {
   int64_t groups;
   Activation activation;
 
-  explicit ForwardArguments(Arguments& in, bool all = true)
+  explicit ForwardArguments(Arguments& in) : ForwardArguments(in, FormOf<Form::all>()) {}
+  template <Form form>
+  ForwardArguments(Arguments& in, FormOf<form>)
       : input(in.tensor()),
-        running_mean(in.maybe_tensor()),
-        running_var(in.maybe_tensor()),
+        running_mean(form != Form::given ? in.maybe_tensor() : MaybeTensor()),
+        running_var(form != Form::given ? in.maybe_tensor() : MaybeTensor()),
         weight(in.maybe_tensor()),
         bias(in.maybe_tensor()),
-        training(in.flag()),
-        momentum(in.number()),
-        eps(in.number()),
-        correction(in.integer()),
+        training(form != Form::given && in.flag()),
+        momentum(form != Form::given ? in.number() : 0),
+        eps(form != Form::given ? in.number() : 0),
+        correction(form != Form::given ? in.integer() : 0),
         code(in.integer()),
         slope(in.number()),
-        residual(all ? in.maybe_tensor() : MaybeTensor()),
-        mask(all ? in.maybe_tensor() : MaybeTensor()),
-        valid(all ? in.maybe_tensor() : MaybeTensor()),
-        groups(all ? in.integer() : 1) {
+        residual(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        mask(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        valid(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        groups(form == Form::all ? in.integer() : 1) {
     in.check.next("input", input);
     in.check.next("running_mean", running_mean), in.check.next("running_var", running_var);
     in.check.next("weight", weight), in.check.next("bias", bias);
@@ -74,25 +82,27 @@ struct BackwardArguments {
   MaybeTensor stored, offsets;  // of a forward that kept its output: batch_norm_keep's results
   Activation activation;
 
-  explicit BackwardArguments(Arguments& in, bool all = true)
+  explicit BackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::all>()) {}
+  template <Form form>
+  BackwardArguments(Arguments& in, FormOf<form>)
       : grad_output(in.tensor()),
         input(in.tensor()),
         weight(in.maybe_tensor()),
         bias(in.maybe_tensor()),
         statistics(in.tensor()),
-        training(in.flag()),
-        need_input(in.flag()),
-        need_params(in.flag()),
-        correction(in.integer()),
+        training(form != Form::given && in.flag()),
+        need_input(form != Form::given && in.flag()),
+        need_params(form == Form::given || in.flag()),
+        correction(form != Form::given ? in.integer() : 0),
         code(in.integer()),
         slope(in.number()),
-        residual(all ? in.maybe_tensor() : MaybeTensor()),
-        mask(all ? in.maybe_tensor() : MaybeTensor()),
-        valid(all ? in.maybe_tensor() : MaybeTensor()),
-        groups(all ? in.integer() : 1),
-        grad_residual(all ? in.maybe_tensor() : MaybeTensor()),
-        stored(all ? in.maybe_tensor() : MaybeTensor()),
-        offsets(all ? in.maybe_tensor() : MaybeTensor()) {
+        residual(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        mask(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        valid(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        groups(form == Form::all ? in.integer() : 1),
+        grad_residual(form == Form::all ? in.maybe_tensor() : MaybeTensor()),
+        stored(form == Form::all ? in.maybe_tensor() : MaybeTensor()),
+        offsets(form == Form::all ? in.maybe_tensor() : MaybeTensor()) {
     in.check.next("grad_output", grad_output), in.check.next("input", input);
     in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("statistics", statistics);
     in.check.next("residual", residual), in.check.next("mask", mask), in.check.next("valid", valid);
@@ -104,10 +114,45 @@ struct BackwardArguments {
 
 // Those of the ops for plain calls, which end with the slope.
 struct PlainForwardArguments : ForwardArguments {
-  explicit PlainForwardArguments(Arguments& in) : ForwardArguments(in, false) {}
+  explicit PlainForwardArguments(Arguments& in) : ForwardArguments(in, FormOf<Form::plain>()) {}
 };
 struct PlainBackwardArguments : BackwardArguments {
-  explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, false) {}
+  explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::plain>()) {}
+};
+
+// Those of the ops of a batch that is spread over processes, whose statistics are of all of it.
+struct MomentsArguments {
+  Tensor input;
+  MaybeTensor valid;
+
+  explicit MomentsArguments(Arguments& in) : input(in.tensor()), valid(in.maybe_tensor()) {
+    in.check.next("input", input), in.check.next("valid", valid);
+  }
+};
+// What is given comes first, so that everything is taken before the others are checked.
+struct GivenStatistics {
+  Tensor statistics;  // float64 mean and invstd, (2, channels)
+};
+struct NormaliseArguments : GivenStatistics, ForwardArguments {
+  explicit NormaliseArguments(Arguments& in)
+      : GivenStatistics{in.tensor()}, ForwardArguments(in, FormOf<Form::given>()) {
+    in.check.next("statistics", statistics);
+  }
+};
+struct SumsArguments : BackwardArguments {
+  explicit SumsArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::given>()) {}
+};
+struct GivenMeans {
+  MaybeTensor means;    // float64 grad_mean and grad_slope, (2, channels); none: grad_input is not wanted
+  MaybeTensor written;  // grad_residual
+};
+struct GradientArguments : GivenMeans, BackwardArguments {
+  explicit GradientArguments(Arguments& in)
+      : GivenMeans{in.maybe_tensor(), in.maybe_tensor()}, BackwardArguments(in, FormOf<Form::given>()) {
+    grad_residual = written;
+    in.check.next("means", means), in.check.next("grad_residual", grad_residual);
+    need_input = training = means.has_value(), need_params = false;
+  }
 };
 
 inline void check_input(const Tensor& input) {

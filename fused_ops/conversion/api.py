@@ -10,16 +10,18 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, jit, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
 from fused_ops.conversion.neighbours import NORMS, PASSED, RUNS, activation_of
 from fused_ops.conversion.records import HeadRecord
-from fused_ops.conversion.report import MARK, NOW, Entry, Report, look_at, modules_of
+from fused_ops.conversion.report import MARK, NOW, Entry, Report, look_at, modules_of, synchronised
 from fused_ops.conversion.rules import Converted, Rule, original_of, rule_of, with_rule
 from fused_ops.conversion.sample import check_sample, run_sample
 from fused_ops.core.hooks import hooked
 from fused_ops.core.torch_private import any_global_hook
+from fused_ops.distributed.collectives import check_group
 from fused_ops.ops.batch_norm import modules as ours
 from fused_ops.ops.cross_entropy import modules as losses
 
@@ -31,8 +33,9 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm2d: ours.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: ours.LazyBatchNorm3d,
 }
+_SYNC: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: ours.SyncBatchNorm}  # where it is asked for
 _LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: losses.CrossEntropyLoss}
-_SWAPS = _NORMS | _LOSSES
+_SWAPS = _NORMS | _LOSSES | _SYNC
 _FORWARDS = {kind: kind.forward for kind in _SWAPS}  # somebody may replace that of a class
 _BACK = {**{new: old for old, new in _SWAPS.items()}, HeadLinear: nn.Linear}
 
@@ -45,6 +48,7 @@ def convert(
     fuse_activations: bool = True,
     sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     target: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    sync_batch_norm: Any = False,
 ) -> Report:
     """Turns a model over to fused ops, in place; ``revert`` turns it back. All of it happens, or nothing.
 
@@ -68,21 +72,26 @@ def convert(
             a copy of the converted model runs forward and backward once, for the report to show what ran.
         target: What ``loss`` takes besides the output for the sample: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. Default for a loss that is a module: classes drawn at random.
+        sync_batch_norm: Take the statistics of batch norms in training over all ranks: True, or the process group of
+            torch.distributed that has them. Every ``nn.BatchNorm*d`` and ``nn.SyncBatchNorm`` that is converted is
+            then synchronised, with what is fused into it; of the latter, True leaves its own ``process_group``.
 
     Returns:
         What was replaced and what was left alone, and why; and, whenever it is shown, what has run so far, as
         ``fused_ops.report(model)`` shows at any time. ``str()`` and ``rich.print()`` make tables of it.
 
     Raises:
-        TypeError: ``model`` is no module or is compiled or scripted already, or ``loss`` is no cross-entropy.
+        TypeError: ``model`` is no module or is compiled or scripted already, ``loss`` is no cross-entropy, or
+            ``sync_batch_norm`` neither a bool nor a process group.
         ValueError: ``head`` without ``loss``, or ``target`` without ``loss`` and ``sample``.
         RuntimeError: everything that can be converted is already.
 
     Note:
-        Left alone, with the reason: ``nn.SyncBatchNorm``, subclasses without a rule (also those that parametrizations
-        and FSDP make: convert before them), modules with hooks or with a forward set on the instance, and everything
-        while global hooks are set. What is fused gives way to the separate steps by itself when a module gets hooks or
-        is replaced, or when the residual has another shape, dtype or layout.
+        Left alone, with the reason: ``nn.SyncBatchNorm`` without ``sync_batch_norm``, subclasses without a rule (also
+        those that parametrizations and FSDP make: convert before them), modules with hooks or with a forward set on
+        the instance, and everything while global hooks are set; none of these becomes synchronised. What is fused gives
+        way to the separate steps by itself when a module gets hooks or is replaced, or when the residual has another
+        shape, dtype or layout.
 
         With ``loss``, the head's result (where it is to be differentiated and is above 1 MiB) is a tensor whose values
         are computed when they are needed. Cross-entropy does not need them; ``output.argmax(-1)`` computes them, with
@@ -90,7 +99,9 @@ def convert(
         gradients, and where the head has hooks, the head is an ordinary linear layer.
     """
     _check_arguments(model, loss, head, sample, target)
-    plan = _plan(model, loss, head, fuse_activations)
+    if not isinstance(sync_batch_norm, bool):
+        check_group("convert", "sync_batch_norm", sync_batch_norm)
+    plan = _plan(model, loss, head, fuse_activations, sync_batch_norm)
     if plan.already and not plan.changes:
         raise RuntimeError("convert: this model is converted already; fused_ops.revert(model) turns it back")
     with _all_or_nothing([change.module for change in plan.changes]):
@@ -134,7 +145,8 @@ def revert(model: nn.Module) -> list[str]:
         for _, module, back in found:
             was = type(module)
             become(module, back)
-            for name in (MARK, RUNS, RECORD, *(_added(back) if was in _BACK else ())):
+            sync = ("synchronised",) if isinstance(module, _BatchNorm) else ()
+            for name in (MARK, RUNS, RECORD, *sync, *(_added(back) if was in _BACK else ())):
                 module.__dict__.pop(name, None)
             if back in _LOSSES:
                 module._buffers.pop("class_mask", None)
@@ -155,6 +167,7 @@ class _Change:
     kind: type[nn.Module]
     entry: Entry
     record: HeadRecord | None = None
+    synchronised: Any = False
 
     def apply(self) -> None:
         original = type(self.module)
@@ -163,6 +176,8 @@ class _Change:
         else:
             become(self.module, self.kind)
         self.module.__dict__.update({MARK: True, **(_added(original) if self.kind in _BACK else {})})
+        if self.synchronised:
+            self.module.__dict__["synchronised"] = self.synchronised
         if original in _LOSSES:
             self.module.register_buffer("class_mask", None, persistent=False)
 
@@ -176,9 +191,18 @@ class _Plan:
     notes: list[str] = field(default_factory=list)
     passed: dict[type[nn.Module], Callable[[Any], bool]] = field(default_factory=dict)
     already: int = 0
+    synchronised: Any = False  # what the batch norms are to be
 
     def add(self, path: str, module: nn.Module, kind: type[nn.Module], what: str = "") -> None:
         self.changes.append(_Change(module, kind, Entry(path, type(module).__name__, now=what)))
+
+    def add_norm(self, path: str, module: nn.Module, kind: type[nn.Module], what: str = "") -> None:
+        """A batch norm; of those that never take statistics (torchvision's frozen one) none is synchronised."""
+        if self.synchronised and isinstance(module, _BatchNorm):
+            self.add(path, module, kind, synchronised(what, module))
+            self.changes[-1].synchronised = self.synchronised
+        else:
+            self.add(path, module, kind, what)
 
 
 def _added(kind: type[nn.Module]) -> dict[str, Any]:
@@ -247,8 +271,8 @@ def _check_loss(loss: Any) -> None:
         raise TypeError(f"{expected}, got {getattr(inner, '__name__', kind.__name__)}")
 
 
-def _plan(model: nn.Module, loss: Any, head: nn.Module | str | None, fuse: bool) -> _Plan:
-    plan = _Plan()
+def _plan(model: nn.Module, loss: Any, head: nn.Module | str | None, fuse: bool, sync: Any) -> _Plan:
+    plan = _Plan(synchronised=sync)
     norms: set[int] = set()
     containers: list[tuple[str, nn.Module, Rule]] = []
     named = list(modules_of(model))
@@ -277,14 +301,18 @@ def _plan_module(
     kind = type(module)
     if isinstance(module, (*_BACK, Converted)):
         plan.already += MARK in module.__dict__
+        if plan.synchronised and not getattr(module, "synchronised", True):
+            here = "converted already: revert first" if MARK in module.__dict__ else "write fused_ops.SyncBatchNorm"
+            plan.left.append(Entry(path, kind.__name__, f"fused_ops' own, not synchronised; {here}"))
         if kind in NORMS:
             norms.add(id(module))
         return
-    rule, reason = (None, "") if kind in _SWAPS else rule_of(kind)
+    swaps = _SWAPS if plan.synchronised else _NORMS | _LOSSES
+    rule, reason = (None, "") if kind in swaps else rule_of(kind)
     if rule is not None and rule.kind == "passed":
         plan.passed[kind] = rule.forward
         return
-    if kind not in _SWAPS and rule is None:
+    if kind not in swaps and rule is None:
         if reason := reason or look_at(module):
             plan.left.append(Entry(path, kind.__name__, reason))
         return
@@ -292,8 +320,11 @@ def _plan_module(
         if rule is None or rule.kind != "sequential":
             plan.left.append(Entry(path, kind.__name__, reason))
     elif rule is None or rule.kind in ("norm", "loss"):
-        plan.add(path, module, *((_SWAPS[kind],) if rule is None else (with_rule(kind, rule), NOW[rule.kind])))
-        if kind not in _LOSSES:
+        which = (swaps[kind],) if rule is None else (with_rule(kind, rule), NOW[rule.kind])
+        if kind in _LOSSES or (rule is not None and rule.kind == "loss"):
+            plan.add(path, module, *which)
+        else:
+            plan.add_norm(path, module, *which)
             norms.add(id(module))
     else:
         containers.append((path, module, rule))

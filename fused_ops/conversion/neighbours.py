@@ -21,7 +21,7 @@ Activation = tuple[str, float]  # its name and its slope or alpha
 
 RUNS = "_fused_ops_runs"  # in the __dict__ of a batch norm: how often it ran with what, e.g. {"add, relu": 3}
 NORMS: dict[type[nn.Module], Callable[[Any, Tensor], bool] | None] = dict.fromkeys(  # that take what follows them, and
-    (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)  # when; None: always
+    (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, ours.SyncBatchNorm)  # when; None: always
 )
 PASSED: dict[type[nn.Module], Callable[[Any], bool]] = {  # those that return their input, and when they do
     nn.Identity: lambda module: True,

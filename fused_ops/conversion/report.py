@@ -55,7 +55,14 @@ def _now(module: nn.Module) -> str:
     if RECORD in module.__dict__:
         return NOW["head"]
     rule = getattr(type(module), "_fused_ops_rule", None)
-    return "" if rule is None else NOW[rule.kind]
+    now = "" if rule is None else NOW[rule.kind]
+    return synchronised(now, module) if module.__dict__.get("synchronised") else now
+
+
+def synchronised(now: str, norm: nn.Module) -> str:
+    """What became of a batch norm, as ``Entry.now``, where it is synchronised besides."""
+    now = now or f"fused_ops' {type(norm).__name__}"
+    return f"{now}, synchronised"
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -194,7 +201,7 @@ def look_at(module: nn.Module) -> str:
     if MARK in module.__dict__ or isinstance(module, (*NORMS, Converted)):
         return ""
     if isinstance(module, nn.SyncBatchNorm):
-        return "synchronises its statistics over processes, which the fused op does not"
+        return "synchronises its statistics over processes: convert(model, sync_batch_norm=True) does too"
     kinds = (nn.modules.batchnorm._BatchNorm, nn.CrossEntropyLoss)
     if isinstance(module, kinds) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return "not converted" if type(module).__module__.startswith("torch.nn") else "a subclass without a rule"

@@ -29,7 +29,11 @@ def run_sample(model: nn.Module, sample: Any, loss: Callable[..., Any] | None, t
         args, kwargs = (), dict(sample)
     else:
         args, kwargs = sample if isinstance(sample, tuple) else (sample,), {}
-    twin, loss_twin = copy.deepcopy((model, loss if isinstance(loss, nn.Module) else None))
+    groups = [
+        module.__dict__.get(name) for _, module in modules_of(model) for name in ("synchronised", "process_group")
+    ]
+    kept: dict[int, Any] = {id(group): group for group in groups}  # which cannot be copied
+    twin, loss_twin = copy.deepcopy((model, loss if isinstance(loss, nn.Module) else None), kept)
     if target is None and loss_twin is None:
         loss = None  # a model's own, or a function of which nobody knows what it takes
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (args, kwargs))

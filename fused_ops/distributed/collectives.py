@@ -66,6 +66,11 @@ def rank_in(group: Any) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def default_group() -> Any:
+    """The group of all ranks; None where torch.distributed is not there or not initialised."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def check_group(op: str, name: str, group: Any) -> None:
     """Raises for what is no process group that this rank is in."""
     if group is None:

@@ -5,8 +5,6 @@ DTensor's own classes are imported where they are needed, as that takes a third 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,23 +33,6 @@ def _any_traced(values: Any) -> bool:
         if _any_traced(value) if isinstance(value, (tuple, list)) else isinstance(value, found.DTensor):
             return True
     return False
-
-
-def refuse(op: Callable[..., Any], own: dict[str, Any]) -> None:
-    """Raises NotImplementedError if an option that PyTorch's op does not have differs from its default.
-
-    Args:
-        op: The public function.
-        own: Those of its options.
-    """
-    defaults = inspect.signature(op).parameters
-    for name, value in own.items():
-        default = defaults[name].default
-        if value is not default and (isinstance(value, Tensor) or value != default):
-            raise NotImplementedError(
-                f"{op.__name__}: a DTensor goes to PyTorch's own op, which has no {name}; expected {default!r}, or "
-                "ordinary tensors (to_local() or full_tensor())"
-            )
 
 
 class Layout(NamedTuple):

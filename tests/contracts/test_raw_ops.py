@@ -18,7 +18,7 @@ import torch
 
 import fused_ops
 from fused_ops.core.sample import Sample
-from fused_ops.ops.batch_norm import arguments
+from fused_ops.ops.batch_norm import arguments, ranks_reference
 from fused_ops.testing import _RecordRawOps, op_names, samples_of
 
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "4000"))
@@ -55,16 +55,34 @@ WAYS = {
     "functional": {"fused_ops.ops.batch_norm.arguments.way_of": arguments.Way.FUNCTION},
     "graph": {"torch.compiler.is_compiling": True},
 }
+# Batch norm as on the one rank of a group, where a gather finds what the rank has sent.
+OVER_RANKS = {
+    "fused_ops.ops.batch_norm.api.several_ranks": lambda *_: True,
+    "fused_ops.ops.batch_norm.arguments.name_of": lambda *_: "one",
+    "fused_ops.ops.batch_norm.arguments.size_of": lambda *_: 1,
+    "fused_ops.ops.batch_norm.ranks._gathered": lambda sent, _: sent.unsqueeze(0),
+}
+
+
+def over_ranks(sample):
+    """The same call as one rank's part, where there is such a call."""
+    training, options = sample.args[5], {"groups": 1, "inplace_activated": False, **sample.kwargs}
+    if training and options["groups"] == 1 and not options["inplace_activated"]:
+        yield Sample(sample.name, sample.args, {**sample.kwargs, "group": True})
 
 
 def valid_calls(names):
     calls = []
     for name in names:
         extra = list(in_tiles()) * 4 if name == "linear_cross_entropy" else []
-        for sample, way in itertools.product((*samples_of(name), *extra), WAYS):
+        ways = [{place: lambda *_, answer=a: answer for place, a in way.items()} for way in WAYS.values()]
+        called = [*itertools.product((*samples_of(name), *extra), ways)]
+        if name == "batch_norm":
+            called += [(part, OVER_RANKS) for sample in samples_of(name) for part in over_ranks(sample)]
+        for sample, way in called:
             with _RecordCopies() as recorder, pytest.MonkeyPatch.context() as patch:
-                for place, answer in WAYS[way].items():
-                    patch.setattr(place, lambda *_, answer=answer: answer)
+                for place, function in way.items():
+                    patch.setattr(place, function)
                 outputs = getattr(fused_ops, name)(*sample.args, **sample.kwargs)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
@@ -88,6 +106,9 @@ REFERENCES = {
     if hasattr(importlib.import_module(f"fused_ops.ops.{module}"), suffix)
 }
 REFERENCES |= {f"batch_norm_plain_{d}": REFERENCES[f"batch_norm_{d}"] for d in ("forward", "backward")}
+REFERENCES |= {
+    f"batch_norm_{name}": getattr(ranks_reference, name) for name in ("moments", "normalise", "grad_sums", "gradient")
+}
 
 
 def moderate(t):

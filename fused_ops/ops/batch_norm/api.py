@@ -11,9 +11,16 @@ from torch.overrides import handle_torch_function
 from fused_ops.core.checks import as_int64
 from fused_ops.core.graph import left_to_pytorch, no_script
 from fused_ops.core.torch_private import graph_task_id, transforms_active
-from fused_ops.distributed.dtensor import refuse
-from fused_ops.ops.batch_norm import activations, arguments, functions, graph, keep_output
-from fused_ops.ops.batch_norm.arguments import Way, check_kinds, check_values, checked_call, code_of, is_empty_1d
+from fused_ops.ops.batch_norm import activations, arguments, dtensors, functions, graph, keep_output
+from fused_ops.ops.batch_norm.arguments import (
+    Way,
+    check_kinds,
+    check_values,
+    checked_call,
+    code_of,
+    is_empty_1d,
+    several_ranks,
+)
 from fused_ops.ops.batch_norm.derivatives import formulas
 from fused_ops.ops.batch_norm.reference import Call
 
@@ -45,6 +52,7 @@ def batch_norm(
     valid: Tensor | None = None,
     groups: int = 1,
     inplace_activated: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """Batch normalisation, as ``torch.nn.functional.batch_norm``, with what usually follows it in the same op.
 
@@ -71,19 +79,23 @@ def batch_norm(
             batch gives fewer), each normalised by its own statistics; the running statistics take them in turn.
         inplace_activated: Keep the output for the backward instead of the input, whose memory is then free once
             nobody else holds it; for activation None, ``"leaky_relu"`` or ``"elu"`` (with a positive slope), without a
-            residual. The output is a new tensor all the same.
+            residual. The output is a new tensor all the same. Changes nothing with ``group``.
+        group: A process group of torch.distributed, each of whose ranks calls this with its part of the batch, of any
+            size, none included: in training the statistics are those of all parts. See the note.
 
     Returns:
         The normalised tensor, shape and dtype of ``input``.
 
     Raises:
         ValueError: one value per channel in training, ``eps`` not positive in training, one of the running statistics
-            without the other, an unknown ``activation``, ``groups`` below 1, or ``inplace_activated`` where the output
-            does not tell the input.
+            without the other, an unknown ``activation``, ``groups`` below 1 or, with ``group``, above 1, or
+            ``inplace_activated`` where the output does not tell the input. One value per channel on all ranks together
+            raises on all of them.
         RuntimeError: no running statistics in evaluation, parameters of a wrong size or of mixed dtypes, a
             ``residual`` or ``valid`` of a wrong shape, or running statistics that require grad.
         IndexError: ``input`` has fewer than two dimensions.
-        NotImplementedError: ``input`` is not of one of the four floating-point dtypes.
+        NotImplementedError: ``input`` is not of one of the four floating-point dtypes, or, with ``group``,
+            where only formulas serve: vmap, torch.func.functionalize, nested forward mode, torch.jit.trace.
         TypeError: ``input`` is not a tensor, ``momentum`` is None, or ``valid`` is not of a bool or integer dtype.
 
     Note:
@@ -93,12 +105,24 @@ def batch_norm(
         ``inplace_activated`` a channel of small weight keeps its input besides, so that gradients stay as exact; under
         torch.func, forward-mode AD and torch.compile the option changes nothing.
 
+        DTensors need no ``group``: the statistics are those of the whole DTensor, along whichever dimensions its
+        placements divide it. All else may be a DTensor or a tensor that every rank has whole, running statistics
+        too. A batch that several dimensions of the mesh divide is gathered along all but the first.
+
+        With ``group`` each rank's loss is a part of the sum that is differentiated: grad_input is of the sum, the
+        gradients of weight and bias are this rank's share, for DistributedDataParallel or the caller to add. Statistics
+        and running statistics have the same bits on all ranks. One gather in the forward, and one in the backward where
+        ``input`` requires grad, which must be so on all ranks or on none; the same holds for what is differentiated
+        again, and for being in training. weight and bias are to be the same on all ranks.
+
     Source: Ioffe and Szegedy, 2015; the one-step backward is derived in docs/batch_norm.md.
     """
     if correction:
         correction = as_int64("batch_norm", "correction", correction)
     way = arguments.way_of(input, running_mean, running_var, weight, bias, residual, valid)
-    if way is _EAGER and not inplace_activated and (training is True or training is False):
+    if group is not None:
+        group = several_ranks(group, training, groups)
+    if way is _EAGER and group is None and not inplace_activated and (training is True or training is False):
         try:
             code, slope = _NONE, 0.0
             more: tuple[Any, ...] = ()
@@ -120,12 +144,18 @@ def batch_norm(
                 code_of(activation)
                 raise
     args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if valid is None and groups == 1 and not correction and isinstance(input, Tensor) and left_to_pytorch(input):
+    if group is not None and way is Way.FORMULAS:
+        raise NotImplementedError(
+            "batch_norm: group is not supported with torch.jit.trace, functionalize, nested forward mode or a "
+            "transform of torch.func inside of torch.compile"
+        )
+    whole = valid is None and groups == 1 and not correction and group is None and way is not Way.DTENSORS
+    if whole and isinstance(input, Tensor) and left_to_pytorch(input):
         function = activations.function_of(code_of(activation), negative_slope, alpha)
         arguments.checked_options(input, residual, None, 1)
         output = torch.nn.functional.batch_norm(*args)
         return function(output if residual is None else output + residual)
-    if way is Way.OVERRIDES or way is Way.PYTORCH:
+    if way is Way.OVERRIDES or way is Way.DTENSORS:
         own: dict[str, Any] = {
             "correction": correction,
             "activation": activation,
@@ -135,22 +165,54 @@ def batch_norm(
             "valid": valid,
             "groups": groups,
             "inplace_activated": inplace_activated,
+            "group": group,
         }
         if way is Way.OVERRIDES:
             return handle_torch_function(batch_norm, (*args[:5], residual, valid), *args, **own)
-        refuse(batch_norm, own)
-        return torch.nn.functional.batch_norm(*args)
+        return _of_dtensors(*args, own)
     check_kinds(*args, correction)
-    if is_empty_1d(input, running_mean):
+    if group is None and is_empty_1d(input, running_mean):
         return input.clone()
     call = checked_call(
         *args,
         *(correction, activation, residual, negative_slope, alpha, valid, groups, inplace_activated),
+        group=group,
     )
     output, new_mean, new_var = _run(call, way, inplace_activated)
     if training and running_mean is not None and running_var is not None and not recomputing():
         write_running(new_mean, new_var, running_mean, running_var)
     return output
+
+
+def _of_dtensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    own: dict[str, Any],
+) -> Tensor:
+    """The call of what this rank holds, and the DTensor of that."""
+    tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    named = [*tensors.items(), ("residual", own["residual"]), ("valid", own["valid"])]
+    where = dtensors.spread(named, own["group"], training, own["groups"])
+    residual, valid = own["residual"], dtensors.mask_of(own["valid"], input)
+    mine = {
+        **own,
+        "residual": None if residual is None else where.input.local(residual),
+        "valid": None if valid is None else where.input.without(1).local(valid),
+        "group": where.group() if training else None,
+    }
+    statistics = where.statistic(running_mean), where.statistic(running_var)
+    parameters = where.parameter(weight), where.parameter(bias)
+    output = batch_norm(where.input.local(input), *statistics, *parameters, training, momentum, eps, **mine)
+    if training and not recomputing():
+        where.write(statistics[0], running_mean)
+        where.write(statistics[1], running_var)
+    return where.input.whole(output, tuple(input.shape))
 
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
@@ -164,7 +226,11 @@ def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, runni
 
 def _run(call: Call, way: Way, inplace_activated: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(output, new_running_mean, new_running_var) of a call, which changes nothing."""
-    if inplace_activated and arguments.may_keep_output(way, call.input, call.weight, call.bias):
+    if (
+        inplace_activated
+        and call.options.group is None
+        and arguments.may_keep_output(way, call.input, call.weight, call.bias)
+    ):
         return keep_output.batch_norm(call)
     if way is Way.FORMULAS:
         return formulas(call)
@@ -172,7 +238,11 @@ def _run(call: Call, way: Way, inplace_activated: bool) -> tuple[Tensor, Tensor,
 
 
 def _with_statistics(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``batch_norm`` that changes nothing: all its arguments -> (output, new_running_mean, new_running_var)."""
+    """``batch_norm`` that changes nothing: all its arguments -> (output, new_running_mean, new_running_var).
+
+    The last is what ``several_ranks`` returned.
+    """
     call = checked_call(*args)
+    inplace_activated = args[15]
     tensors = (call.input, call.running_mean, call.running_var, call.weight, call.bias, call.residual, call.valid)
-    return _run(call, arguments.way_of(*tensors), args[-1])
+    return _run(call, arguments.way_of(*tensors), inplace_activated)

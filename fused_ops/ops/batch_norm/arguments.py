@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fused_ops.core.torch_private import (
     is_tracing,
     transforms_active,
 )
+from fused_ops.distributed.collectives import check_group, name_of, size_of
 from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import INVERTIBLE, Call, Options, check_written
@@ -34,7 +36,7 @@ class Way(enum.Enum):
     GRAPH = enum.auto()  # the op that graphs hold
     FORMULAS = enum.auto()  # PyTorch's own differentiable ops
     OVERRIDES = enum.auto()  # __torch_function__
-    PYTORCH = enum.auto()  # PyTorch's own batch norm: it knows DTensors
+    DTENSORS = enum.auto()  # what this rank holds of DTensors, on one of the other ways
 
 
 _EAGER = Way.EAGER
@@ -64,7 +66,7 @@ def way_of(
     if not torch.compiler.is_compiling() and has_torch_function(*tensors):
         return Way.OVERRIDES
     if any_dtensor(*tensors):
-        return Way.PYTORCH
+        return Way.DTENSORS
     if needs_formulas():
         return Way.FORMULAS
     return Way.GRAPH if in_graph() else Way.FUNCTION
@@ -118,9 +120,23 @@ def check_kinds(
 
 
 def check_values(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    whole: bool = True,
 ) -> None:
-    """Raises for a shape, a dtype or a number that batch norm does not take, as PyTorch does."""
+    """Raises for a shape, a dtype or a number that batch norm does not take, as PyTorch does.
+
+    Args:
+        input: As of ``batch_norm``, like the next four.
+        running_mean: Likewise.
+        running_var: Likewise.
+        training: Likewise.
+        eps: Likewise.
+        whole: Whether the input is all of the batch, not a part that is on this rank.
+    """
     if input.dim() < 2:
         raise IndexError(f"batch_norm: input must be (batch, channels, ...), got shape {list(input.shape)}")
     if input.dtype not in _INPUT_DTYPES:
@@ -130,7 +146,7 @@ def check_values(
             raise ValueError("running_mean and running_var must either both be None or neither be None")
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if input.size(1) and input.numel() == input.size(1):
+        if whole and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         check_written(running_mean, running_var)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
@@ -178,6 +194,41 @@ def checked_options(input: Tensor, residual: Tensor | None, valid: Tensor | None
     return None if valid is None else _positions(valid, input)
 
 
+def several_ranks(group: Any, training: bool, groups: int) -> Any:
+    """The process group of a call whose statistics are taken over several ranks; None for any other call.
+
+    Raises:
+        TypeError: ``group`` is no process group.
+        ValueError: this rank is not in it, or ``groups`` is not 1.
+    """
+    check_group("batch_norm", "group", group)
+    if groups != 1:
+        raise ValueError(
+            f"batch_norm: expected groups to be 1 with group, whose statistics are of the batches of all ranks, got "
+            f"{groups}"
+        )
+    return group if training and size_of(group) > 1 else None
+
+
+def _check_parameters(input: Tensor, *parameters: Tensor | None) -> None:
+    """Raises what the ops raise, before anything is sent."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    check_tensors("batch_norm", [("input", input), *zip(names, parameters, strict=True)])
+    channels, found = input.size(1), None
+    kinds = (input.dtype, torch.float32) if input.dtype.itemsize == 2 else (input.dtype,)
+    for name, t in zip(names, parameters, strict=True):
+        if t is None:
+            continue
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+        if t.dtype not in kinds or (found is not None and t.dtype != found):
+            raise RuntimeError(
+                f"batch_norm: mixed dtype: expected parameters and statistics of one dtype, {found or kinds}, got "
+                f"{name} of {t.dtype}"
+            )
+        found = t.dtype
+
+
 def check_keeps_output(activation: str | None, code: int, slope: float, residual: Tensor | None) -> None:
     """Raises ValueError where the output does not tell what the backward needs."""
     if code not in INVERTIBLE:
@@ -212,9 +263,10 @@ def checked_call(
     valid: Tensor | None,
     groups: int,
     inplace_activated: bool,
+    group: Any = None,
 ) -> Call:
-    """The call, once its arguments are known to be right."""
-    check_values(input, running_mean, running_var, training, eps)
+    """The call, once its arguments are known to be right; ``group``: what ``several_ranks`` returns."""
+    check_values(input, running_mean, running_var, training, eps, whole=group is None)
     input = in_its_format(input)
     code = code_of(activation)
     slope = activations.slope_of(code, negative_slope, alpha)
@@ -222,4 +274,8 @@ def checked_call(
         check_keeps_output(activation, code, slope, residual)
     positions = checked_options(input, residual, valid, groups)
     options = Options(training, momentum, eps, correction, code, slope, groups)
+    if group is not None:
+        options = options._replace(group=name_of(group), ranks=size_of(group))
+        _check_parameters(input, running_mean, running_var, weight, bias)
+        check_tensors("batch_norm", [("input", input), ("residual", residual), ("valid", positions)])
     return Call(input, running_mean, running_var, weight, bias, residual, positions, options)

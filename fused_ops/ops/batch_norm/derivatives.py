@@ -26,6 +26,8 @@ from fused_ops.ops.batch_norm.reference import (
     unpack,
 )
 
+_Sum = Callable[[Tensor], Tensor]
+
 
 class Normalised:
     """(x - mean) * invstd as a differentiable function of x, with the two maps every derivative is made of.
@@ -35,16 +37,18 @@ class Normalised:
     gradients), and so is ``quadratic``, its derivative in turn. In evaluation mode the statistics are constants.
     """
 
-    def __init__(self, saved: Saved, options: Options, positive: Tensor | None):
-        input, self.options = saved.input, options
+    def __init__(self, saved: Saved, options: Options, positive: Tensor | None, over_ranks: _Sum | None = None):
+        input, self.options, self.over_ranks = saved.input, options, over_ranks
         self.x = input.to(acc_dtype(input.dtype))
         self.dims = [d for d in range(input.dim()) if d != 1]
         self.keep = None if saved.valid is None else counted(saved.valid, input).to(self.x.dtype)
         count: Any = input.numel() // max(input.size(1), 1) if self.keep is None else self.keep.sum()
+        if over_ranks is not None:
+            count = self.spread(saved.statistics[2])
         self.count, self.degrees = count, count - options.correction
         if options.training:
-            centered = self.x - self.sum(self.x) / count
-            self.invstd = (self.sum(centered.square()) / self.degrees + options.eps).rsqrt()
+            centered = self.x - self.total(self.x) / count
+            self.invstd = (self.total(centered.square()) / self.degrees + options.eps).rsqrt()
         else:
             centered = self.x - self.spread(saved.statistics[0])
             self.invstd = self.spread(saved.statistics[1])
@@ -84,10 +88,15 @@ class Normalised:
         """Per channel over the positions that count, keeping the dimensions."""
         return self.kept(values).sum(self.dims, keepdim=True)
 
+    def total(self, values: Tensor) -> Tensor:
+        """``sum`` over all ranks of a batch that is spread over them."""
+        sums = self.sum(values)
+        return sums if self.over_ranks is None else self.over_ranks(sums)
+
     def linear(self, u: Tensor) -> Tensor:
         """invstd * (u - mean(u) - xhat <xhat, u> / m)."""
         if self.options.training:
-            u = u - self.sum(u) / self.count - self.xhat * (self.sum(self.xhat * u) / self.degrees)
+            u = u - self.total(u) / self.count - self.xhat * (self.total(self.xhat * u) / self.degrees)
         result: Tensor = self.invstd * u
         return self.kept(result)
 
@@ -96,8 +105,8 @@ class Normalised:
         if not self.options.training:
             return torch.zeros_like(u)
         along_u, along_v = self.linear(u), self.linear(v)
-        total = self.sum(self.xhat * v) * along_u + self.sum(self.xhat * u) * along_v
-        result: Tensor = (total + self.sum(u * along_v) * self.xhat) * (-self.invstd / self.degrees)
+        total = self.total(self.xhat * v) * along_u + self.total(self.xhat * u) * along_v
+        result: Tensor = (total + self.total(u * along_v) * self.xhat) * (-self.invstd / self.degrees)
         return result
 
     def tangent(self, input_t: Tensor, residual_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
@@ -123,13 +132,17 @@ def _fill(saved: Saved, elementwise: tuple[Tensor | None, ...], params: tuple[Te
 
 
 def _by_group(
-    rule: Callable[..., tuple[Tensor, ...]], saved: Saved, options: Options, *elementwise: Tensor
+    rule: Callable[..., tuple[Tensor, ...]],
+    saved: Saved,
+    options: Options,
+    over_ranks: _Sum | None,
+    *elementwise: Tensor,
 ) -> list[Tensor]:
     """``rule(state, *elementwise)`` for each ghost batch: whole tensors joined, (channels,) ones added."""
     positive = None if saved.mask is None else unpack(saved.mask, saved.input)
     groups = options.groups if options.training else 1
     if groups == 1:
-        return list(rule(Normalised(saved, options, positive), *elementwise))
+        return list(rule(Normalised(saved, options, positive, over_ranks), *elementwise))
     size = group_size(saved.input.size(0), groups)
     channels = saved.input.size(1)
     results = []
@@ -149,18 +162,22 @@ def _by_group(
     return [torch.cat(r) if r[0].dim() == dim else torch.stack(r).sum(0) for r in zip(*results, strict=True)]
 
 
-def jvp(saved: Saved, tangents: tuple[Tensor | None, ...], options: Options) -> Tensor:
+def jvp(saved: Saved, tangents: tuple[Tensor | None, ...], options: Options, over_ranks: _Sum | None = None) -> Tensor:
     """The tangent of the output for the tangents of input, residual, weight and bias."""
     input_t, residual_t, weight_t, bias_t = _fill(saved, tangents[:2], tangents[2:])
 
     def rule(state: Normalised, x_t: Tensor, r_t: Tensor) -> tuple[Tensor, ...]:
         return (state.before(state.tangent(x_t, r_t, weight_t, bias_t)),)
 
-    return _by_group(rule, saved, options, input_t, residual_t)[0].to(saved.input.dtype)
+    return _by_group(rule, saved, options, over_ranks, input_t, residual_t)[0].to(saved.input.dtype)
 
 
 def backward_jvp(
-    grad_output: Tensor, saved: Saved, tangents: tuple[Tensor | None, ...], options: Options
+    grad_output: Tensor,
+    saved: Saved,
+    tangents: tuple[Tensor | None, ...],
+    options: Options,
+    over_ranks: _Sum | None = None,
 ) -> tuple[Tensor, ...]:
     """The tangents of the gradients of input, residual, weight, bias.
 
@@ -169,6 +186,7 @@ def backward_jvp(
         saved: What the forward kept.
         tangents: Those of grad_output, input, residual, weight and bias.
         options: As the forward's.
+        over_ranks: The sum over the ranks that the batch is spread over, where it is.
     """
     grad_t, input_t, residual_t, weight_t, bias_t = _fill(saved, tangents[:3], tangents[3:])
     grad = grad_output.to(grad_t.dtype)
@@ -181,7 +199,7 @@ def backward_jvp(
         grad_weight_t = state.sum(h_t * state.xhat + h * state.linear(x_t))
         return grad_input_t, h_t, grad_weight_t.reshape(-1), state.sum(h_t).reshape(-1)
 
-    found = _by_group(rule, saved, options, grad, grad_t, input_t, residual_t)
+    found = _by_group(rule, saved, options, over_ranks, grad, grad_t, input_t, residual_t)
     return _rounded(found, saved)
 
 
@@ -191,7 +209,11 @@ def _rounded(found: list[Tensor], saved: Saved) -> tuple[Tensor, ...]:
 
 
 def double_backward(
-    grads: tuple[Tensor | None, ...], grad_output: Tensor, saved: Saved, options: Options
+    grads: tuple[Tensor | None, ...],
+    grad_output: Tensor,
+    saved: Saved,
+    options: Options,
+    over_ranks: _Sum | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of <grads, backward> with respect to grad_output, input, residual, weight and bias.
 
@@ -209,7 +231,7 @@ def double_backward(
         grad_weight = state.sum(h * state.linear(v) + bend * state.xhat)
         return state.before(tangent), grad_input, bend, grad_weight.reshape(-1), state.sum(bend).reshape(-1)
 
-    return _rounded(_by_group(rule, saved, options, grad, input_t, residual_t), saved)
+    return _rounded(_by_group(rule, saved, options, over_ranks, grad, input_t, residual_t), saved)
 
 
 # ---- PyTorch's own ops

@@ -27,7 +27,7 @@ from fused_ops.core.torch_private import (
     transforms_active,
     without_overrides,
 )
-from fused_ops.ops.batch_norm import activations, derivatives, reference
+from fused_ops.ops.batch_norm import activations, derivatives, ranks, reference
 from fused_ops.ops.batch_norm.reference import BackwardArguments, Call, ForwardArguments, Options, Saved, as_call
 
 _STRIDED = torch.strided
@@ -87,18 +87,22 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(output, statistics, new running statistics, mask) of a call, which changes nothing; empty where it has none."""
     input, running_mean, running_var, weight, bias, residual, valid, o = call
     none = input.new_empty(0, dtype=torch.float64)
+    found: Any
     new_mean, new_var = running_mean, running_var
+    mask = _new_mask(input, residual, valid, o.activation)
     if o.training:
         check_data("batch_norm", [("running_mean", running_mean), ("running_var", running_var)])  # before the copies
+    if o.group is not None:
+        *found, new_mean, new_var = ranks.forward(call, mask)
+    elif o.training:
         new_mean, new_var = (None if r is None else r.clone() for r in (running_mean, running_var))
-    mask = _new_mask(input, residual, valid, o.activation)
-    numbers = o[:-1]
-    found = _forward_op(input, new_mean, new_var, weight, bias, *numbers, residual, mask, valid, o.groups)
+    if o.group is None:
+        found = _forward_op(input, new_mean, new_var, weight, bias, *o[:-3], residual, mask, valid, o.groups)
     updated = o.training and running_mean is not None
     return (
         *found,
-        new_mean if updated else none,
-        new_var if updated else none.clone(),
+        new_mean if updated and new_mean is not None else none,
+        new_var if updated and new_var is not None else none.clone(),
         input.new_empty(0, dtype=torch.uint8) if mask is None else mask,
     )
 
@@ -107,6 +111,8 @@ def backward(
     grad_output: Tensor, saved: Saved, options: Options, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of input, residual, weight and bias, empty where not needed (input, residual, weight and bias)."""
+    if options.group is not None:
+        return ranks.backward(grad_output, saved, options, needs)
     need_input, need_residual, need_params = needs
     input, residual, weight, bias, statistics, mask, valid = saved
     grad_residual = empty_output(input) if need_residual else None
@@ -186,6 +192,11 @@ class _Fold:
         return t.reshape(-1, self.size, self.channels).movedim(1, 0).reshape(self.size, -1)
 
 
+def _refuse_vmap(options: Options) -> None:
+    if options.group is not None:
+        raise NotImplementedError("batch_norm: vmap with a group is not supported: map the call without one")
+
+
 def _example_channels(input: Tensor, dim: int | None) -> int:
     return (input if dim is None else input.select(dim, 0)).size(1)
 
@@ -206,18 +217,21 @@ class BatchNormBackwardFunction(FusedFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad_output, *tensors = checked_saved(ctx.saved_tensors, *grads)
-        found = derivatives.double_backward(grads, grad_output, Saved(*tensors), ctx.options)
+        o = ctx.options
+        found = derivatives.double_backward(grads, grad_output, Saved(*tensors), o, ranks.over_ranks(o))
         present = [grad_output, *tensors[:4]]
-        return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 10
+        return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         grad_output, *tensors = checked_saved(ctx.saved_tensors, *tangents[:5])
-        return derivatives.backward_jvp(grad_output, Saved(*tensors), tangents[:5], ctx.options)
+        o = ctx.options
+        return derivatives.backward_jvp(grad_output, Saved(*tensors), tangents[:5], o, ranks.over_ranks(o))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Folds the examples into the channels."""
+        _refuse_vmap(Options(*args[8:]))
         mask, valid, *options = args[6:]
         if mask is not None or in_dims[7] is not None:
             return super().vmap(info, in_dims, *args)
@@ -248,21 +262,23 @@ class BatchNormFunction(FusedFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * 14
+            return (None,) * 16
         need = ctx.needs_input_grad
         needs = need[0], need[5], need[3], need[4]
         grad_input, grad_residual, *grads = gradients(grad_output, Saved(*ctx.saved_tensors), ctx.options, needs)
-        return grad_input, None, None, *grads, grad_residual, *(None,) * 8
+        return grad_input, None, None, *grads, grad_residual, *(None,) * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         wanted = (tangents[0], tangents[5], tangents[3], tangents[4])
-        return derivatives.jvp(Saved(*checked_saved(ctx.saved_tensors, *wanted)), wanted, ctx.options), *(None,) * 4
+        saved, o = Saved(*checked_saved(ctx.saved_tensors, *wanted)), ctx.options
+        return derivatives.jvp(saved, wanted, o, ranks.over_ranks(o)), *(None,) * 4
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Folds the examples into the channels."""
         call = as_call(args)
+        _refuse_vmap(call.options)
         if reference.has_mask(call.residual, call.valid, call.options.activation) or in_dims[6] is not None:
             return super().vmap(info, in_dims, *args)
         fold = _Fold(info.batch_size, _example_channels(args[0], in_dims[0]))

@@ -15,10 +15,12 @@ from fused_ops.core.graph import as_tensor, functionalizing, register_graph_op
 from fused_ops.core.library import _fragment
 from fused_ops.core.memory_format import empty_output, is_channels_last
 from fused_ops.ops.batch_norm import activations, derivatives, functions, reference
+from fused_ops.ops.batch_norm.ranks import over_ranks
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
 
 # The numbers are momentum, eps and slope; None: _default.
 _OPTIONS = "bool training, Tensor? numbers, SymInt correction, int activation, SymInt groups"
+_RANKS = "str? group=None, int ranks=1"
 _INPUT, _RESIDUAL, _PARAMS = 1, 2, 4  # the gradients that are needed, one bit each
 
 
@@ -44,12 +46,17 @@ def _mask_bytes(input: Tensor) -> Any:
 
 
 def _call_of(args: tuple[Any, ...], momentum: float, eps: float, slope: float) -> Call:
-    *tensors, training, _, correction, activation, groups = args
-    return as_call((*tensors, training, momentum, eps, correction, activation, slope, groups))
+    *tensors, training, _, correction, activation, groups, group, ranks = _all(args, 14)
+    return as_call((*tensors, training, momentum, eps, correction, activation, slope, groups, group, ranks))
+
+
+def _all(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The arguments with the group's, which the dispatcher leaves out where they are the defaults."""
+    return (*args, *(None, 1)[len(args) - count :]) if len(args) < count else args
 
 
 def _forward(*args: Any) -> Any:
-    call = _call_of(args, *_numbers(args[-4], args[-2]))
+    call = _call_of(args, *_numbers(args[8], args[10]))
     *found, mask = functions.forward(call)
     if mask.numel():
         mask = torch.nn.functional.pad(mask, (0, _mask_bytes(call.input) - mask.numel()))
@@ -60,6 +67,8 @@ def _fake_forward(*args: Any) -> Any:
     call = _call_of(args, 0.1, 1e-5, 0.0)
     input, training = call.input, call.options.training
     output, statistics = functions._fake_forward(input, *call[1:5], training, groups=call.options.groups)
+    if call.options.group is not None:
+        statistics = statistics.new_empty((3, input.size(1)))
     new_mean, new_var = (
         input.new_empty((0,), dtype=torch.float64) if r is None or not training else torch.empty_like(r)
         for r in (call.running_mean, call.running_var)
@@ -73,8 +82,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = _call_of(inputs, 0.1, 1e-5, 0.0)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    *_, training, numbers, correction, activation, groups = inputs
-    ctx.options = training, correction, activation, groups
+    training, numbers, correction, activation, groups, *ranks = _all(inputs, 14)[7:]
+    ctx.options = training, correction, activation, groups, ranks
     ctx.save_for_backward(*functions.saved_for(call, output[1], output[4]), numbers)
 
 
@@ -82,24 +91,24 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
     need = ctx.needs_input_grad
     needs = need[0] * _INPUT + need[5] * _RESIDUAL + (need[3] or need[4]) * _PARAMS
     if grad_output is None or not needs:
-        return (None,) * 12
+        return (None,) * 14
     *saved, numbers = ctx.saved_tensors
-    training, correction, activation, groups = ctx.options
+    training, correction, activation, groups, ranks = ctx.options
     given = need[5] and activation == activations.NONE and Saved(*saved).valid is None
     needs = needs & ~_RESIDUAL if given else needs
-    found = [*_grad_op(grad_output, *saved, training, numbers, correction, activation, groups, needs)]
+    found = [*_grad_op(grad_output, *saved, training, numbers, correction, activation, groups, needs, *ranks)]
     if given:
         found[1] = grad_output
     grad_input, grad_residual, grad_weight, grad_bias = (
         g if n else None for g, n in zip(found, (need[0], need[5], need[3], need[4]), strict=True)
     )
-    return grad_input, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 6
+    return grad_input, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 8
 
 
 def _grad(*args: Any) -> Any:
-    grad_output, *tensors, training, numbers, correction, activation, groups, needs = args
-    options = Options(training, *_numbers(numbers, activation)[:2], correction, activation)
-    options = options._replace(slope=_numbers(numbers, activation)[2], groups=groups)
+    grad_output, *tensors, training, numbers, correction, activation, groups, needs, group, ranks = _all(args, 16)
+    momentum, eps, slope = _numbers(numbers, activation)
+    options = Options(training, momentum, eps, correction, activation, slope, groups, group, ranks)
     wanted = bool(needs & _INPUT), bool(needs & _RESIDUAL), bool(needs & _PARAMS)
     return functions.backward(grad_output, _exact_mask(Saved(*tensors)), options, wanted)
 
@@ -111,7 +120,7 @@ def _exact_mask(saved: Saved) -> Saved:
 
 
 def _fake_grad(*args: Any) -> Any:
-    grad_output, *tensors, needs = args[0], *args[1:8], args[-1]
+    grad_output, *tensors, needs = args[0], *args[1:8], args[13]
     input, _, weight, bias, statistics, _, _ = tensors
     wanted = True, bool(needs & _INPUT), bool(needs & _PARAMS)
     grad_input, *grads = functions._fake_backward(grad_output, input, weight, bias, statistics, *wanted)
@@ -119,26 +128,26 @@ def _fake_grad(*args: Any) -> Any:
 
 
 def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, training, numbers, correction, activation, groups, _ = inputs
-    ctx.options = training, correction, activation, groups
+    *tensors, training, numbers, correction, activation, groups, _, group, ranks = _all(inputs, 16)
+    ctx.options = training, correction, activation, groups, group, ranks
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, numbers)
 
 
 def _grad_backward(ctx: Any, *grads: Tensor | None) -> Any:
     grad_output, *tensors, numbers = ctx.saved_tensors
-    training, correction, activation, groups = ctx.options
+    training, correction, activation, groups, group, ranks = ctx.options
     momentum, eps, slope = _default(activation) if numbers is None else numbers.unbind()
     saved = _exact_mask(Saved(*tensors))
-    options = Options(training, momentum, eps, correction, activation, slope, groups)
-    found = derivatives.double_backward(grads, grad_output, saved, options)
+    options = Options(training, momentum, eps, correction, activation, slope, groups, group, ranks)
+    found = derivatives.double_backward(grads, grad_output, saved, options, over_ranks(options))
     present = (grad_output, *saved[:4])
-    return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 9
+    return *(g if t is not None else None for g, t in zip(found, present, strict=True)), *(None,) * 11
 
 
 _op: Any = register_graph_op(
     "batch_norm(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
-    f"Tensor? residual, Tensor? valid, {_OPTIONS}) -> (Tensor output, Tensor statistics, "
+    f"Tensor? residual, Tensor? valid, {_OPTIONS}, {_RANKS}) -> (Tensor output, Tensor statistics, "
     "Tensor new_running_mean, Tensor new_running_var, Tensor mask)",
     _forward,
     _fake_forward,
@@ -147,7 +156,7 @@ _op: Any = register_graph_op(
 )
 _grad_op: Any = register_graph_op(
     "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
-    f"Tensor statistics, Tensor? mask, Tensor? valid, {_OPTIONS}, int needs) "
+    f"Tensor statistics, Tensor? mask, Tensor? valid, {_OPTIONS}, int needs, {_RANKS}) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     _grad,
     _fake_grad,
@@ -161,7 +170,7 @@ def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     o = call.options
     numbers = o.momentum, o.eps, o.slope
     packed = None if numbers == _default(o.activation) else as_tensor(*numbers)
-    found = _op(*call[:7], o.training, packed, o.correction, o.activation, o.groups)
+    found = _op(*call[:7], o.training, packed, o.correction, o.activation, o.groups, o.group, o.ranks)
     return found[0], found[2], found[3]
 
 

@@ -135,5 +135,5 @@ def batch_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The output and the new running statistics of a call, which changes nothing."""
     check_data("batch_norm", [("input", call.input)])
     stand_in = _StandIn.apply(call.input)
-    found = BatchNormKeptOutputFunction.apply(call.input, stand_in, *call[1:7], *call.options)
+    found = BatchNormKeptOutputFunction.apply(call.input, stand_in, *call[1:7], *call.options[:-2])  # no group
     return found[0], found[2], found[3]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fused_ops.core.graph import fx_leaf, refuse_script
+from fused_ops.distributed.collectives import check_group, default_group
 from fused_ops.ops.batch_norm.api import _with_statistics, batch_norm, recomputing, write_running
-from fused_ops.ops.batch_norm.arguments import check_keeps_output, code_of
+from fused_ops.ops.batch_norm.arguments import check_keeps_output, code_of, several_ranks
 
 # The options that the modules have beyond PyTorch's.
 DEFAULTS: dict[str, Any] = {
@@ -23,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "groups": 1,
     "frozen": False,
     "inplace_activated": False,
+    "synchronised": False,
 }
 
 
@@ -36,6 +38,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     negative_slope: float
     alpha: float
     inplace_activated: bool
+    synchronised: Any
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError("BatchNorm: groups needs a momentum; a cumulative average takes one batch at a time")
         self.correction, self.activation, self.groups, self.frozen = correction, activation, groups, frozen
         self.negative_slope, self.alpha, self.inplace_activated = negative_slope, alpha, inplace_activated
+        self.synchronised = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**DEFAULTS, **state})  # what a module of PyTorch pickled lacks
@@ -110,9 +114,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if activation is not None:
             name, slope = activation
             alpha = slope
+        group = group_of(self) if training and self.synchronised else None
         if counts and self.momentum is None:
             options = (self.correction, name, residual, slope, alpha, valid, self.groups, self.inplace_activated)
-            return self._cumulative(input, options)
+            return _FusedBatchNorm._cumulative(self, input, options, group)
         return batch_norm(
             input,
             mean,
@@ -130,15 +135,17 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             valid=valid,
             groups=self.groups,
             inplace_activated=self.inplace_activated,
+            group=group,
         )
 
-    def _cumulative(self, input: Tensor, options: tuple[Any, ...]) -> Tensor:
+    def _cumulative(self, input: Tensor, options: tuple[Any, ...], group: Any) -> Tensor:
         """momentum=None: the running statistics are the mean of all batches' so far; the count stays on its device."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None and var is not None
         args = (input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
-        output, batch_mean, batch_var = _with_statistics(*args, *options)
-        if input.numel() and not recomputing():
+        group = None if group is None else several_ranks(group, True, self.groups)
+        output, batch_mean, batch_var = _with_statistics(*args, *options, group)
+        if (input.numel() or group is not None) and not recomputing():
             with torch.no_grad():
                 share = 1.0 / self.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr]
                 write_running(mean.lerp(batch_mean, share), var.lerp(batch_var, share), mean, var)
@@ -150,7 +157,20 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         for name in ("correction", "activation", "groups", "frozen", "inplace_activated"):
             if getattr(self, name) != DEFAULTS[name]:
                 text += f", {name}={getattr(self, name)}"
+        if self.synchronised and not isinstance(self, SyncBatchNorm):
+            text += ", synchronised=True"
         return text
+
+
+def group_of(module: Any) -> Any:
+    """The process group that a synchronised module's statistics are taken over; None without torch.distributed.
+
+    ``synchronised`` is that group, or True: ``process_group``, if the module has one, or the group of all ranks.
+    """
+    group = module.synchronised
+    if group is True:
+        group = getattr(module, "process_group", None)
+    return default_group() if group is None else group
 
 
 _DROPS = {"convert_sync_batchnorm": "nn.SyncBatchNorm", "fuse_conv_bn_eval": "a convolution"}
@@ -164,7 +184,9 @@ def _refuse_tools(module: _FusedBatchNorm, frame: types.FrameType | None) -> Non
     name = "" if frame is None else frame.f_code.co_name
     if name in _DROPS:
         which = ("activation",) if name == "fuse_conv_bn_eval" else tuple(DEFAULTS)
-        lost = [f"{o}={getattr(module, o)!r}" for o in which if getattr(module, o) != DEFAULTS[o]]
+        kept = ("synchronised",)  # which is what convert_sync_batchnorm makes of every batch norm
+        changed = [o for o in which if o not in kept and getattr(module, o) != DEFAULTS[o]]
+        lost = [f"{o}={getattr(module, o)!r}" for o in changed]
         if lost:
             raise RuntimeError(
                 f"{name}: {_DROPS[name]} has no {', '.join(lost)}, which this batch norm of fused_ops has"
@@ -208,6 +230,59 @@ class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
 
 class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` on (batch, channels, depth, height, width); options as of ``BatchNorm1d``."""
+
+
+class SyncBatchNorm(_FusedBatchNorm):
+    """Batch norm whose statistics in training are those of the batches of all ranks of a process group.
+
+    Args:
+        num_features: Channels of the input, (batch, channels) or (batch, channels, ...).
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None: they are the mean of all batches'.
+        affine: Whether there are weight and bias.
+        track_running_stats: Whether there are running statistics.
+        process_group: The ranks; None: all. Where torch.distributed is not initialised, or there is one rank, it is
+            an ordinary batch norm.
+        device: Of the parameters and buffers.
+        dtype: Likewise.
+        activation: What is applied last.
+        **options: correction, negative_slope, alpha, frozen and inplace_activated, as of ``BatchNorm1d``.
+
+    Raises:
+        ValueError: an unknown activation, ``groups``, an input of fewer than two dimensions, or one value per channel
+            on all ranks together (on all of them).
+
+    Note:
+        state_dict is that of ``torch.nn.SyncBatchNorm``, both ways, and of any batch norm. For every device, and no
+        subclass of ``torch.nn.SyncBatchNorm``, which DistributedDataParallel refuses on the CPU. ``forward`` takes
+        ``residual`` and ``valid`` besides the input. A rank may have fewer entries than others, or none; every rank
+        has to call it. As PyTorch's, a module with a ``process_group`` can neither be copied nor pickled.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        **options: Any,
+    ) -> None:
+        if options.pop("groups", 1) != 1:
+            raise ValueError("SyncBatchNorm: expected groups to be 1, as a ghost batch is a part of one rank's batch")
+        check_group("SyncBatchNorm", "process_group", process_group)
+        numbers = num_features, eps, momentum, affine, track_running_stats
+        super().__init__(*numbers, device=device, dtype=dtype, activation=activation, **options)
+        self.synchronised, self.process_group = True, process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 class LazyBatchNorm1d(_FusedBatchNorm, nn.LazyBatchNorm1d):

@@ -37,7 +37,7 @@ class Saved(NamedTuple):
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    statistics: Tensor  # mean and invstd, (2, groups * channels)
+    statistics: Tensor  # mean and invstd, (2, groups * channels); over ranks the count too, (3, channels)
     mask: Tensor | None
     valid: Tensor | None
 
@@ -52,6 +52,8 @@ class Options(NamedTuple):
     activation: int = activations.NONE
     slope: float = 0.0
     groups: int = 1
+    group: str | None = None  # the name of the process group that the batch is spread over, and how many ranks it has
+    ranks: int = 1
 
 
 class Call(NamedTuple):
@@ -208,7 +210,16 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         check_written(a.running_mean, a.running_var)
         mean, invstd, *new = _statistics(a)
     statistics = torch.stack((mean, invstd))
-    mean, invstd = by_row(statistics, input, a.groups if training else 1)
+    output = normalised(a, *by_row(statistics, input, a.groups if training else 1))
+    if training and a.running_mean is not None and a.running_var is not None:
+        a.running_mean.copy_(new[0])
+        a.running_var.copy_(new[1])
+    return output, statistics
+
+
+def normalised(a: ForwardArguments, mean: Tensor, invstd: Tensor) -> Tensor:
+    """The output, from statistics that broadcast against the input; writes ``mask``."""
+    input = a.input
     z = (input.double() - mean) * invstd
     if a.weight is not None:
         z = z * per_channel(a.weight.double(), z)
@@ -223,10 +234,7 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         if not has_mask(a.residual, a.valid, a.activation):
             raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
         a.mask.copy_(pack(~(z <= 0), input))
-    if training and a.running_mean is not None and a.running_var is not None:
-        a.running_mean.copy_(new[0])
-        a.running_var.copy_(new[1])
-    return empty_output(input).copy_(y), statistics
+    return empty_output(input).copy_(y)
 
 
 def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,7 +265,7 @@ def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     a = BackwardArguments(*arguments, **named)
     if a.stored is not None:
         return _backward_from_output(a)
-    input, slope, activation = a.input, a.slope, a.activation
+    input = a.input
     groups = a.groups if a.training else 1
     positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
     size, channels = group_size(input.size(0), groups), input.size(1)
@@ -265,21 +273,10 @@ def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, befores, sums, dots = [], [], [], []
     for i, begin in enumerate(range(0, max(input.size(0), 1), size)):
         rows, here = slice(begin, begin + size), slice(i * channels, (i + 1) * channels)
-        x, h = input[rows].double(), a.grad_output[rows].double()
-        centered, inv = x - per_channel(mean[here], x), per_channel(invstd[here], x)
-        scale = inv if a.weight is None else inv * per_channel(a.weight.double(), x)
-        if positive is not None:
-            h = h * activations.sign_derivative(activation, positive[rows], slope, h.dtype)
-        elif activation != activations.NONE:
-            z = centered * scale if a.bias is None else centered * scale + per_channel(a.bias.double(), x)
-            z = z if a.residual is None else z + a.residual[rows].double()
-            h = h * activations.first_derivative(activation, z, slope)
-        keep = torch.ones((), dtype=torch.bool, device=x.device)
-        if a.valid is not None:
-            keep = counted(a.valid[rows], x).bool()
-            h, centered = torch.where(keep, h, 0.0), torch.where(keep, centered, 0.0)
-        n = int(keep.sum()) if a.valid is not None else x.numel() // max(channels, 1)
-        dims = [d for d in range(x.dim()) if d != 1]
+        inv = per_channel(invstd[here], input)
+        h, centered, scale, keep = before_activation(a, rows, mean[here], inv, positive)
+        n = int(keep.sum()) if a.valid is not None else h.numel() // max(channels, 1)
+        dims = [d for d in range(h.dim()) if d != 1]
         total, dot = h.sum(dims, keepdim=True), (h * centered).sum(dims, keepdim=True)
         grad = h
         if a.training and n:
@@ -296,6 +293,26 @@ def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         torch.stack(dots).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
         torch.stack(sums).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
     )
+
+
+def before_activation(
+    a: BackwardArguments, rows: slice, mean: Tensor, invstd: Tensor, positive: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, x - mean, the scale and which positions count, of these batch entries; ``invstd`` broadcasts against them."""
+    x, h = a.input[rows].double(), a.grad_output[rows].double()
+    centered = x - per_channel(mean, x)
+    scale = invstd if a.weight is None else invstd * per_channel(a.weight.double(), x)
+    if positive is not None:
+        h = h * activations.sign_derivative(a.activation, positive[rows], a.slope, h.dtype)
+    elif a.activation != activations.NONE:
+        z = centered * scale if a.bias is None else centered * scale + per_channel(a.bias.double(), x)
+        z = z if a.residual is None else z + a.residual[rows].double()
+        h = h * activations.first_derivative(a.activation, z, a.slope)
+    keep = torch.ones((), dtype=torch.bool, device=x.device)
+    if a.valid is not None:
+        keep = counted(a.valid[rows], x).bool()
+        h, centered = torch.where(keep, h, 0.0), torch.where(keep, centered, 0.0)
+    return h, centered, scale, keep
 
 
 def check_written(*statistics: Tensor | None) -> None:

@@ -215,7 +215,7 @@ def linear_cross_entropy(
     overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
     beside = weight, class_mask, token_weight, normalizer, lora
     if overridden or any_dtensor(input, linear_weight, linear_bias, target, *beside):
-        given: dict[str, Any] = {
+        everything: dict[str, Any] = {
             "linear_bias": linear_bias,
             "weight": weight,
             "reduction": reduction,
@@ -243,8 +243,8 @@ def linear_cross_entropy(
         }
         if overridden:
             tensors = (input, linear_weight, linear_bias, target)
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
-        parts, mine, logits = dtensors.spread(input, linear_weight, target, given)
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **everything)
+        parts, mine, logits = dtensors.spread(input, linear_weight, target, everything)
         return logits.result(linear_cross_entropy(*parts, **mine), reduction)
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
