@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops.core.memory_format import is_channels_last
+
 _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
@@ -106,7 +108,10 @@ class Layout(NamedTuple):
         """The DTensor of that shape of which ``part`` is this rank's."""
         from torch.distributed.tensor import DTensor
 
-        strides = torch.empty(shape, device="meta").stride()
+        if is_channels_last(part):
+            strides = torch.empty((shape[0], *shape[2:], shape[1]), device="meta").movedim(-1, 1).stride()
+        else:
+            strides = torch.empty(shape, device="meta").stride()
         size = torch.Size(shape)
         return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=size, stride=strides)
 

@@ -220,6 +220,19 @@ def outputs(rank, world):
 
 
 @case
+def one_example(rank, world):
+    """Logits of one dimension."""
+    mesh, x = mesh_of(world), torch.randn(7, dtype=torch.float64)
+    for placement, target in itertools.product((S(0), R), (torch.tensor(6), torch.tensor([6]))):
+        y, whole_y = spread(x, mesh, [placement], True), x.clone().requires_grad_()
+        loss, right = (fused_ops.cross_entropy(t, target, z_loss=0.1) for t in (y, whole_y))
+        assert loss.placements == (R,) and loss.shape == right.shape
+        near(loss.full_tensor().detach(), right.detach(), 1e-12, placement)
+        (grad,), (exact,) = torch.autograd.grad(loss, y), torch.autograd.grad(right, whole_y)
+        near(grad.full_tensor(), exact, 1e-12, placement)
+
+
+@case
 def as_pytorch_where_it_has_the_case(rank, world):
     """Values, gradients and placements; without an ignored row, whose mean over rows PyTorch has wrong."""
     mesh = mesh_of(world)
@@ -565,7 +578,9 @@ def trained(way, mesh, sharded):
 @case
 def models(rank, world):
     mesh = mesh_of(world)
-    for way in (*("patch", "patch, sequence", "module, convert", "convert, loss", "head", "head, sequence", "FSDP2"),):
+    for way in (
+        *("patch", "patch, sequence", "module, convert", "convert, loss, patch", "head", "head, sequence", "FSDP2"),
+    ):
         sharded = way == "FSDP2"
         for mine, right in zip(trained(way, mesh, sharded), trained(way, None, sharded), strict=True):
             near(mine, right, 1e-10, way)
@@ -686,3 +701,13 @@ def batch_norms(rank, world):
                 near(whole(mine), other, 1e-10, (what, name))
             if (mesh.ndim == 1 and options.get("groups") is None) or not training:
                 assert found.placements == tuple(R if p.is_partial() else p for p in placements), what
+
+
+@case
+def batch_norm_keeps_the_memory_format(rank, world):
+    mesh = mesh_of(world)
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    y = fused_ops.batch_norm(DTensor.from_local(x, mesh, [S(0)]), None, None, training=True)
+    assert y.shape == (4 * world, 3, 2, 5) and y.is_contiguous(memory_format=torch.channels_last)
+    assert y.to_local().is_contiguous(memory_format=torch.channels_last)
+    near(y.full_tensor()[:4], F.batch_norm(x, None, None, training=True), 1e-12, "channels_last")

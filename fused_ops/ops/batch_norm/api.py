@@ -92,7 +92,8 @@ def batch_norm(
             ``inplace_activated`` where the output does not tell the input. One value per channel on all ranks together
             raises on all of them.
         RuntimeError: no running statistics in evaluation, parameters of a wrong size or of mixed dtypes, a
-            ``residual`` or ``valid`` of a wrong shape, or running statistics that require grad.
+            ``residual`` or ``valid`` of a wrong shape, running statistics that require grad, or an ordinary ``input``
+            beside DTensors.
         IndexError: ``input`` has fewer than two dimensions.
         NotImplementedError: ``input`` is not of one of the four floating-point dtypes, or, with ``group``,
             where only formulas serve: vmap, torch.func.functionalize, nested forward mode, torch.jit.trace.

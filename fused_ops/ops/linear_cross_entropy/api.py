@@ -140,7 +140,7 @@ def linear_cross_entropy(
             each: not to be summed again.
         class_start: The first class of this rank.
         classes: How many all ranks have.
-        row_group: Of ranks that share the rows.
+        row_group: Of ranks that share the rows, one or a tuple of them.
         sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
             the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
             results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
