@@ -5,12 +5,12 @@ DTensor's own classes are imported where they are needed, as that takes a third 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_ops.core.memory_format import is_channels_last
 
 _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
@@ -35,23 +35,6 @@ def _any_traced(values: Any) -> bool:
         if _any_traced(value) if isinstance(value, (tuple, list)) else isinstance(value, found.DTensor):
             return True
     return False
-
-
-def refuse(op: Callable[..., Any], own: dict[str, Any]) -> None:
-    """Raises NotImplementedError if an option that PyTorch's op does not have differs from its default.
-
-    Args:
-        op: The public function.
-        own: Those of its options.
-    """
-    defaults = inspect.signature(op).parameters
-    for name, value in own.items():
-        default = defaults[name].default
-        if value is not default and (isinstance(value, Tensor) or value != default):
-            raise NotImplementedError(
-                f"{op.__name__}: a DTensor goes to PyTorch's own op, which has no {name}; expected {default!r}, or "
-                "ordinary tensors (to_local() or full_tensor())"
-            )
 
 
 class Layout(NamedTuple):
@@ -125,7 +108,10 @@ class Layout(NamedTuple):
         """The DTensor of that shape of which ``part`` is this rank's."""
         from torch.distributed.tensor import DTensor
 
-        strides = torch.empty(shape, device="meta").stride()
+        if is_channels_last(part):
+            strides = torch.empty((shape[0], *shape[2:], shape[1]), device="meta").movedim(-1, 1).stride()
+        else:
+            strides = torch.empty(shape, device="meta").stride()
         size = torch.Size(shape)
         return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=size, stride=strides)
 

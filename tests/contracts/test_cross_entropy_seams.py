@@ -253,7 +253,7 @@ def test_dtensors_on_a_mesh_of_one_process(mesh):
         right.backward()
         torch.testing.assert_close(found.full_tensor(), right)
         torch.testing.assert_close(whole.grad.full_tensor(), y.grad)
-    with pytest.raises(RuntimeError, match="got mixed torch.Tensor and DTensor"):
+    with pytest.raises(RuntimeError, match="got mixed"):
         cross_entropy(x, spread)
 
 

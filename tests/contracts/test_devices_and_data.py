@@ -76,7 +76,7 @@ def over_ranks(x, indices, doubles):
     names = ("gather_of_ranks", "sum_of_ranks", "sum_of_shares", "copy_to_shares")
     found = {name: [(x, group, 1)] for name in names}
     found |= {name: [(x, group, [rows])] for name in ("gather_rows", "scatter_rows")}
-    found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, group, 1)]
+    found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, [group], [1])]
     found |= {name: [(x, rows, group, 1)] for name in ("gather_all_rows", "scatter_all_rows")}
     found |= {f"cross_entropy_shard{name}": [] for name in ("", "_grad", "_forward", "_backward")}
     for side in ((indices, None), (None, torch.rand(rows, classes))):

@@ -220,6 +220,19 @@ def outputs(rank, world):
 
 
 @case
+def one_example(rank, world):
+    """Logits of one dimension."""
+    mesh, x = mesh_of(world), torch.randn(7, dtype=torch.float64)
+    for placement, target in itertools.product((S(0), R), (torch.tensor(6), torch.tensor([6]))):
+        y, whole_y = spread(x, mesh, [placement], True), x.clone().requires_grad_()
+        loss, right = (fused_ops.cross_entropy(t, target, z_loss=0.1) for t in (y, whole_y))
+        assert loss.placements == (R,) and loss.shape == right.shape
+        near(loss.full_tensor().detach(), right.detach(), 1e-12, placement)
+        (grad,), (exact,) = torch.autograd.grad(loss, y), torch.autograd.grad(right, whole_y)
+        near(grad.full_tensor(), exact, 1e-12, placement)
+
+
+@case
 def as_pytorch_where_it_has_the_case(rank, world):
     """Values, gradients and placements; without an ignored row, whose mean over rows PyTorch has wrong."""
     mesh = mesh_of(world)
@@ -531,22 +544,22 @@ class Net(torch.nn.Module):
         return self.loss(logits, target) if "module" in self.way else F.cross_entropy(logits, target)
 
 
-def trained(way, mesh, rank):
-    """The parameters after three steps, and what is left of the losses."""
+def trained(way, mesh, sharded):
+    """The parameters after three steps, and the losses unless the batch is sharded."""
     torch.manual_seed(3)
     net = Net(way).double()
     x, target = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(0, 15, (4, 3))
     if mesh is not None:
         if "convert" in way:
             fused_ops.convert(net, **({"loss": F.cross_entropy, "head": "head"} if "loss" in way else {}))
-        net.mesh = mesh
-        if way == "FSDP2":
-            fully_shard(net, mesh=mesh)
-            x, target = (t.chunk(mesh.size())[rank] for t in (x, target))
-        else:
+        net.mesh, data = (mesh["b"], mesh["a"]) if mesh.ndim == 2 else (mesh, mesh)
+        if way != "FSDP2":
             layout = S(1) if "sequence" in way else R
             plan = ColwiseParallel(input_layouts=layout, use_local_output=False)
-            parallelize_module(net, mesh, {"head": plan})
+            parallelize_module(net, net.mesh, {"head": plan})
+        if way == "FSDP2" or mesh.ndim == 2:
+            fully_shard(net, mesh=data)
+            x, target = (t.chunk(data.size())[data.get_local_rank()] for t in (x, target))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, foreach=False)
     losses = []
     for _ in range(3):
@@ -556,17 +569,29 @@ def trained(way, mesh, rank):
         losses.append(loss.detach())
         if mesh is not None and way != "FSDP2":
             assert isinstance(loss, DTensor) and loss.placements == (R,), way
-            assert net.head.weight.grad.placements == (S(0),), way
+            assert net.head.weight.grad.placements == net.head.weight.placements, way
         optimizer.step()
         optimizer.zero_grad()
-    return [*(whole(p.detach()) for p in net.parameters()), *(whole(t) for t in losses if way != "FSDP2")]
+    return [*(whole(p.detach()) for p in net.parameters()), *(whole(t) for t in losses if not sharded)]
 
 
 @case
 def models(rank, world):
     mesh = mesh_of(world)
-    for way in (*("patch", "patch, sequence", "module, convert", "convert, loss", "head", "head, sequence", "FSDP2"),):
-        for mine, right in zip(trained(way, mesh, rank), trained(way, None, rank), strict=True):
+    for way in (
+        *("patch", "patch, sequence", "module, convert", "convert, loss, patch", "head", "head, sequence", "FSDP2"),
+    ):
+        sharded = way == "FSDP2"
+        for mine, right in zip(trained(way, mesh, sharded), trained(way, None, sharded), strict=True):
+            near(mine, right, 1e-10, way)
+
+
+@case
+def models_on_two_dimensions_of_the_mesh(rank, world):
+    """FSDP2 over the first, tensor parallelism over the second."""
+    mesh = mesh_of(2, world // 2)
+    for way in ("patch", "patch, sequence", "head", "head, sequence"):
+        for mine, right in zip(trained(way, mesh, True), trained(way, None, True), strict=True):
             near(mine, right, 1e-10, way)
 
 
@@ -602,3 +627,87 @@ def compiled_heads(rank, world):
         near(found.full_tensor().detach(), right.detach(), 1e-12, of_input)
         for mine, exact in zip(torch.autograd.grad(found, ours), torch.autograd.grad(right, leaves), strict=True):
             near(mine.full_tensor(), exact, 1e-12, of_input)
+
+
+BATCH_NORM = (
+    {},
+    {"activation": "relu", "residual": (6, 4, 3)},
+    {"activation": "silu", "correction": 1},
+    {"valid": (6, 3)},
+    {"valid": (6,)},  # lengths
+    {"groups": 2},
+)
+
+
+def by_pytorch(t, training, options):
+    """Batch norm of float64 tensors in plain PyTorch, with the running statistics."""
+    x, valid = t["input"], torch.ones(6, 3, dtype=torch.bool)
+    if "valid" in t:
+        valid = t["valid"] if t["valid"].dim() == 2 else torch.arange(3) < t["valid"].unsqueeze(1)
+    mean, var = t["running_mean"], t["running_var"]
+    groups = x.chunk(options.get("groups", 1) if training else 1)
+    outputs = []
+    for part, counts in zip(groups, valid.chunk(len(groups)), strict=True):
+        at, of = mean, var
+        if training:
+            counts = counts.unsqueeze(1).double()
+            n = counts.sum()
+            at = (part * counts).sum((0, 2)) / n
+            squares = ((part - at[:, None]).square() * counts).sum((0, 2))
+            of = squares / (n - options.get("correction", 0))
+            mean, var = mean + 0.1 * (at.detach() - mean), var + 0.1 * (squares.detach() / (n - 1) - var)
+        y = (part - at[:, None]) / (of[:, None] + 1e-5).sqrt() * t["weight"][:, None] + t["bias"][:, None]
+        outputs.append(y)
+    y = torch.cat(outputs)
+    y = y + t["residual"] if "residual" in t else y
+    function = {None: lambda y: y, "relu": F.relu, "silu": F.silu}[options.get("activation")]
+    return torch.where(valid.unsqueeze(1), function(y), 0.0), mean, var
+
+
+@case
+def batch_norms(rank, world):
+    meshes = [mesh_of(world), mesh_of(2, world // 2)]
+    i = 0
+    for mesh, options, training in itertools.product(meshes, BATCH_NORM, (True, False)):
+        for placements in placements_of(3, mesh.ndim):
+            i += 1
+            if mesh.ndim == 2 and (i % 5 or any(p.is_partial() for p in placements)):
+                continue
+            t = {"input": torch.randn(6, 4, 3, dtype=torch.float64) * 2 + 3, "weight": torch.rand(4).double() + 0.5}
+            t |= {"bias": torch.randn(4).double(), "running_mean": torch.randn(4).double()}
+            t["running_var"] = torch.rand(4).double() + 0.5
+            if "residual" in options:
+                t["residual"] = torch.randn(6, 4, 3, dtype=torch.float64)
+            if "valid" in options:
+                t["valid"] = torch.rand(6, 3) < 0.7 if len(options["valid"]) == 2 else torch.tensor([3, 0, 2, 1, 3, 3])
+            numbers = {name: value for name, value in options.items() if name not in t}
+            free = [name for name in ("input", "weight", "bias", "residual") if name in t]
+            leaves = {name: t[name].clone().requires_grad_() for name in free}
+            right, mean, var = by_pytorch({**t, **leaves}, training, numbers)
+            ours = {"input": spread(t["input"], mesh, placements)}
+            for name in t:
+                if name != "input":
+                    ours[name] = t[name].clone() if i % 2 else spread(t[name], mesh, [S(0), *[R] * (mesh.ndim - 1)])
+            named = {name: value.requires_grad_(name in free) for name, value in ours.items()}
+            found = fused_ops.batch_norm(**named, training=training, **numbers)
+            what = (options, training, placements)
+            near(found.full_tensor().detach(), right.detach(), 1e-10, what)
+            near(whole(ours["running_mean"]), mean, 1e-12, what)
+            near(whole(ours["running_var"]), var, 1e-12, what)
+            upstream = torch.randn(right.shape, dtype=torch.float64)
+            grads = torch.autograd.grad(found, [ours[name] for name in free], spread(upstream, mesh, [R] * mesh.ndim))
+            exact = torch.autograd.grad(right, list(leaves.values()), upstream)
+            for name, mine, other in zip(free, grads, exact, strict=True):
+                near(whole(mine), other, 1e-10, (what, name))
+            if (mesh.ndim == 1 and options.get("groups") is None) or not training:
+                assert found.placements == tuple(R if p.is_partial() else p for p in placements), what
+
+
+@case
+def batch_norm_keeps_the_memory_format(rank, world):
+    mesh = mesh_of(world)
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    y = fused_ops.batch_norm(DTensor.from_local(x, mesh, [S(0)]), None, None, training=True)
+    assert y.shape == (4 * world, 3, 2, 5) and y.is_contiguous(memory_format=torch.channels_last)
+    assert y.to_local().is_contiguous(memory_format=torch.channels_last)
+    near(y.full_tensor()[:4], F.batch_norm(x, None, None, training=True), 1e-12, "channels_last")

@@ -13,14 +13,46 @@ pytestmark = pytest.mark.skipif(
 
 CASES = [
     "one_dimension_of_the_mesh",
+    "two_dimensions_of_the_mesh",
+    "outputs",
+    "one_example",
+    "as_pytorch_where_it_has_the_case",
+    "derivatives",
+    "compiled",
+    "errors",
+    "heads",
+    "shifted_targets",
+    "heads_at_several_positions",
+    "heads_on_two_dimensions_of_the_mesh",
+    "models",
+    "models_on_two_dimensions_of_the_mesh",
+    "heads_in_autocast",
+    "compiled_heads",
+    "batch_norms",
+    "batch_norm_keeps_the_memory_format",
 ]
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return processes.problems_of("tests.distributed.dtensor_cases", 2, tmp_path_factory.mktemp("dtensors"))
+def problems(tmp_path_factory):
+    found = {}
+
+    def of(world):
+        if world not in found:
+            folder = tmp_path_factory.mktemp(f"dtensors{world}")
+            found[world] = processes.problems_of("tests.distributed.dtensor_cases", world, folder)
+        return found[world]
+
+    return of
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
-def test_in_two_processes(name, two_processes):
-    assert two_processes[name] == []
+def test_dtensors(name, world, problems):
+    assert problems(world)[name] == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_case_is_known_here(world, problems):
+    assert sorted(problems(world)) == sorted(CASES)

@@ -11,8 +11,7 @@ from torch.overrides import handle_torch_function
 from fused_ops.core.checks import as_int64
 from fused_ops.core.graph import in_graph, left_to_pytorch, no_script
 from fused_ops.core.torch_private import graph_task_id, transforms_active
-from fused_ops.distributed.dtensor import refuse
-from fused_ops.ops.batch_norm import activations, arguments, functions, graph, keep_output
+from fused_ops.ops.batch_norm import activations, arguments, dtensors, functions, graph, keep_output
 from fused_ops.ops.batch_norm.arguments import (
     Way,
     check_kinds,
@@ -93,10 +92,11 @@ def batch_norm(
             ``inplace_activated`` where the output does not tell the input. One value per channel on all ranks together
             raises on all of them.
         RuntimeError: no running statistics in evaluation, parameters of a wrong size or of mixed dtypes, a
-            ``residual`` or ``valid`` of a wrong shape, or running statistics that require grad.
+            ``residual`` or ``valid`` of a wrong shape, running statistics that require grad, or an ordinary ``input``
+            beside DTensors.
         IndexError: ``input`` has fewer than two dimensions.
-        NotImplementedError: ``input`` is not of one of the four floating-point dtypes, or, with ``group``, a DTensor
-            or where only formulas serve: vmap, torch.func.functionalize, nested forward mode, torch.jit.trace.
+        NotImplementedError: ``input`` is not of one of the four floating-point dtypes, or, with ``group``,
+            where only formulas serve: vmap, torch.func.functionalize, nested forward mode, torch.jit.trace.
         TypeError: ``input`` is not a tensor, ``momentum`` is None, or ``valid`` is not of a bool or integer dtype.
 
     Note:
@@ -105,6 +105,10 @@ def batch_norm(
         that runs inside a backward pass, so that activation checkpointing counts each batch once. With
         ``inplace_activated`` a channel of small weight keeps its input besides, so that gradients stay as exact; under
         torch.func, forward-mode AD and torch.compile the option changes nothing.
+
+        DTensors need no ``group``: the statistics are those of the whole DTensor, along whichever dimensions its
+        placements divide it. All else may be a DTensor or a tensor that every rank has whole, running statistics
+        too. A batch that several dimensions of the mesh divide is gathered along all but the first.
 
         With ``group`` each rank's loss is a part of the sum that is differentiated: grad_input is of the sum, the
         gradients of weight and bias are this rank's share, for DistributedDataParallel or the caller to add. Statistics
@@ -142,18 +146,18 @@ def batch_norm(
                 code_of(activation)
                 raise
     args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if group is not None and (way is Way.FORMULAS or way is Way.PYTORCH):
+    if group is not None and way is Way.FORMULAS:
         raise NotImplementedError(
-            "batch_norm: group is not supported for a DTensor, nor with torch.jit.trace, functionalize, nested forward "
-            "mode or a transform of torch.func inside of torch.compile"
+            "batch_norm: group is not supported with torch.jit.trace, functionalize, nested forward mode or a "
+            "transform of torch.func inside of torch.compile"
         )
-    whole = valid is None and groups == 1 and not correction and group is None
+    whole = valid is None and groups == 1 and not correction and group is None and way is not Way.DTENSORS
     if whole and isinstance(input, Tensor) and left_to_pytorch(input):
         function = activations.function_of(code_of(activation), negative_slope, alpha)
         arguments.checked_options(input, residual, None, 1)
         output = torch.nn.functional.batch_norm(*args)
         return function(output if residual is None else output + residual)
-    if way is Way.OVERRIDES or way is Way.PYTORCH:
+    if way is Way.OVERRIDES or way is Way.DTENSORS:
         own: dict[str, Any] = {
             "correction": correction,
             "activation": activation,
@@ -167,8 +171,7 @@ def batch_norm(
         }
         if way is Way.OVERRIDES:
             return handle_torch_function(batch_norm, (*args[:5], residual, valid), *args, **own)
-        refuse(batch_norm, own)
-        return torch.nn.functional.batch_norm(*args)
+        return _of_dtensors(*args, own)
     check_kinds(*args, correction)
     if group is None and is_empty_1d(input, running_mean):
         return input.clone()
@@ -181,6 +184,37 @@ def batch_norm(
     if training and running_mean is not None and running_var is not None and not recomputing():
         write_running(new_mean, new_var, running_mean, running_var)
     return output
+
+
+def _of_dtensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    own: dict[str, Any],
+) -> Tensor:
+    """The call of what this rank holds, and the DTensor of that."""
+    tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    named = [*tensors.items(), ("residual", own["residual"]), ("valid", own["valid"])]
+    where = dtensors.spread(named, own["group"], training, own["groups"])
+    residual, valid = own["residual"], dtensors.mask_of(own["valid"], input)
+    mine = {
+        **own,
+        "residual": None if residual is None else where.input.local(residual),
+        "valid": None if valid is None else where.input.without(1).local(valid),
+        "group": where.group() if training else None,
+    }
+    statistics = where.statistic(running_mean), where.statistic(running_var)
+    parameters = where.parameter(weight), where.parameter(bias)
+    output = batch_norm(where.input.local(input), *statistics, *parameters, training, momentum, eps, **mine)
+    if training and not recomputing():
+        where.write(statistics[0], running_mean)
+        where.write(statistics[1], running_var)
+    return where.input.whole(output, tuple(input.shape))
 
 
 def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:

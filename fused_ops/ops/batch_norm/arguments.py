@@ -36,7 +36,7 @@ class Way(enum.Enum):
     GRAPH = enum.auto()  # the op that graphs hold
     FORMULAS = enum.auto()  # PyTorch's own differentiable ops
     OVERRIDES = enum.auto()  # __torch_function__
-    PYTORCH = enum.auto()  # PyTorch's own batch norm: it knows DTensors
+    DTENSORS = enum.auto()  # what this rank holds of DTensors, on one of the other ways
 
 
 _EAGER = Way.EAGER
@@ -66,7 +66,7 @@ def way_of(
     if not torch.compiler.is_compiling() and has_torch_function(*tensors):
         return Way.OVERRIDES
     if any_dtensor(*tensors):
-        return Way.PYTORCH
+        return Way.DTENSORS
     if needs_formulas() or linearizing():
         return Way.FORMULAS
     return Way.GRAPH if in_graph() else Way.FUNCTION

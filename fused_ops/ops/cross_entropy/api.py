@@ -129,9 +129,10 @@ def cross_entropy(
         classes: how many all ranks have. Given both, nothing need be asked of the other ranks; else a call gathers
             their sizes. That the ranks' classes neither overlap nor leave one out cannot be seen, and is not checked.
         row_group: Process group of ranks that share the rows (data or context parallel), any number of them, zero
-            included: the mean's denominator, and what ``empty`` is about, is that of all ranks, so that their losses
-            add up to the mean over all rows. What averages gradients over ranks, as DDP and FSDP do, divides them by
-            the group's size once more: multiply the loss by it there.
+            included, or a tuple of groups, as the dimensions of a mesh over which rows are spread: the mean's
+            denominator, and what ``empty`` is about, is that of all ranks, so that their losses add up to the mean over
+            all rows. What averages gradients over ranks, as DDP and FSDP do, divides them by the group's size once
+            more: multiply the loss by it there.
 
     Returns:
         The loss: a scalar, or the shape of ``input`` without its class dimension for ``"none"``.

@@ -15,7 +15,7 @@ from fused_ops.ops.cross_entropy.arguments import check_shapes, share_of_rows, t
 from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput
 from fused_ops.ops.cross_entropy.reference import class_dim
 
-_RANKS = ("class_group", "class_start", "classes", "row_group")
+_CLASSES = ("class_group", "class_start", "classes")
 _SCALARS = ("loss", "z_loss")  # of the outputs, where there is a reduction
 
 
@@ -59,7 +59,9 @@ class Logits(NamedTuple):
             mine["class_mask"] = self.alike(mask) if mask.dim() == 1 else self.layout.local(mask)
         if options["token_weight"] is not None:
             mine["token_weight"] = self.layout.without(self.dim).local(options["token_weight"])
-        mine["row_group"] = self.layout.groups_of(self.row_dims()) or None
+        beside = options["row_group"]  # ranks outside of the mesh, which have other rows
+        beside = beside if isinstance(beside, tuple) else () if beside is None else (beside,)
+        mine["row_group"] = (*self.layout.groups_of(self.row_dims()), *beside) or None
         for mesh_dim in self.layout.dims_of(self.dim):
             for group in self.layout.groups_of([mesh_dim]):
                 classes = self.shape[self.dim]
@@ -84,8 +86,8 @@ class Logits(NamedTuple):
 
 
 def refuse_groups(op: str, options: dict[str, Any]) -> None:
-    """Raises for process groups beside DTensors."""
-    for name in _RANKS:
+    """Raises for classes that are spread beside DTensors."""
+    for name in _CLASSES:
         if options[name] is not None:
             raise ValueError(f"{op}: expected {name}=None with DTensors, whose placements say it, got {options[name]}")
 
@@ -100,7 +102,7 @@ def spread(input: Tensor, target: Any, options: dict[str, Any]) -> tuple[Tensor,
 
     Raises:
         RuntimeError: ordinary logits beside DTensors, or several meshes; as ``cross_entropy`` for shapes and dtypes.
-        ValueError: process groups.
+        ValueError: ``class_group``.
     """
     check_mesh("cross_entropy", [("input", input), *target_tensors(target), *named_options(options)])
     refuse_groups("cross_entropy", options)

@@ -140,7 +140,7 @@ def linear_cross_entropy(
             each: not to be summed again.
         class_start: The first class of this rank.
         classes: How many all ranks have.
-        row_group: Of ranks that share the rows.
+        row_group: Of ranks that share the rows, one or a tuple of them.
         sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
             the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
             results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
@@ -215,7 +215,7 @@ def linear_cross_entropy(
     overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
     beside = weight, class_mask, token_weight, normalizer, lora
     if overridden or any_dtensor(input, linear_weight, linear_bias, target, *beside):
-        given: dict[str, Any] = {
+        everything: dict[str, Any] = {
             "linear_bias": linear_bias,
             "weight": weight,
             "reduction": reduction,
@@ -243,8 +243,8 @@ def linear_cross_entropy(
         }
         if overridden:
             tensors = (input, linear_weight, linear_bias, target)
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
-        parts, mine, logits = dtensors.spread(input, linear_weight, target, given)
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **everything)
+        parts, mine, logits = dtensors.spread(input, linear_weight, target, everything)
         return logits.result(linear_cross_entropy(*parts, **mine), reduction)
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),

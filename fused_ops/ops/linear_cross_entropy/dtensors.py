@@ -62,7 +62,8 @@ class Head(NamedTuple):
 def _rows_beside(input: Layout, lead: tuple[int, ...], mesh_dim: int) -> int:
     """The rows of all ranks along one dimension of the mesh."""
     dims = [i for i, p in enumerate(input.placements) if p.is_shard() and i != mesh_dim]
-    return math.prod(lead) // math.prod(input.mesh.size(i) for i in dims)
+    ranks: int = math.prod(input.mesh.size(i) for i in dims)
+    return math.prod(lead) // ranks
 
 
 def _layouts(input: Tensor, weight: Tensor, shape: Shape) -> tuple[Layout, Layout]:
@@ -120,7 +121,7 @@ def spread(
     Raises:
         RuntimeError: ordinary input beside DTensors, or several meshes; as ``linear_cross_entropy`` for shapes and
             dtypes.
-        ValueError: process groups.
+        ValueError: ``class_group`` or ``sequence_parallel``.
     """
     op = "linear_cross_entropy"
     lora = options["lora"]
