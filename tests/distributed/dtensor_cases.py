@@ -322,7 +322,7 @@ def errors(rank, world):
     raises(RuntimeError, f"{mixed} linear_weight is", lambda: lce(x, v, target))
     other = init_device_mesh("cpu", (world, 1))
     raises(RuntimeError, "expected all DTensors on one mesh", lambda: ce(y, spread(target, other, [R, R])))
-    for name, value in {"class_group": group, "row_group": group, "classes": 6}.items():
+    for name, value in {"class_group": group, "classes": 6}.items():
         raises(
             ValueError,
             f"expected {name}=None with DTensors",
