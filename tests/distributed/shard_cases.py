@@ -104,14 +104,16 @@ def options_and_targets(rank, world):
     base = torch.randn(30, CLASSES, dtype=torch.float64) * 3
     grid = itertools.product(("index", "dense", "sparse", "mixup"), OPTIONS, DTYPES)
     for i, (kind, name, dtype) in enumerate(grid):
-        part = Part(("even", "uneven", "empty")[i % 3], rank, world)
+        if world == 2 and (i + i // 4) % 4:  # one dtype each, in turn
+            continue
+        part = Part(("even", "uneven", "empty")[i // 4 % 3], rank, world)
         x = base.to(dtype)
         target = draw(kind, x.shape, dtype, seed=i)
         if kind == "index":
             target[1::3] = torch.randint(0, CLASSES, target[1::3].shape)
             target[2] = min(part.sizes[0], CLASSES - 1)  # the first class of the next rank
         options = dict(OPTIONS[name])
-        if i % 2:
+        if i // 4 % 2:
             options["weight"] = torch.linspace(0.2, 2, CLASSES).to(dtype)
         compare(part, kind, x, target, options, dtype)
 
@@ -120,6 +122,8 @@ def options_and_targets(rank, world):
 def outputs(rank, world):
     torch.manual_seed(3)
     for dtype, kind, layout in itertools.product(DTYPES, ("even", "uneven", "empty"), (0, 1)):
+        if world == 2 and layout != (kind == "uneven"):
+            continue
         part = Part(kind, rank, world)
         x = (torch.randn(30, CLASSES, dtype=torch.float64) * 3).round(decimals=1).to(dtype)
         x = x.reshape(-1, 5, 3, CLASSES).permute(0, 3, 1, 2) if layout else x
