@@ -414,6 +414,17 @@ def compiled_as_one_graph(rank, world):
 
 
 @case
+def sums_of_16_bits(rank, world):
+    """Summed in float32 and rounded once, whether they are gathered or all-reduced."""
+    for n in (64, 2**19):
+        parts = [torch.randn(n, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(world)]
+        found = collectives.sum_of_shares(parts[rank], dist.group.WORLD)
+        everywhere_alike(found)
+        exact = torch.stack(parts).double().sum(0)
+        assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-7.99 + 1e-6).all())
+
+
+@case
 def memory(rank, world):
     """Of the head on a rank: what its two chunks of logits and the exchange take, not its logits."""
     from benchmarks.memory import peak_extra_bytes

@@ -22,6 +22,7 @@ CASES = [
     "derivatives_of_derivatives",
     "rows_of_a_mean_on_each_rank",
     "errors",
+    "sums_of_16_bits",
     "memory",
 ]
 SLOW = ["transforms", "compiled_as_one_graph", "classes_and_rows_on_a_mesh"]  # imports take long, or of 4 processes
