@@ -47,6 +47,22 @@ inline float expm1_(float x) {
 }
 inline double expm1_(double x) { return std::expm1(x); }
 
+// log(1 + x) for -1 < x <= 0 to about 1 ulp: 1 + x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) /
+// (m + 1)), and what 1 + x rounds away added back to first order.
+inline float log1p_below(float x) {
+  const float u = 1.0f + x, lost = x - (u - 1.0f);
+  const int32_t bits = bit_copy<int32_t>(u), e_bits = (bits - 0x3f3504f3) >> 23;
+  const float m = bit_copy<float>(bits - (e_bits << 23)), e = static_cast<float>(e_bits);
+  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  float poly = 1.0f / 9;
+  poly = poly * z + 1.0f / 7;
+  poly = poly * z + 1.0f / 5;
+  poly = poly * z + 1.0f / 3;
+  const float log_m = 2.0f * s + 2.0f * s * (z * poly);
+  return e * 0.693145751953125f + (e * 1.42860682030941723e-6f + (log_m + lost / u));
+}
+inline double log1p_below(double x) { return std::log1p(x); }
+
 inline float magnitude(float x) { return std::fabs(x); }
 inline double magnitude(double x) { return std::fabs(x); }
 

@@ -8,6 +8,8 @@ namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
 using generic::finish_streaming;
+using generic::kAlternates;
+using generic::kExpUnit;
 using generic::kMasks;
 using generic::line_bits;
 using generic::load_tail;
@@ -45,9 +47,6 @@ inline void store_vec(bfloat16_t* p, float_vec v) {
 inline __m128i to_float16(float_vec v) { return _mm256_cvtps_ph(bit_copy<__m256>(v), _MM_FROUND_TO_NEAREST_INT); }
 inline void store_vec(float16_t* p, float_vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_float16(v)); }
 
-template <class T>
-constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
-
 // NaN, which rounding might carry away, is looked for in both at once.
 inline FUSED_OPS_INLINE bits_vec pack_bfloat16(float_vec low, float_vec high) {
   if (__builtin_expect(!_mm256_movemask_ps(_mm256_cmp_ps(bit_copy<__m256>(low), bit_copy<__m256>(high), _CMP_UNORD_Q)),
@@ -56,7 +55,8 @@ inline FUSED_OPS_INLINE bits_vec pack_bfloat16(float_vec low, float_vec high) {
   return generic::pack_bfloat16(low, high);
 }
 
-inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return generic::exp_in_range(max_vec(splat(-110.0f), x)); }
+inline FUSED_OPS_INLINE float_vec exp_scaled(float_vec x) { return generic::exp_in_range(max_vec(splat(-131.0f), x)); }
+inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return exp_scaled(x) * kExpUnit; }
 
 inline float_vec permute(float_vec v, int_vec index) {
   return bit_copy<float_vec>(_mm256_permutevar8x32_ps(bit_copy<__m256>(v), bit_copy<__m256i>(index)));

@@ -8,6 +8,7 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+using generic::kAlternates;
 constexpr bool kMasks = true;
 
 inline FUSED_OPS_INLINE float_vec max_vec(float_vec a, float_vec b) {
@@ -34,9 +35,6 @@ inline void store_vec(bfloat16_t* p, float_vec v) {
 }
 inline __m256i to_float16(float_vec v) { return _mm512_cvtps_ph(bit_copy<__m512>(v), _MM_FROUND_TO_NEAREST_INT); }
 inline void store_vec(float16_t* p, float_vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16(v)); }
-
-template <class T>
-constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
 
 inline bits_vec round_to_bfloat16(float_vec v) {
   const __m512i u = bit_copy<__m512i>(v);
@@ -82,6 +80,10 @@ inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) {
   const float_vec poly = (r * 0.16666667f + 0.5f) * (r * r) + rest;
   return bit_copy<float_vec>(_mm512_scalef_ps(bit_copy<__m512>(t * poly + t), bit_copy<__m512>(n)));
 }
+
+// The instruction that scales passes through the denormals itself.
+constexpr float kExpUnit = 1;
+inline FUSED_OPS_INLINE float_vec exp_scaled(float_vec x) { return exp_vec(x); }
 
 template <class T>
 inline float_vec load_tail(const T* p, int64_t n, float fill) {

@@ -9,9 +9,11 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+using generic::exp_scaled;
 using generic::exp_vec;
 using generic::finish_streaming;
 using generic::kAlternates;
+using generic::kExpUnit;
 using generic::kMasks;
 using generic::line_bits;
 using generic::load_tail;

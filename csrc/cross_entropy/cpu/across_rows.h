@@ -51,10 +51,10 @@ struct RegisterSums {
     for (int64_t begin = 0; begin < classes; begin += kClassesPerFold) {
       float_vec sum{};
       for (int64_t c = begin; c < std::min(begin + kClassesPerFold, classes); ++c) {
-        const float_vec e = exp_vec(load_vec(u + c * kWidth) - shift);
+        const float_vec e = exp_scaled(load_vec(u + c * kWidth) - shift);
         sum += except == static_cast<int32_t>(c) ? float_vec{} : e;
       }
-      const DoublePair wide = widen(sum);
+      const DoublePair wide = widen(sum * kExpUnit);
       others.low += wide.low, others.high += wide.high;
     }
   }

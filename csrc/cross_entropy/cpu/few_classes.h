@@ -105,10 +105,10 @@ struct Max {
   float_vec operator()(float_vec a, float_vec b) const { return max_vec(a, b); }
 };
 
-// sums[r] of `count` packed rows of exponentials, without each row's target.
+// sums[r] of `count` packed rows of exponentials, without each row's target, times `unit`.
 template <class T>
 void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, int64_t count, const int64_t* target,
-                    float* sums) {
+                    float unit, float* sums) {
   for (int64_t r = 0; r < count; r += kWidth)
     store_vec(sums + r, reduce_each(
                             [&](int64_t l) FUSED_OPS_INLINE {
@@ -116,7 +116,8 @@ void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, 
                               const uint64_t drop = t < 0 ? 0 : uint64_t{1} << t;
                               return rows.row(e + at * classes, rows.all() & ~drop, 0.0f, Add());
                             },
-                            Add()));
+                            Add()) *
+                            unit);
 }
 
 // Fills out.max, others and below of n <= kRowTile rows.
@@ -137,10 +138,10 @@ void few_classes_sums(PackedRows<T>& rows, const RowsAt<const T>& x, int64_t n, 
       const float_vec shift = best == kNone ? float_vec{} : best;
       rows.each_register([&](int64_t i, int_vec row) {
         prefetch(next + r * classes + i);
-        store_vec(e + r * classes + i, exp_vec(load_vec(u + r * classes + i) - permute(shift, row)));
+        store_vec(e + r * classes + i, exp_scaled(load_vec(u + r * classes + i) - permute(shift, row)));
       });
     }
-    sums_of_others(rows, e, classes, m, target + begin, sums);
+    sums_of_others(rows, e, classes, m, target + begin, kExpUnit, sums);
     for (int64_t r = 0; r < m; ++r) {
       const int64_t t = std::max<int64_t>(target[begin + r], 0);
       out.max[begin + r] = static_cast<double>(max[r]), out.others[begin + r] = static_cast<double>(sums[r]);
@@ -206,7 +207,7 @@ void few_classes_gradient(PackedRows<T>& rows, const RowsAt<const T>& x, const R
           store_vec(out + at, p * permute(factor, of));
       });
     }
-    if (row.confident) sums_of_others(rows, e, classes, m, target, row.others);
+    if (row.confident) sums_of_others(rows, e, classes, m, target, 1.0f, row.others);
     for (int64_t r = 0; r < m; ++r) {
       T* to = grad.at(begin + r);
       if (!whole) store_values(out + r * classes, classes, to);
