@@ -57,12 +57,19 @@ inline To bit_copy(const From& from) {
   return to;
 }
 
-// exp(x) for x of at most 44, as what exponentials are taken of is a logit beside the maximum or lse of its row: at most
-// 0, but for rounding. Cody-Waite reduction, x = n ln2 + r, |r| <= ln2/2, and a polynomial of degree 6, the minimax one,
-// for exp(r). 2^(n + 64) is a float for any such x, which the product meets without an error, and 2^-64 rounds once
-// where the result is denormal. docs/numerics.md has the largest errors.
+// Whether a * b + c is rounded once, which decides how the last terms of a polynomial are best added.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
+// exp(x) for x of at most 44, as what exponentials are taken of is a logit beside the maximum or lse of its row: at
+// most 0, but for rounding. Cody-Waite reduction, x = n ln2 + r, |r| <= ln2/2, and a polynomial of degree 6, the
+// minimax one, for exp(r). 2^(n + 64) is a float for any such x, which the product meets without an error, and 2^-64
+// rounds once where the result is denormal. docs/numerics.md has the largest errors.
 inline float exp_(float x) {
-  x = x < -131.0f ? -131.0f : x;  // written so that NaN falls through
+  x = x < -131.0f ? -131.0f : x;                                 // written so that NaN falls through
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const float n = shifted - 12582912.0f;
   float r = x - n * 0.693145751953125f;
@@ -72,8 +79,7 @@ inline float exp_(float x) {
   poly = poly * r + 4.166838899254799e-2f;
   poly = poly * r + 1.666652113199234e-1f;
   poly = poly * r + 4.999999403953552e-1f;
-  poly = poly * r + 1.0f;
-  poly = poly * r + 1.0f;
+  poly = kFusedMultiplyAdd ? (poly * r + 1.0f) * r + 1.0f : poly * r * r + r + 1.0f;
   return poly * bit_copy<float>((bit_copy<uint32_t>(shifted) << 23) + 0x5f800000u) * 0x1p-64f;  // n is in the low bits
 }
 inline double exp_(double x) { return std::exp(x); }

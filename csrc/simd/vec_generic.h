@@ -116,8 +116,7 @@ inline FUSED_OPS_INLINE float_vec exp_in_range(float_vec x) {
   poly = poly * r + 4.166838899254799e-2f;
   poly = poly * r + 1.666652113199234e-1f;
   poly = poly * r + 4.999999403953552e-1f;
-  poly = poly * r + 1.0f;
-  poly = poly * r + 1.0f;
+  poly = kFusedMultiplyAdd ? (poly * r + 1.0f) * r + 1.0f : poly * r * r + r + 1.0f;
   return poly * bit_copy<float_vec>((bit_copy<bits_vec>(shifted) << 23) + 0x5f800000u);
 }
 // exp(x) over kExpUnit for x of at most 44: of a sum of them, the unit is multiplied by once. -inf gives less than the

@@ -193,6 +193,25 @@ __attribute__((noinline)) void plain_gradients(const T* x, int64_t stride, T* gr
   });
 }
 
+// plain_gradients by non-temporal stores: some rows' gradients are made in a buffer, from which each class' lines are
+// copied. Of (4, 21, 256, 256) float32 that takes 0.81 of the time on one core of Zen 4, with AVX2 as with AVX-512, and
+// of bfloat16 0.91 and 0.97. Of adjacent classes it took 0.95 to 1.2 of the time, so that those have ordinary stores.
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;        // A gradient of at least this size is streamed.
+constexpr int64_t kStreamedValues = 1 << 12;                // Values of the buffer, whose 16 KiB stay in L1.
+constexpr int64_t kStreamedClasses = kStreamedValues / 32;  // With more there is no line of bfloat16 of each class.
+template <class T>
+__attribute__((noinline)) void stream_plain_gradients(const T* x, int64_t stride, T* grad, int64_t grad_stride,
+                                                      int64_t classes, int64_t rows, const int64_t* target,
+                                                      const double* lse, const double* scale) {
+  alignas(kLineBytes) T made[kStreamedValues];
+  const int64_t step = std::min<int64_t>(64, kStreamedValues / classes / 32 * 32);
+  for (int64_t r = 0, n = 0; r < rows; r += n) {
+    n = std::min(step, rows - r);
+    plain_gradients(x + r, stride, made, step, classes, n, target + r, lse + r, scale + r);
+    for (int64_t c = 0; c < classes; ++c) stream_values(made + c * step, grad + c * grad_stride + r, n);
+  }
+}
+
 // ---- the options
 
 static_assert(kWidth <= kGroup);

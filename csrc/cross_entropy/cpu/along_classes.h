@@ -47,8 +47,9 @@ inline void fetch(const T* next, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(next + i);
 }
 
-// Without the class `except`, which is outside [0, n) for none: it is looked for only in the registers where it is, which
-// of (64, 1000) float32 saves an eighth of the forward's AVX2 instructions. Fetches as many values from `next` meanwhile.
+// Without the class `except`, which is outside [0, n) for none: it is looked for only in the registers where it is,
+// which of (64, 1000) float32 saves an eighth of the forward's AVX2 instructions. Fetches as many values from `next`
+// meanwhile.
 template <class T>
 void add_exp(const T* x, int64_t n, float shift, int64_t except, const T* next, double* sum) {
   constexpr int64_t kStep = 4 * kWidth;
