@@ -81,6 +81,8 @@ inline void store_pair(T* p, const VecPair& v) {
   }
 }
 
+inline void store_pair(double* p, const DoublePair& v) { store_vec(p, v.low), store_vec(p + kWidth / 2, v.high); }
+
 // The first n < kWidth values of v.
 template <class T>
 inline void store_tail(T* p, int64_t n, float_vec v) {

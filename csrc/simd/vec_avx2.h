@@ -79,6 +79,37 @@ inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
             bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x31)));
 }
 
+// Of four registers that hold rows l and l + 4, or of four classes, the columns of each half.
+inline FUSED_OPS_INLINE void transpose_halves(const __m256* from, __m256* to) {
+  const auto pairs = [](__m256 a, __m256 b, __m256* low, __m256* high) FUSED_OPS_INLINE {
+    *low = _mm256_unpacklo_ps(a, b), *high = _mm256_unpackhi_ps(a, b);
+  };
+  const auto fours = [](__m256 a, __m256 b, __m256* low, __m256* high) FUSED_OPS_INLINE {
+    const __m256d u = _mm256_castps_pd(a), v = _mm256_castps_pd(b);
+    *low = _mm256_castpd_ps(_mm256_unpacklo_pd(u, v)), *high = _mm256_castpd_ps(_mm256_unpackhi_pd(u, v));
+  };
+  __m256 low[2], high[2];
+  pairs(from[0], from[1], &low[0], &high[0]), pairs(from[2], from[3], &low[1], &high[1]);
+  fours(low[0], low[1], &to[0], &to[1]), fours(high[0], high[1], &to[2], &to[3]);
+}
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
+  __m256 from[4], to[4];
+  for (int l = 0; l < 4; ++l)
+    from[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + l * stride)),
+                                   _mm_loadu_ps(rows + (l + 4) * stride), 1);
+  transpose_halves(from, to);
+  for (int k = 0; k < 4; ++k) classes[k] = bit_copy<float_vec>(to[k]);
+}
+inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {
+  __m256 from[4], to[4];
+  for (int k = 0; k < 4; ++k) from[k] = bit_copy<__m256>(classes[k]);
+  transpose_halves(from, to);
+  for (int l = 0; l < 4; ++l) {
+    _mm_storeu_ps(rows + l * stride, _mm256_castps256_ps128(to[l]));
+    _mm_storeu_ps(rows + (l + 4) * stride, _mm256_extractf128_ps(to[l], 1));
+  }
+}
+
 inline DoublePair widen(float_vec v) {
   const __m256 f = bit_copy<__m256>(v);
   return {bit_copy<double_vec>(_mm256_cvtps_pd(_mm256_castps256_ps128(f))),

@@ -168,6 +168,18 @@ inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
             op(float_vec{a[1], b[1], c[1], d[1]}, float_vec{a[3], b[3], c[3], d[3]}));
 }
 
+// Four classes of kWidth rows that lie `stride` apart, as a register of each class; and back.
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
+  const float_vec a = load_bits<float_vec>(rows), b = load_bits<float_vec>(rows + stride), c = load_bits<float_vec>(rows + 2 * stride),
+                  d = load_bits<float_vec>(rows + 3 * stride);
+  for (int k = 0; k < 4; ++k) classes[k] = float_vec{a[k], b[k], c[k], d[k]};
+}
+inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {
+  for (int l = 0; l < 4; ++l)
+    fused_ops::FUSED_OPS_ISA::store_vec(rows + l * stride,
+                                        float_vec{classes[0][l], classes[1][l], classes[2][l], classes[3][l]});
+}
+
 inline DoublePair widen(float_vec v) { return {double_vec{v[0], v[1]}, double_vec{v[2], v[3]}}; }
 // widen() of what lies at p.
 inline DoublePair widen_at(const float* p) { return widen(load_bits<float_vec>(p)); }

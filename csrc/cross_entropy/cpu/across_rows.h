@@ -33,7 +33,7 @@ void each_step(int64_t rows, const F& f) {
 // The maxima of a register of rows, and their sums of exp(x - max) but for one class each.
 struct RegisterSums {
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
-  float_vec max = splat(kNone);
+  float_vec max = splat(kNone), excepted{};
   DoublePair others{};
 
   // Raises the maxima to `next`, which is no less; the sums' factor.
@@ -45,14 +45,18 @@ struct RegisterSums {
     return factor;
   }
 
-  // `except` is the class to leave out, counted from the first of these, or none of them.
+  // `except` is the class to leave out, counted from the first of these, or none of them; kFind: finds its logit.
+  template <bool kFind = false>
   void add(const float* u, int64_t classes, int_vec except) {
     const float_vec shift = max == kNone ? float_vec{} : max;
+    int_vec at{};
     for (int64_t begin = 0; begin < classes; begin += kClassesPerFold) {
       float_vec sum{};
-      for (int64_t c = begin; c < std::min(begin + kClassesPerFold, classes); ++c) {
-        const float_vec e = exp_scaled(load_vec(u + c * kWidth) - shift);
-        sum += except == static_cast<int32_t>(c) ? float_vec{} : e;
+      const int64_t end = std::min(begin + kClassesPerFold, classes);
+      for (int64_t c = begin; c < end; ++c, at += 1) {
+        const float_vec v = load_vec(u + c * kWidth), e = exp_scaled(v - shift);
+        sum += except == at ? float_vec{} : e;
+        if constexpr (kFind) excepted = except == at ? v : excepted;
       }
       const DoublePair wide = widen(sum * kExpUnit);
       others.low += wide.low, others.high += wide.high;

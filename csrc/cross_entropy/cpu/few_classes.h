@@ -10,7 +10,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cross_entropy/cpu/along_classes.h"
+#include "cross_entropy/cpu/across_rows.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
@@ -78,12 +78,8 @@ class PackedRows {
 
  private:
   // AVX-512 loads no byte that its masks leave out; the others would read behind the last row.
-  static bool is_direct([[maybe_unused]] bool packed, [[maybe_unused]] int64_t count) {
-#if defined(__AVX512F__)
-    return std::is_same_v<T, float> && packed && count % kWidth == 0;
-#else
-    return false;
-#endif
+  bool is_direct(bool packed, int64_t count) const {
+    return std::is_same_v<T, float> && packed && count % kWidth == 0 && (kMasks || classes_ >= 4);
   }
 
   static void copy(const T* from, int64_t n, float* to) {
@@ -96,6 +92,44 @@ class PackedRows {
   alignas(64) int32_t row_of_[kFewClasses * kWidth];
   alignas(64) float values_[kPackedFloats + kWidth];
 };
+
+#if !defined(__AVX512F__)
+constexpr int64_t kMostTransposedSums = 64, kMostTransposedGradients = 64;
+
+// kWidth packed rows of at least 4 classes, a register for each class: f(c, registers) four at a time. The last four
+// may repeat some, so that nothing behind the rows is read.
+template <class F>
+inline FUSED_OPS_INLINE void each_four_classes(int64_t classes, const F& f) {
+  for (int64_t c = 0; c < classes; c += 4) f(std::min(c, classes - 4));
+}
+
+// few_classes_sums with a row in each lane.
+template <class T>
+__attribute__((noinline)) void transposed_sums(PackedRows<T>& rows, const RowsAt<const T>& x, int64_t n,
+                                               const int64_t* target, RowSums& out) {
+  const int64_t classes = x.layout.classes;
+  alignas(64) float u[kFewClasses * kWidth];
+  for (int64_t begin = 0, m = 0; begin < n; begin += m) {
+    m = std::min(rows.rows_of_step(), n - begin);
+    const float* from = rows.load(x, begin, m);
+    const T* next = x.at(begin) + m * classes;
+    for (int64_t r = 0; r < m; r += kWidth) {
+      const int64_t at = begin + r, count = std::min(kWidth, m - r);
+      RegisterSums sums;
+      each_four_classes(classes, [&](int64_t c) FUSED_OPS_INLINE {
+        float_vec v[4];
+        prefetch(next + r * classes + c * kWidth), prefetch(next + r * classes + (c + 2) * kWidth);
+        load_transposed(from + r * classes + c, classes, v);
+        for (int64_t k = 0; k < 4; ++k) sums.max = max_vec(v[k], sums.max), store_vec(u + (c + k) * kWidth, v[k]);
+      });
+      sums.add<true>(u, classes, load_targets(target + at, count));
+      const DoublePair max = widen(sums.max), excepted = widen(sums.excepted);
+      store_pair(out.max + at, max), store_pair(out.others + at, sums.others);
+      store_pair(out.below + at, {excepted.low - max.low, excepted.high - max.high});
+    }
+  }
+}
+#endif
 
 // Types, so that they are inlined.
 struct Add {
@@ -124,6 +158,9 @@ void sums_of_others(const PackedRows<T>& rows, const float* e, int64_t classes, 
 template <class T>
 void few_classes_sums(PackedRows<T>& rows, const RowsAt<const T>& x, int64_t n, const int64_t* target, RowSums& out) {
   const int64_t classes = x.layout.classes;
+#if !defined(__AVX512F__)
+  if (classes >= 4 && classes <= kMostTransposedSums) return transposed_sums(rows, x, n, target, out);
+#endif
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   alignas(64) float e[kPackedFloats + kWidth], max[kRowTile], sums[kRowTile];
   for (int64_t begin = 0, m = 0; begin < n; begin += m) {
