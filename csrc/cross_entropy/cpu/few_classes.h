@@ -217,11 +217,89 @@ struct PackedLse {
   }
 };
 
+#if !defined(__AVX512F__)
+// few_classes_gradient with a row in each lane.
+template <class T>
+__attribute__((noinline)) void transposed_gradients(PackedRows<T>& rows, const RowsAt<const T>& x,
+                                                    const RowsAt<T>& grad, int64_t n, const int64_t* target_,
+                                                    const double* lse, const double* scale_) {
+  const int64_t classes = x.layout.classes;
+  alignas(64) float made[kPackedFloats + kWidth], t[kFewClasses * kWidth], at_target[kRowTile];
+  alignas(64) double others[kRowTile] = {};
+  for (int64_t begin = 0, m = 0; begin < n; begin += m) {
+    m = std::min(rows.rows_of_step(), n - begin);
+    const int64_t* target = target_ + begin;
+    const double* scale = scale_ + begin;
+    const float* u = rows.load(x, begin, m);
+    const PackedLse row(u, classes, m, target, lse + begin, scale);
+    const T* next = x.at(begin) + m * classes;
+    float* out = made;
+    if constexpr (std::is_same_v<T, float>)
+      if (grad.packed && m % kWidth == 0) out = grad.at(begin);
+    for (int64_t r = 0; r < m; r += kWidth) {
+      const float_vec high = load_vec(row.high + r), low = load_vec(row.low + r), factor = load_vec(row.factor + r);
+      each_four_classes(classes, [&](int64_t c) FUSED_OPS_INLINE {
+        float_vec v[4];
+        prefetch(next + r * classes + c * kWidth), prefetch(next + r * classes + (c + 2) * kWidth);
+        load_transposed(u + r * classes + c, classes, v);
+        for (int64_t k = 0; k < 4; ++k) store_vec(t + (c + k) * kWidth, v[k]);
+      });
+      const auto probability = [&](int64_t c) FUSED_OPS_INLINE {
+        const float_vec p = exp_vec((load_vec(t + c * kWidth) - high) - low);
+        store_vec(t + c * kWidth, p * factor);
+        return p;
+      };
+      if (row.confident) {
+        const int_vec wanted = load_targets(target + r, std::min(kWidth, m - r));
+        int_vec at{};
+        DoublePair sums{};
+        for (int64_t first = 0; first < classes; first += kClassesPerFold) {
+          float_vec sum{};
+          const int64_t end = std::min(first + kClassesPerFold, classes);
+          for (int64_t c = first; c < end; ++c, at += 1) {
+            const float_vec p = probability(c);
+            sum += wanted == at ? float_vec{} : p;
+          }
+          add_to(sums, sum);
+        }
+        store_pair(others + r, sums);
+      } else {
+        for (int64_t c = 0; c < classes; ++c) probability(c);
+      }
+      each_four_classes(classes, [&](int64_t c) FUSED_OPS_INLINE {
+        float_vec v[4];
+        for (int64_t k = 0; k < 4; ++k) v[k] = load_vec(t + (c + k) * kWidth);
+        store_transposed(out + r * classes + c, classes, v);
+      });
+    }
+    if (out == made && grad.packed)
+      store_values(made, m * classes, grad.at(begin));
+    else if (out == made)
+      for (int64_t r = 0; r < m; ++r) store_values(made + r * classes, classes, grad.at(begin + r));
+#pragma omp simd
+    for (int64_t r = 0; r < m; ++r)
+      at_target[r] =
+          static_cast<float>(target_residual(static_cast<double>(row.p_target[r]), others[r]) * scale[r]);
+    for (int64_t r = 0; r < m; ++r) {
+      T* to = grad.at(begin + r);
+      if (target[r] == kIgnored)
+        std::fill(to, to + classes, T{});
+      else
+        store(to + target[r], at_target[r]);
+    }
+  }
+}
+#endif
+
 // In place where grad is x.
 template <class T>
 void few_classes_gradient(PackedRows<T>& rows, const RowsAt<const T>& x, const RowsAt<T>& grad, int64_t n,
                           const int64_t* target_, const double* lse, const double* scale_) {
   const int64_t classes = x.layout.classes;
+#if !defined(__AVX512F__)
+  if (classes >= 4 && classes <= kMostTransposedGradients)
+    return transposed_gradients(rows, x, grad, n, target_, lse, scale_);
+#endif
   alignas(64) float e[kPackedFloats + kWidth], out[kPackedFloats + kWidth];
   for (int64_t begin = 0, m = 0; begin < n; begin += m) {
     m = std::min(rows.rows_of_step(), n - begin);
