@@ -81,9 +81,8 @@ inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
 
 // Of four registers that hold rows l and l + 4, or of four classes, the columns of each half.
 inline FUSED_OPS_INLINE void transpose_halves(const __m256* from, __m256* to) {
-  const auto pairs = [](__m256 a, __m256 b, __m256* low, __m256* high) FUSED_OPS_INLINE {
-    *low = _mm256_unpacklo_ps(a, b), *high = _mm256_unpackhi_ps(a, b);
-  };
+  const auto pairs = [](__m256 a, __m256 b, __m256* low, __m256* high)
+                         FUSED_OPS_INLINE { *low = _mm256_unpacklo_ps(a, b), *high = _mm256_unpackhi_ps(a, b); };
   const auto fours = [](__m256 a, __m256 b, __m256* low, __m256* high) FUSED_OPS_INLINE {
     const __m256d u = _mm256_castps_pd(a), v = _mm256_castps_pd(b);
     *low = _mm256_castpd_ps(_mm256_unpacklo_pd(u, v)), *high = _mm256_castpd_ps(_mm256_unpackhi_pd(u, v));

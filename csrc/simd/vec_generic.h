@@ -170,8 +170,8 @@ inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
 
 // Four classes of kWidth rows that lie `stride` apart, as a register of each class; and back.
 inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
-  const float_vec a = load_bits<float_vec>(rows), b = load_bits<float_vec>(rows + stride), c = load_bits<float_vec>(rows + 2 * stride),
-                  d = load_bits<float_vec>(rows + 3 * stride);
+  const float_vec a = load_bits<float_vec>(rows), b = load_bits<float_vec>(rows + stride),
+                  c = load_bits<float_vec>(rows + 2 * stride), d = load_bits<float_vec>(rows + 3 * stride);
   for (int k = 0; k < 4; ++k) classes[k] = float_vec{a[k], b[k], c[k], d[k]};
 }
 inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {

@@ -72,6 +72,12 @@ float_vec load_width(const T* p, int64_t width, float fill) {
 
 // Targets of n rows as a register; kIgnored behind them.
 inline int_vec load_targets(const int64_t* target, int64_t n) {
+  if (n == kWidth) {  // not by way of memory, for which the register would wait
+    typedef int64_t Wide __attribute__((vector_size(8 * kWidth)));
+    Wide wide;
+    std::memcpy(&wide, target, sizeof(wide));
+    return __builtin_convertvector(wide, int_vec);
+  }
   int32_t wanted[kWidth];
   for (int64_t l = 0; l < kWidth; ++l)
     wanted[l] = l < n ? static_cast<int32_t>(target[l]) : static_cast<int32_t>(kIgnored);
