@@ -13,7 +13,6 @@ using generic::kExpUnit;
 using generic::kMasks;
 using generic::line_bits;
 using generic::load_tail;
-using generic::load_where;
 using generic::reduce_add;
 using generic::reduce_max;
 using generic::replace_part;
@@ -62,50 +61,17 @@ inline float_vec permute(float_vec v, int_vec index) {
   return bit_copy<float_vec>(_mm256_permutevar8x32_ps(bit_copy<__m256>(v), bit_copy<__m256i>(index)));
 }
 
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
-  const auto four = [&](int64_t l) FUSED_OPS_INLINE {
-    const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
-    const auto halves = [&](float_vec x, float_vec y) {
-      const __m256 u = bit_copy<__m256>(x), v = bit_copy<__m256>(y);
-      return op(bit_copy<float_vec>(_mm256_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm256_unpackhi_ps(u, v)));
-    };
-    const __m256d ab = bit_copy<__m256d>(halves(a, b)), cd = bit_copy<__m256d>(halves(c, d));
-    return op(bit_copy<float_vec>(_mm256_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm256_unpackhi_pd(ab, cd)));
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
+  const auto two = [&](int64_t l) FUSED_OPS_INLINE {  // rows l and l + 4, one in each half
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + l * stride)),
+                                _mm_loadu_ps(rows + (l + 4) * stride), 1);
   };
-  const __m256 u = bit_copy<__m256>(four(0)), v = bit_copy<__m256>(four(4));
-  return op(bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x20)),
-            bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x31)));
-}
-
-// Of four registers that hold rows l and l + 4, or of four classes, the columns of each half.
-inline FUSED_OPS_INLINE void transpose_halves(const __m256* from, __m256* to) {
-  const auto pairs = [](__m256 a, __m256 b, __m256* low, __m256* high)
-                         FUSED_OPS_INLINE { *low = _mm256_unpacklo_ps(a, b), *high = _mm256_unpackhi_ps(a, b); };
-  const auto fours = [](__m256 a, __m256 b, __m256* low, __m256* high) FUSED_OPS_INLINE {
-    const __m256d u = _mm256_castps_pd(a), v = _mm256_castps_pd(b);
-    *low = _mm256_castpd_ps(_mm256_unpacklo_pd(u, v)), *high = _mm256_castpd_ps(_mm256_unpackhi_pd(u, v));
-  };
-  __m256 low[2], high[2];
-  pairs(from[0], from[1], &low[0], &high[0]), pairs(from[2], from[3], &low[1], &high[1]);
-  fours(low[0], low[1], &to[0], &to[1]), fours(high[0], high[1], &to[2], &to[3]);
-}
-inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
-  __m256 from[4], to[4];
-  for (int l = 0; l < 4; ++l)
-    from[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + l * stride)),
-                                   _mm_loadu_ps(rows + (l + 4) * stride), 1);
-  transpose_halves(from, to);
-  for (int k = 0; k < 4; ++k) classes[k] = bit_copy<float_vec>(to[k]);
-}
-inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {
-  __m256 from[4], to[4];
-  for (int k = 0; k < 4; ++k) from[k] = bit_copy<__m256>(classes[k]);
-  transpose_halves(from, to);
-  for (int l = 0; l < 4; ++l) {
-    _mm_storeu_ps(rows + l * stride, _mm256_castps256_ps128(to[l]));
-    _mm_storeu_ps(rows + (l + 4) * stride, _mm256_extractf128_ps(to[l], 1));
+  const __m256 a = two(0), b = two(1), c = two(2), d = two(3);
+  const __m256d ab[] = {_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(a, b))};
+  const __m256d cd[] = {_mm256_castps_pd(_mm256_unpacklo_ps(c, d)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d))};
+  for (int k = 0; k < 2; ++k) {
+    columns[2 * k] = bit_copy<float_vec>(_mm256_unpacklo_pd(ab[k], cd[k]));
+    columns[2 * k + 1] = bit_copy<float_vec>(_mm256_unpackhi_pd(ab[k], cd[k]));
   }
 }
 

@@ -108,61 +108,19 @@ inline float_vec permute(float_vec v, int_vec index) {
   return bit_copy<float_vec>(_mm512_permutexvar_ps(bit_copy<__m512i>(index), bit_copy<__m512>(v)));
 }
 
-inline float_vec load_where(const float* p, uint64_t bits, float fill) {
-  return bit_copy<float_vec>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(bits), p));
-}
-
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
-  const auto four = [&](int64_t l) FUSED_OPS_INLINE {
-    const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
-    const auto halves = [&](float_vec x, float_vec y) {
-      const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
-      return op(bit_copy<float_vec>(_mm512_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm512_unpackhi_ps(u, v)));
-    };
-    const __m512d ab = bit_copy<__m512d>(halves(a, b)), cd = bit_copy<__m512d>(halves(c, d));
-    return op(bit_copy<float_vec>(_mm512_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm512_unpackhi_pd(ab, cd)));
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
+  const auto four = [&](int64_t l) FUSED_OPS_INLINE {  // rows l, l + 4, l + 8 and l + 12, one in each quarter
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(rows + l * stride));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 4) * stride), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 8) * stride), 2);
+    return _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 12) * stride), 3);
   };
-  const auto fours = [&](float_vec x, float_vec y) {
-    const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
-    return op(bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0x88)),
-              bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0xdd)));
-  };
-  const float_vec low = fours(four(0), four(4));
-  return fours(low, fours(four(8), four(12)));
-}
-
-// Of four registers that hold rows l, l + 4, l + 8 and l + 12, or of four classes, the columns of each quarter.
-inline FUSED_OPS_INLINE void transpose_quarters(const __m512* from, __m512* to) {
-  const auto fours = [](__m512 a, __m512 b, __m512* low, __m512* high) FUSED_OPS_INLINE {
-    const __m512d u = _mm512_castps_pd(a), v = _mm512_castps_pd(b);
-    *low = _mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), *high = _mm512_castpd_ps(_mm512_unpackhi_pd(u, v));
-  };
-  const __m512 low[] = {_mm512_unpacklo_ps(from[0], from[1]), _mm512_unpacklo_ps(from[2], from[3])};
-  const __m512 high[] = {_mm512_unpackhi_ps(from[0], from[1]), _mm512_unpackhi_ps(from[2], from[3])};
-  fours(low[0], low[1], &to[0], &to[1]), fours(high[0], high[1], &to[2], &to[3]);
-}
-inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
-  __m512 from[4], to[4];
-  for (int l = 0; l < 4; ++l) {
-    from[l] = _mm512_castps128_ps512(_mm_loadu_ps(rows + l * stride));
-    from[l] = _mm512_insertf32x4(from[l], _mm_loadu_ps(rows + (l + 4) * stride), 1);
-    from[l] = _mm512_insertf32x4(from[l], _mm_loadu_ps(rows + (l + 8) * stride), 2);
-    from[l] = _mm512_insertf32x4(from[l], _mm_loadu_ps(rows + (l + 12) * stride), 3);
-  }
-  transpose_quarters(from, to);
-  for (int k = 0; k < 4; ++k) classes[k] = bit_copy<float_vec>(to[k]);
-}
-inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {
-  __m512 from[4], to[4];
-  for (int k = 0; k < 4; ++k) from[k] = bit_copy<__m512>(classes[k]);
-  transpose_quarters(from, to);
-  for (int l = 0; l < 4; ++l) {
-    _mm_storeu_ps(rows + l * stride, _mm512_castps512_ps128(to[l]));
-    _mm_storeu_ps(rows + (l + 4) * stride, _mm512_extractf32x4_ps(to[l], 1));
-    _mm_storeu_ps(rows + (l + 8) * stride, _mm512_extractf32x4_ps(to[l], 2));
-    _mm_storeu_ps(rows + (l + 12) * stride, _mm512_extractf32x4_ps(to[l], 3));
+  const __m512 a = four(0), b = four(1), c = four(2), d = four(3);
+  const __m512d ab[] = {_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b))};
+  const __m512d cd[] = {_mm512_castps_pd(_mm512_unpacklo_ps(c, d)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))};
+  for (int k = 0; k < 2; ++k) {
+    columns[2 * k] = bit_copy<float_vec>(_mm512_unpacklo_pd(ab[k], cd[k]));
+    columns[2 * k + 1] = bit_copy<float_vec>(_mm512_unpackhi_pd(ab[k], cd[k]));
   }
 }
 

@@ -154,30 +154,12 @@ inline float_vec permute(float_vec v, int_vec index) {
   return float_vec{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
 }
 
-// The lanes of p whose bit is set, and `fill` in the others.
-inline float_vec load_where(const float* p, uint64_t bits, float fill) {
-  const int_vec set = ((int_vec{} + static_cast<int32_t>(bits & 0xff)) >> iota()) & 1;
-  return set != 0 ? load_bits<float_vec>(p) : splat(fill);
-}
-
-// kWidth registers become one: lane l is `op` over all lanes of rows(l), in one order for every l.
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  const float_vec a = rows(0), b = rows(1), c = rows(2), d = rows(3);
-  return op(op(float_vec{a[0], b[0], c[0], d[0]}, float_vec{a[2], b[2], c[2], d[2]}),
-            op(float_vec{a[1], b[1], c[1], d[1]}, float_vec{a[3], b[3], c[3], d[3]}));
-}
-
-// Four classes of kWidth rows that lie `stride` apart, as a register of each class; and back.
-inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* classes) {
+// Four values of each of kWidth rows that lie `stride` apart, the first of them in one register, the second in the
+// next.
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
   const float_vec a = load_bits<float_vec>(rows), b = load_bits<float_vec>(rows + stride),
                   c = load_bits<float_vec>(rows + 2 * stride), d = load_bits<float_vec>(rows + 3 * stride);
-  for (int k = 0; k < 4; ++k) classes[k] = float_vec{a[k], b[k], c[k], d[k]};
-}
-inline FUSED_OPS_INLINE void store_transposed(float* rows, int64_t stride, const float_vec* classes) {
-  for (int l = 0; l < 4; ++l)
-    fused_ops::FUSED_OPS_ISA::store_vec(rows + l * stride,
-                                        float_vec{classes[0][l], classes[1][l], classes[2][l], classes[3][l]});
+  for (int k = 0; k < 4; ++k) columns[k] = float_vec{a[k], b[k], c[k], d[k]};
 }
 
 inline DoublePair widen(float_vec v) { return {double_vec{v[0], v[1]}, double_vec{v[2], v[3]}}; }
