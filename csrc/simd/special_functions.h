@@ -104,9 +104,9 @@ inline float gauss(float x) {
 }
 inline double gauss(double x) { return std::exp(-0.5 * x * x); }
 
-// The normal distribution's integral up to x, to 1.6 ulp of the floats below 1; `density` is gauss(x). The part beyond |x| is
-// density times erfcx(|x| / sqrt 2) / 2, a polynomial fitted on [0, 5.5] with the density as its weight (the density is
-// 0 soon behind).
+// The normal distribution's integral up to x, to 1.6 ulp of the floats below 1; `density` is gauss(x). The part beyond
+// |x| is density times erfcx(|x| / sqrt 2) / 2, a polynomial fitted on [0, 5.5] with the density as its weight (the
+// density is 0 soon behind).
 inline float normal_below(float x, float density) {
   const float a = std::fabs(x), t = a > 5.5f ? 5.5f : a;
   float beyond = 5.538782e-08f;
