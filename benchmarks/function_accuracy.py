@@ -1,14 +1,14 @@
 """``python -m benchmarks.function_accuracy``: the largest error of each function of csrc/simd, in docs/reliability.md.
 
-Every float32 of a function's range is tried, under every instruction set that this processor has: a quarter of an hour of
-one core. Below SMALL, where the results are x, 1 or a half to all but a few of their digits, every TINY_STEP-th is.
+Every float32 of a function's range is tried, under every instruction set that this processor has: a quarter of an
+hour of one core. Below SMALL, where the results are x, 1 or a half to all but a few of their digits, every
+TINY_STEP-th is.
 """
 
 from __future__ import annotations
 
 import ast
 import ctypes
-import math
 import os
 import re
 import shlex
