@@ -15,7 +15,10 @@ def test_kernels_of_the_contract_headers_are_found():
     assert {"cross_entropy_forward", "cross_entropy_backward"} <= set(instructions.kernels())
 
 
-@pytest.fixture(scope="module", params=["AVX2", pytest.param("DEFAULT", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[i if i == "AVX2" else pytest.param(i, marks=pytest.mark.slow) for i in instructions.ISAS],
+)
 def counted(request):
     reason = instructions.unavailable()
     if reason:
