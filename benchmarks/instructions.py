@@ -2,7 +2,7 @@
 
 ``python -m benchmarks instructions`` counts them under valgrind and writes instructions.json; a test counts them again
 and fails where one grew by more than ALLOWANCE. Only what runs inside a kernel counts, with one thread and
-the AVX2 kernels (valgrind knows no AVX-512).
+the kernels of each of ISAS (valgrind knows no AVX-512).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .machine import ROOT, isa
 COUNTS = Path(__file__).with_name("instructions.json")
 LIBRARY = ROOT / "fused_ops" / "_C.so"
 ALLOWANCE = 0.05
+ISAS = ("AVX2",)
 _HEADER = Path("/usr/include/valgrind/callgrind.h")
 _START = "#include <valgrind/callgrind.h>\nvoid start(void) { CALLGRIND_START_INSTRUMENTATION; }\n"
 
@@ -53,7 +54,7 @@ def unavailable() -> str:
     if not LIBRARY.exists():
         return "the native library was not built"
     if isa() not in ("AVX2", "AVX512"):
-        return f"the counts are of the AVX2 kernels, and this processor runs {isa()}"
+        return f"the counts are of x86 kernels up to AVX2, and this processor runs {isa()}"
     return ""
 
 
@@ -67,18 +68,23 @@ def kernels() -> list[str]:
     return [name for name in declared if not name.startswith("batch_norm_small_")]
 
 
-def count() -> dict[str, int]:
-    """Case and direction -> instructions, counted anew (well under a minute)."""
+def count(kernels_isa: str) -> dict[str, int]:
+    """Case and direction -> instructions of one instruction set's kernels, counted anew (a minute or two)."""
     with tempfile.TemporaryDirectory() as scratch:
         starter = _build_starter(Path(scratch))
         command = [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={scratch}/out", "--collect-atstart=no"),
-            *(f"--toggle-collect=fused_ops::AVX2::{name}(*" for name in kernels()),
+            *(f"--toggle-collect=fused_ops::{kernels_isa}::{name}(*" for name in kernels()),
             *("--dump-before=getppid", f"--instr-atstart={'no' if starter else 'yes'}"),
             *(sys.executable, "-m", "benchmarks.instructions", starter),
         ]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        fixed = {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+        fixed = {
+            "ATEN_CPU_CAPABILITY": kernels_isa.lower(),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+            "PYTHONHASHSEED": "0",
+        }
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **fixed}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"counting failed: {done.stderr.strip()[-2000:]}")
@@ -135,7 +141,7 @@ def _run_cases(starter: str) -> Iterator[str]:
 
 
 def load() -> dict[str, Any]:
-    """What the repository holds: the compiler and the counts."""
+    """What the repository holds: the compiler, and the counts of each instruction set."""
     found: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
     return found
 
@@ -146,14 +152,16 @@ def update(console: Console) -> int:
     if reason:
         console.print(f"[red]cannot count: {reason}")
         return 1
-    before = load()["instructions"] if COUNTS.exists() else {}
-    after = count()
-    for name, n in after.items():
-        change = f"{n / before[name] - 1:+.1%}" if before.get(name) else "" if name in before else "new"
-        console.print(f"{name:<60} {n:>12,} {change}")
-    for name in before.keys() - after.keys():
-        console.print(f"{name:<60} gone")
-    text = json.dumps({"compiler": compiler(), "isa": "AVX2", "instructions": after}, indent=1)
+    held = load()["instructions"] if COUNTS.exists() else {}
+    counted = {name: count(name) for name in ISAS}
+    for kernels_isa, after in counted.items():
+        before = held.get(kernels_isa, {})
+        for name, n in after.items():
+            change = f"{n / before[name] - 1:+.1%}" if before.get(name) else "" if name in before else "new"
+            console.print(f"{kernels_isa:<8} {name:<60} {n:>12,} {change}")
+        for name in before.keys() - after.keys():
+            console.print(f"{kernels_isa:<8} {name:<60} gone")
+    text = json.dumps({"compiler": compiler(), "instructions": counted}, indent=1)
     COUNTS.write_text(text + "\n", encoding="utf-8")
     return 0
 

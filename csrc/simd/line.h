@@ -227,5 +227,23 @@ inline int64_t values_before_line(const T* to, int64_t n) {
   return over == 0 ? 0 : std::min(n, (kLineBytes - over) / static_cast<int64_t>(sizeof(T)));
 }
 
+// Whether there are non-temporal stores: NEON's are a hint, for pairs of registers.
+#if defined(__SSE2__)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+// n values from a buffer to memory, whole lines by non-temporal stores.
+template <class T>
+void stream_values(const T* from, T* to, int64_t n) {
+  constexpr int64_t kLane = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kSize = kLineBytes / static_cast<int64_t>(sizeof(T));
+  int64_t i = values_before_line(to, n);
+  std::memcpy(to, from, static_cast<size_t>(i) * sizeof(T));
+  for (; i + kSize <= n; i += kSize)
+    for (int64_t k = 0; k < kSize; k += kLane) put<true>(to + i + k, load_bits<bits_vec>(from + i + k));
+  std::memcpy(to + i, from + i, static_cast<size_t>(n - i) * sizeof(T));
+}
+
 }  // namespace FUSED_OPS_ISA
 }  // namespace fused_ops

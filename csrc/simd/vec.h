@@ -24,7 +24,7 @@ namespace FUSED_OPS_ISA {
 using namespace generic;
 #endif
 
-// log(1 + x) for finite x >= 0 (or NaN) to about 1 ulp: 1 + x = m 2^e, m in [sqrt(1/2), sqrt(2)), and the series of
+// log(1 + x) for finite x >= 0 (or NaN) to 2.5 ulp: 1 + x = m 2^e, m in [sqrt(1/2), sqrt(2)), and the series of
 // log m = 2 atanh((m - 1) / (m + 1)) to its 23rd power; what 1 + x rounds away is added back to first order.
 inline double log1p_(double x) {
   const double u = 1.0 + x;
@@ -80,6 +80,8 @@ inline void store_pair(T* p, const VecPair& v) {
     store_vec(p, v.first), store_vec(p + kWidth, v.second);
   }
 }
+
+inline void store_pair(double* p, const DoublePair& v) { store_vec(p, v.low), store_vec(p + kWidth / 2, v.high); }
 
 // The first n < kWidth values of v.
 template <class T>

@@ -8,10 +8,11 @@ namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
 using generic::finish_streaming;
+using generic::kAlternates;
+using generic::kExpUnit;
 using generic::kMasks;
 using generic::line_bits;
 using generic::load_tail;
-using generic::load_where;
 using generic::reduce_add;
 using generic::reduce_max;
 using generic::replace_part;
@@ -45,9 +46,6 @@ inline void store_vec(bfloat16_t* p, float_vec v) {
 inline __m128i to_float16(float_vec v) { return _mm256_cvtps_ph(bit_copy<__m256>(v), _MM_FROUND_TO_NEAREST_INT); }
 inline void store_vec(float16_t* p, float_vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_float16(v)); }
 
-template <class T>
-constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
-
 // NaN, which rounding might carry away, is looked for in both at once.
 inline FUSED_OPS_INLINE bits_vec pack_bfloat16(float_vec low, float_vec high) {
   if (__builtin_expect(!_mm256_movemask_ps(_mm256_cmp_ps(bit_copy<__m256>(low), bit_copy<__m256>(high), _CMP_UNORD_Q)),
@@ -56,27 +54,25 @@ inline FUSED_OPS_INLINE bits_vec pack_bfloat16(float_vec low, float_vec high) {
   return generic::pack_bfloat16(low, high);
 }
 
-inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return generic::exp_in_range(max_vec(splat(-110.0f), x)); }
+inline FUSED_OPS_INLINE float_vec exp_scaled(float_vec x) { return generic::exp_in_range(max_vec(splat(-131.0f), x)); }
+inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return exp_scaled(x) * kExpUnit; }
 
 inline float_vec permute(float_vec v, int_vec index) {
   return bit_copy<float_vec>(_mm256_permutevar8x32_ps(bit_copy<__m256>(v), bit_copy<__m256i>(index)));
 }
 
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
-  const auto four = [&](int64_t l) FUSED_OPS_INLINE {
-    const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
-    const auto halves = [&](float_vec x, float_vec y) {
-      const __m256 u = bit_copy<__m256>(x), v = bit_copy<__m256>(y);
-      return op(bit_copy<float_vec>(_mm256_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm256_unpackhi_ps(u, v)));
-    };
-    const __m256d ab = bit_copy<__m256d>(halves(a, b)), cd = bit_copy<__m256d>(halves(c, d));
-    return op(bit_copy<float_vec>(_mm256_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm256_unpackhi_pd(ab, cd)));
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
+  const auto two = [&](int64_t l) FUSED_OPS_INLINE {  // rows l and l + 4, one in each half
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + l * stride)),
+                                _mm_loadu_ps(rows + (l + 4) * stride), 1);
   };
-  const __m256 u = bit_copy<__m256>(four(0)), v = bit_copy<__m256>(four(4));
-  return op(bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x20)),
-            bit_copy<float_vec>(_mm256_permute2f128_ps(u, v, 0x31)));
+  const __m256 a = two(0), b = two(1), c = two(2), d = two(3);
+  const __m256d ab[] = {_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(a, b))};
+  const __m256d cd[] = {_mm256_castps_pd(_mm256_unpacklo_ps(c, d)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d))};
+  for (int k = 0; k < 2; ++k) {
+    columns[2 * k] = bit_copy<float_vec>(_mm256_unpacklo_pd(ab[k], cd[k]));
+    columns[2 * k + 1] = bit_copy<float_vec>(_mm256_unpackhi_pd(ab[k], cd[k]));
+  }
 }
 
 inline DoublePair widen(float_vec v) {

@@ -8,6 +8,7 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+using generic::kAlternates;
 constexpr bool kMasks = true;
 
 inline FUSED_OPS_INLINE float_vec max_vec(float_vec a, float_vec b) {
@@ -34,9 +35,6 @@ inline void store_vec(bfloat16_t* p, float_vec v) {
 }
 inline __m256i to_float16(float_vec v) { return _mm512_cvtps_ph(bit_copy<__m512>(v), _MM_FROUND_TO_NEAREST_INT); }
 inline void store_vec(float16_t* p, float_vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16(v)); }
-
-template <class T>
-constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
 
 inline bits_vec round_to_bfloat16(float_vec v) {
   const __m512i u = bit_copy<__m512i>(v);
@@ -83,6 +81,10 @@ inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) {
   return bit_copy<float_vec>(_mm512_scalef_ps(bit_copy<__m512>(t * poly + t), bit_copy<__m512>(n)));
 }
 
+// The instruction that scales passes through the denormals itself.
+constexpr float kExpUnit = 1;
+inline FUSED_OPS_INLINE float_vec exp_scaled(float_vec x) { return exp_vec(x); }
+
 template <class T>
 inline float_vec load_tail(const T* p, int64_t n, float fill) {
   const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);
@@ -106,29 +108,20 @@ inline float_vec permute(float_vec v, int_vec index) {
   return bit_copy<float_vec>(_mm512_permutexvar_ps(bit_copy<__m512i>(index), bit_copy<__m512>(v)));
 }
 
-inline float_vec load_where(const float* p, uint64_t bits, float fill) {
-  return bit_copy<float_vec>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(bits), p));
-}
-
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  // lane 4 k + i: op over the k-th four lanes of rows(l + i)
-  const auto four = [&](int64_t l) FUSED_OPS_INLINE {
-    const float_vec a = rows(l), b = rows(l + 1), c = rows(l + 2), d = rows(l + 3);
-    const auto halves = [&](float_vec x, float_vec y) {
-      const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
-      return op(bit_copy<float_vec>(_mm512_unpacklo_ps(u, v)), bit_copy<float_vec>(_mm512_unpackhi_ps(u, v)));
-    };
-    const __m512d ab = bit_copy<__m512d>(halves(a, b)), cd = bit_copy<__m512d>(halves(c, d));
-    return op(bit_copy<float_vec>(_mm512_unpacklo_pd(ab, cd)), bit_copy<float_vec>(_mm512_unpackhi_pd(ab, cd)));
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
+  const auto four = [&](int64_t l) FUSED_OPS_INLINE {  // rows l, l + 4, l + 8 and l + 12, one in each quarter
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(rows + l * stride));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 4) * stride), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 8) * stride), 2);
+    return _mm512_insertf32x4(v, _mm_loadu_ps(rows + (l + 12) * stride), 3);
   };
-  const auto fours = [&](float_vec x, float_vec y) {
-    const __m512 u = bit_copy<__m512>(x), v = bit_copy<__m512>(y);
-    return op(bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0x88)),
-              bit_copy<float_vec>(_mm512_shuffle_f32x4(u, v, 0xdd)));
-  };
-  const float_vec low = fours(four(0), four(4));
-  return fours(low, fours(four(8), four(12)));
+  const __m512 a = four(0), b = four(1), c = four(2), d = four(3);
+  const __m512d ab[] = {_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b))};
+  const __m512d cd[] = {_mm512_castps_pd(_mm512_unpacklo_ps(c, d)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))};
+  for (int k = 0; k < 2; ++k) {
+    columns[2 * k] = bit_copy<float_vec>(_mm512_unpacklo_pd(ab[k], cd[k]));
+    columns[2 * k + 1] = bit_copy<float_vec>(_mm512_unpackhi_pd(ab[k], cd[k]));
+  }
 }
 
 inline DoublePair widen(float_vec v) {

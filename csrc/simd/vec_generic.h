@@ -65,6 +65,8 @@ inline FUSED_OPS_INLINE bits_vec nearest_bfloat16(float_vec f) {
 
 namespace generic {
 
+typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2)));
+
 // b where either is NaN.
 inline FUSED_OPS_INLINE float_vec max_vec(float_vec a, float_vec b) { return a > b ? a : b; }
 
@@ -76,13 +78,15 @@ inline FUSED_OPS_INLINE V multiply_add(V a, V b, V c) {
 }
 
 inline float_vec load_vec(const bfloat16_t* p) {
-  return float_vec{to_acc(p[0]), to_acc(p[1]), to_acc(p[2]), to_acc(p[3])};
+  return bit_copy<float_vec>(__builtin_convertvector(load_bits<half_bits>(p), bits_vec) << 16);
 }
 inline float_vec load_vec(const float16_t* p) {
   return float_vec{to_acc(p[0]), to_acc(p[1]), to_acc(p[2]), to_acc(p[3])};
 }
 inline void store_vec(bfloat16_t* p, float_vec v) {
-  for (int64_t l = 0; l < kWidth; ++l) store(p + l, v[l]);
+  const bits_vec out = v != v ? bits_vec{} + 0x7fc0u : nearest_bfloat16(v) >> 16;
+  const half_bits narrow = __builtin_convertvector(out, half_bits);
+  std::memcpy(p, &narrow, sizeof(narrow));
 }
 inline void store_vec(float16_t* p, float_vec v) {
   for (int64_t l = 0; l < kWidth; ++l) store(p + l, v[l]);
@@ -90,7 +94,7 @@ inline void store_vec(float16_t* p, float_vec v) {
 
 // Whether a pair of registers (load_pair) holds every second value each.
 template <class T>
-constexpr bool kAlternates = false;
+constexpr bool kAlternates = std::is_same_v<T, bfloat16_t>;
 
 // Rounded to bfloat16, in the upper halves; a NaN that arithmetic made stays one.
 inline bits_vec round_to_bfloat16(float_vec v) { return (v != v) ? bit_copy<bits_vec>(v) : nearest_bfloat16(v); }
@@ -102,23 +106,25 @@ inline FUSED_OPS_INLINE bits_vec pack_bfloat16(float_vec low, float_vec high) {
   return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
 }
 
-// exp_ for a register, for x in [-110, 88]; NaN gives NaN.
+// exp_ of simd/math.h for a register, without its last product, for x in [-131, 44]; NaN gives NaN.
 inline FUSED_OPS_INLINE float_vec exp_in_range(float_vec x) {
   const float_vec shifted = x * 1.44269504088896341f + 12582912.0f;
   const float_vec n = shifted - 12582912.0f;
   float_vec r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
-  float_vec poly = r * 1.3888889e-3f + 8.3333337e-3f;
-  poly = poly * r + 4.1666668e-2f;
-  poly = poly * r + 1.6666667e-1f;
-  poly = poly * r + 0.5f;
-  poly = poly * r * r + r + 1.0f;
-  const int_vec k = bit_copy<int_vec>(shifted) - 0x4b400000;
-  const int_vec half = k >> 1;
-  return poly * bit_copy<float_vec>((half + 127) << 23) * bit_copy<float_vec>((k - half + 127) << 23);
+  float_vec poly = r * 1.3814540579915047e-3f + 8.36874544620514e-3f;
+  poly = poly * r + 4.166838899254799e-2f;
+  poly = poly * r + 1.666652113199234e-1f;
+  poly = poly * r + 4.999999403953552e-1f;
+  poly = kFusedMultiplyAdd ? (poly * r + 1.0f) * r + 1.0f : poly * r * r + r + 1.0f;
+  return poly * bit_copy<float_vec>((bit_copy<bits_vec>(shifted) << 23) + 0x5f800000u);
 }
-// For x below 88; -inf gives 0, NaN gives NaN.
-inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return exp_in_range(max_vec(splat(-110.0f), x)); }
+// exp(x) over kExpUnit for x of at most 44: of a sum of them, the unit is multiplied by once. -inf gives less than the
+// unit's part of any float, NaN gives NaN.
+constexpr float kExpUnit = 0x1p-64f;
+inline FUSED_OPS_INLINE float_vec exp_scaled(float_vec x) { return exp_in_range(max_vec(splat(-131.0f), x)); }
+// exp(x) for x of at most 44; -inf gives 0, NaN gives NaN.
+inline FUSED_OPS_INLINE float_vec exp_vec(float_vec x) { return exp_scaled(x) * kExpUnit; }
 
 // The first n < kWidth values, and `fill` behind them.
 template <class T>
@@ -148,18 +154,12 @@ inline float_vec permute(float_vec v, int_vec index) {
   return float_vec{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
 }
 
-// The lanes of p whose bit is set, and `fill` in the others.
-inline float_vec load_where(const float* p, uint64_t bits, float fill) {
-  const int_vec set = ((int_vec{} + static_cast<int32_t>(bits & 0xff)) >> iota()) & 1;
-  return set != 0 ? load_bits<float_vec>(p) : splat(fill);
-}
-
-// kWidth registers become one: lane l is `op` over all lanes of rows(l), in one order for every l.
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  const float_vec a = rows(0), b = rows(1), c = rows(2), d = rows(3);
-  return op(op(float_vec{a[0], b[0], c[0], d[0]}, float_vec{a[2], b[2], c[2], d[2]}),
-            op(float_vec{a[1], b[1], c[1], d[1]}, float_vec{a[3], b[3], c[3], d[3]}));
+// Four values of each of kWidth rows that lie `stride` apart, the first of them in one register, the second in the
+// next.
+inline FUSED_OPS_INLINE void load_transposed(const float* rows, int64_t stride, float_vec* columns) {
+  const float_vec a = load_bits<float_vec>(rows), b = load_bits<float_vec>(rows + stride),
+                  c = load_bits<float_vec>(rows + 2 * stride), d = load_bits<float_vec>(rows + 3 * stride);
+  for (int k = 0; k < 4; ++k) columns[k] = float_vec{a[k], b[k], c[k], d[k]};
 }
 
 inline DoublePair widen(float_vec v) { return {double_vec{v[0], v[1]}, double_vec{v[2], v[3]}}; }

@@ -9,13 +9,15 @@
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
 
+using generic::exp_scaled;
 using generic::exp_vec;
 using generic::finish_streaming;
 using generic::kAlternates;
+using generic::kExpUnit;
 using generic::kMasks;
 using generic::line_bits;
 using generic::load_tail;
-using generic::load_where;
+using generic::load_transposed;
 using generic::max_vec;
 using generic::pack_bfloat16;
 using generic::put;
@@ -57,17 +59,6 @@ inline float reduce_max(float_vec v) { return vmaxvq_f32(bit_copy<float32x4_t>(v
 inline float_vec permute(float_vec v, int_vec index) {  // by bytes: 4 index + 0, 1, 2, 3
   const bits_vec bytes = bit_copy<bits_vec>(index) * 0x04040404u + 0x03020100u;
   return bit_copy<float_vec>(vqtbl1q_u8(bit_copy<uint8x16_t>(v), bit_copy<uint8x16_t>(bytes)));
-}
-
-template <class Rows, class Op>
-inline FUSED_OPS_INLINE float_vec reduce_each(const Rows& rows, const Op& op) {
-  const auto halves = [&](float_vec x, float_vec y) FUSED_OPS_INLINE {
-    const float32x4_t u = bit_copy<float32x4_t>(x), v = bit_copy<float32x4_t>(y);
-    return op(bit_copy<float_vec>(vzip1q_f32(u, v)), bit_copy<float_vec>(vzip2q_f32(u, v)));
-  };
-  const float_vec a = rows(0), b = rows(1), c = rows(2), d = rows(3);
-  const float64x2_t ab = bit_copy<float64x2_t>(halves(a, b)), cd = bit_copy<float64x2_t>(halves(c, d));
-  return op(bit_copy<float_vec>(vzip1q_f64(ab, cd)), bit_copy<float_vec>(vzip2q_f64(ab, cd)));
 }
 
 inline DoublePair widen(float_vec v) {

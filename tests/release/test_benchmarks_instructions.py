@@ -15,15 +15,18 @@ def test_kernels_of_the_contract_headers_are_found():
     assert {"cross_entropy_forward", "cross_entropy_backward"} <= set(instructions.kernels())
 
 
-@pytest.fixture(scope="module")
-def counted():
+@pytest.fixture(
+    scope="module",
+    params=[i if i == "AVX2" else pytest.param(i, marks=pytest.mark.slow) for i in instructions.ISAS],
+)
+def counted(request):
     reason = instructions.unavailable()
     if reason:
         pytest.skip(reason)
     kept = instructions.load()
     if kept["compiler"] != instructions.compiler():
         pytest.skip(f"counted with {kept['compiler']}, the library was built by {instructions.compiler()}")
-    return kept["instructions"], instructions.count()
+    return kept["instructions"][request.param], instructions.count(request.param)
 
 
 def test_no_kernel_executes_more_instructions(counted):
@@ -42,3 +45,7 @@ def test_counts_are_of_the_kernels(counted):
     logits = 32 * 1000
     forward = after["cross_entropy 32x1000 float32 contiguous forward"]
     assert logits / 8 < forward < logits * 60  # at least one AVX2 instruction for each eight logits
+
+
+def test_every_instruction_set_that_can_be_counted_is_held():
+    assert tuple(instructions.load()["instructions"]) == instructions.ISAS

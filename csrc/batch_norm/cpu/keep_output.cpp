@@ -12,7 +12,7 @@
 
 #include "batch_norm/cpu/activation.h"
 #include "batch_norm/kernels.h"
-#include "simd/math.h"
+#include "simd/special_functions.h"
 
 namespace fused_ops {
 namespace FUSED_OPS_ISA {
@@ -20,22 +20,6 @@ namespace {
 
 // This many values are handled together.
 constexpr int64_t kStep = 256;
-
-// log(1 + x) for -1 < x <= 0 to about 1 ulp: 1 + x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) /
-// (m + 1)), and what 1 + x rounds away added back to first order.
-inline float log1p_(float x) {
-  const float u = 1.0f + x, lost = x - (u - 1.0f);
-  const int32_t bits = bit_copy<int32_t>(u), e_bits = (bits - 0x3f3504f3) >> 23;
-  const float m = bit_copy<float>(bits - (e_bits << 23)), e = static_cast<float>(e_bits);
-  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
-  float poly = 1.0f / 9;
-  poly = poly * z + 1.0f / 7;
-  poly = poly * z + 1.0f / 5;
-  poly = poly * z + 1.0f / 3;
-  const float log_m = 2.0f * s + 2.0f * s * (z * poly);
-  return e * 0.693145751953125f + (e * 1.42860682030941723e-6f + (log_m + lost / u));
-}
-[[maybe_unused]] inline double log1p_(double x) { return std::log1p(x); }
 
 // One coefficient for a whole run, where columns have an array of them.
 template <class A>
@@ -92,7 +76,7 @@ void rebuild_run(const BatchNormFromOutput& a, int64_t offset, int64_t n, const 
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A below = y[i] > A(0) ? A(0) : y[i];
-      v[i] = (y[i] > A(0) ? y[i] : log1p_(below * inverse_slope)) - k.bias[i];
+      v[i] = (y[i] > A(0) ? y[i] : log1p_below(below * inverse_slope)) - k.bias[i];
       h[i] = y[i] > A(0) ? g[i] : g[i] * (below + slope);
     }
   } else {

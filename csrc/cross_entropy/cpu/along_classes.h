@@ -47,34 +47,38 @@ inline void fetch(const T* next, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(next + i);
 }
 
-// Without the class `except` if kExcept. Fetches as many values from `next` meanwhile.
-template <bool kExcept, class T>
-float sum_exp_of(const T* x, int64_t n, float shift, int64_t except, const T* next) {
-  float_vec s[4] = {};
-  const auto term = [&](float_vec v, int_vec at) {
-    const float_vec e = exp_vec(v - shift);
-    return kExcept ? (at == static_cast<int32_t>(except) ? float_vec{} : e) : e;
-  };
-  int_vec at = first_of_pair<T>();
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    fetch(next + i, 4 * kWidth);
-    for (int64_t k = 0; k < 4; k += 2, at += static_cast<int32_t>(2 * kWidth)) {
-      const VecPair v = load_pair(x + i + k * kWidth);
-      s[k] += term(v.first, at), s[k + 1] += term(v.second, at + kPairStep<T>);
-    }
-  }
-  at = iota() + static_cast<int32_t>(i);
-  for (; i + kWidth <= n; i += kWidth, at += static_cast<int32_t>(kWidth)) s[0] += term(load_vec(x + i), at);
-  if (i < n) s[1] += term(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()), at);
-  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
-}
-
-// `except` is outside [0, n) for none.
+// Without the class `except`, which is outside [0, n) for none: it is looked for only in the registers where it is,
+// which of (64, 1000) float32 saves an eighth of the forward's AVX2 instructions. Fetches as many values from `next`
+// meanwhile.
 template <class T>
 void add_exp(const T* x, int64_t n, float shift, int64_t except, const T* next, double* sum) {
-  *sum += static_cast<double>(except >= 0 && except < n ? sum_exp_of<true>(x, n, shift, except, next)
-                                                        : sum_exp_of<false>(x, n, shift, 0, next));
+  constexpr int64_t kStep = 4 * kWidth;
+  float_vec s[4] = {};
+  int64_t i = 0;
+  const auto steps = [&](auto excepts, int64_t end) FUSED_OPS_INLINE {
+    for (; i + kStep <= end; i += kStep) {
+      fetch(next + i, kStep);
+      int_vec at = first_of_pair<T>() + static_cast<int32_t>(i);
+      for (int64_t k = 0; k < 4; k += 2, at += static_cast<int32_t>(2 * kWidth)) {
+        const VecPair v = load_pair(x + i + k * kWidth);
+        float_vec first = exp_scaled(v.first - shift), second = exp_scaled(v.second - shift);
+        if constexpr (excepts) {
+          first = at == static_cast<int32_t>(except) ? float_vec{} : first;
+          second = at + kPairStep<T> == static_cast<int32_t>(except) ? float_vec{} : second;
+        }
+        s[k] += first, s[k + 1] += second;
+      }
+    }
+  };
+  const int64_t before = except >= 0 && except < n ? except / kStep * kStep : n;
+  steps(std::false_type(), before), steps(std::true_type(), std::min(before + kStep, n)), steps(std::false_type(), n);
+  int_vec at = iota() + static_cast<int32_t>(i);
+  const auto rest = [&](float_vec v) {
+    return at == static_cast<int32_t>(except) ? float_vec{} : exp_scaled(v - shift);
+  };
+  for (; i + kWidth <= n; i += kWidth, at += static_cast<int32_t>(kWidth)) s[0] += rest(load_vec(x + i));
+  if (i < n) s[1] += rest(load_tail(x + i, n - i, -std::numeric_limits<float>::infinity()));
+  *sum += static_cast<double>(reduce_add((s[0] + s[1]) + (s[2] + s[3])) * kExpUnit);
 }
 inline void add_exp(const double* x, int64_t n, double shift, int64_t except, const double*, double* sum) {
   double s[kLanes] = {};

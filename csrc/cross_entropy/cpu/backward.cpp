@@ -5,7 +5,8 @@
 // The plain loss: grad_x_j = (p_j - [j == target]) g.
 //
 // Memory: every logit (and class probability, and mask) is read once, every gradient written once; a chunk of kChunk
-// classes of the gradient is made in a buffer only where it cannot be made in its place. Loops as in forward.cpp.
+// classes of the gradient is made in a buffer only where it cannot be made in its place, or where non-temporal stores
+// take it from there. Loops as in forward.cpp.
 //
 // Stability: the target's gradient is minus the sum of the others' p where p - 1 would cancel, and log p_j is taken
 // before it meets the entropy, which is of its size: lse and u_j are not. See docs/cross_entropy.md.
@@ -34,6 +35,15 @@ void read_scales(const CrossEntropyBackward& a, int64_t row, int64_t n, const in
     scale[r] *= target[r] == kIgnored ? 0 : weight_of(a.rows, target[r]);
 }
 
+// Whether the gradient of adjacent rows is written by non-temporal stores: it is too large for the cache, and its lines
+// are not there as the logits'. With more classes a tile's part of one would be less than a line.
+template <class T>
+bool streams(const CrossEntropyBackward& a) {
+  const RowLayout& l = a.rows.layout;
+  return kStreams && l.adjacent_rows() && l.classes <= kStreamedClasses && a.grad_logits != a.rows.logits &&
+         l.rows() * l.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+}
+
 template <class T>
 void plain_step(const CrossEntropyBackward& a, int64_t row, int64_t n, const int64_t* target, PackedRows<T>& packed) {
   const RowLayout &l = a.rows.layout, &g = a.grad_layout;
@@ -41,9 +51,11 @@ void plain_step(const CrossEntropyBackward& a, int64_t row, int64_t n, const int
   T* grads = static_cast<T*>(a.grad_logits);
   double scale[kRowTile];
   read_scales<T>(a, row, n, target, scale);
-  if (l.adjacent_rows())
-    return plain_gradients(logits + l.offset(row), l.class_stride, grads + g.offset(row), g.class_stride, l.classes, n,
-                           target, a.lse + row, scale);
+  if (l.adjacent_rows()) {
+    const auto gradients = streams<T>(a) ? stream_plain_gradients<T> : plain_gradients<T>;
+    return gradients(logits + l.offset(row), l.class_stride, grads + g.offset(row), g.class_stride, l.classes, n,
+                     target, a.lse + row, scale);
+  }
   if (has_few_classes(l))
     return few_classes_gradient(packed, RowsAt<const T>(logits, l, row), RowsAt<T>(grads, g, row), n, target,
                                 a.lse + row, scale);
@@ -65,6 +77,7 @@ int64_t plain_backward(const CrossEntropyBackward& a, int64_t begin, int64_t end
     if (targets.bad_row >= 0) return targets.bad_row;
     plain_step<T>(a, row, n, targets.target, packed);
   }
+  if (streams<T>(a)) finish_streaming();
   return -1;
 }
 
