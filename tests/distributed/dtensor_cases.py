@@ -172,11 +172,11 @@ def one_dimension_of_the_mesh(rank, world):
     mesh, i = mesh_of(world), 0
     for shape in ((5, 7), (1, 3), (3, 5, 2)):
         for placements in placements_of(len(shape), 1):
-            if placements[0].is_partial() and shape[0] != 5:
-                continue
             for kind, reduction in itertools.product(KINDS, ("mean", "sum", "none")):
                 i += 1
-                compare(kind, shape, mesh, placements, reduction, OPTIONS[i % 3], plain=bool(i % 2), seed=i)
+                if shape[0] != 5 and (i % 5 or placements[0].is_partial()):
+                    continue
+                compare(kind, shape, mesh, placements, reduction, OPTIONS[i // 3 % 3], (i // 12 + i) % 2 == 0, seed=i)
     compare("index", (5, 7), mesh, [S(1)], "mean", {}, True, which=())
     compare("index", (5, 7), mesh, [S(0)], "mean", {}, False, which=())
 
@@ -187,11 +187,11 @@ def two_dimensions_of_the_mesh(rank, world):
     i = 0
     for mesh, shape in itertools.product(meshes, ((5, 7), (3, 5, 2))):
         for placements in placements_of(len(shape), 2):
-            kind, reduction = KINDS[i % 4], ("mean", "sum", "none")[i % 3]
             i += 1
-            compare(kind, shape, mesh, placements, reduction, OPTIONS[i % 3], plain=bool(i % 2), seed=i)
-            if world == 2 and (i % 3 or len(shape) == 3):
-                break
+            if world == 2 and i % 5:
+                continue
+            kind, reduction = KINDS[i % 4], ("mean", "sum", "none")[i % 3]
+            compare(kind, shape, mesh, placements, reduction, OPTIONS[i // 3 % 3], i // 4 % 2 == 0, seed=i)
 
 
 @case
@@ -297,7 +297,7 @@ def derivatives(rank, world):
 def compiled(rank, world):
     mesh = mesh_of(world)
     x, target = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, -100, 3, 4])
-    for placement, options in itertools.product((S(1), S(0)), ({}, {"label_smoothing": 0.1, "z_loss": 0.1})):
+    for placement, options in ((S(1), {}), (S(0), {"label_smoothing": 0.1})):
 
         def f(y, options=options):
             return fused_ops.cross_entropy(y * 2, target, **options)
@@ -448,21 +448,9 @@ def heads(rank, world):
     ]
     for i, ((lead, classes, of_input, of_weight, spread_rows), kind) in enumerate(itertools.product(rows, KINDS)):
         reduction = ("mean", "sum", "none")[i % 3]
-        more = {"chunk_rows": 2} if i % 2 else {}  # and all logits at once
-        compare_head(
-            kind,
-            lead,
-            classes,
-            mesh,
-            [of_input],
-            [of_weight],
-            reduction,
-            OPTIONS[i % 3],
-            bool(i // 2 % 2),
-            spread_rows,
-            i,
-            **more,
-        )
+        where = mesh, [of_input], [of_weight], reduction, OPTIONS[i // 3 % 3], i // 4 % 2 == 0, spread_rows, i
+        more = {"chunk_rows": 2} if (i // 4 + i) % 2 else {}  # and all logits at once
+        compare_head(kind, lead, classes, *where, **more)
 
 
 @case
@@ -513,10 +501,9 @@ def heads_on_two_dimensions_of_the_mesh(rank, world):
                 ([S(1), S(0)], [S(1), R], [0, 1]),
             )
         ):
-            compare_head(
-                KINDS[i % 4], (2, 3), 11, mesh, of_input, of_weight, ("mean", "sum", "none")[i % 3], OPTIONS[i % 3],
-                bool(i % 2), spread_rows, i, **({"chunk_rows": 2} if i % 2 else {}),
-            )  # fmt: skip
+            options, more = OPTIONS[(i + 1) % 3], {"chunk_rows": 2} if i % 2 else {}
+            where = mesh, of_input, of_weight, ("mean", "sum", "none")[i % 3], options, i // 2 % 2 == 0, spread_rows, i
+            compare_head(KINDS[i % 4], (2, 3), 11, *where, **more)
 
 
 class Net(torch.nn.Module):
@@ -568,7 +555,9 @@ def trained(way, mesh, sharded):
             loss.backward()
         losses.append(loss.detach())
         if mesh is not None and way != "FSDP2":
-            assert isinstance(loss, DTensor) and loss.placements == (R,), way
+            # the hidden states' rows are so many that the weight is gathered, but where data parallelism divides them
+            many = way == "head, sequence" and mesh.ndim == 1
+            assert isinstance(loss, DTensor) and loss.placements == (Partial() if many else R,), way
             assert net.head.weight.grad.placements == net.head.weight.placements, way
         optimizer.step()
         optimizer.zero_grad()
@@ -616,7 +605,7 @@ def compiled_heads(rank, world):
     mesh = mesh_of(world)
     x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     target = torch.randint(0, 9, (5,))
-    for of_input, of_weight in ((R, S(0)), (S(0), R)):
+    for of_input, of_weight in ((R, S(0)), (S(0), R))[: 1 if world == 2 else 2]:
 
         def f(x, w):
             return fused_ops.linear_cross_entropy(x * 2, w, target, chunk_rows=2)
@@ -671,7 +660,7 @@ def batch_norms(rank, world):
     for mesh, options, training in itertools.product(meshes, BATCH_NORM, (True, False)):
         for placements in placements_of(3, mesh.ndim):
             i += 1
-            if mesh.ndim == 2 and (i % 5 or any(p.is_partial() for p in placements)):
+            if mesh.ndim == 2 and (i % 7 or any(p.is_partial() for p in placements)):
                 continue
             t = {"input": torch.randn(6, 4, 3, dtype=torch.float64) * 2 + 3, "weight": torch.rand(4).double() + 0.5}
             t |= {"bias": torch.randn(4).double(), "running_mean": torch.randn(4).double()}
