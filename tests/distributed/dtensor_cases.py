@@ -298,7 +298,7 @@ def derivatives(rank, world):
 def compiled(rank, world):
     mesh = mesh_of(world)
     x, target = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, -100, 3, 4])
-    for placement, options in ((S(1), {}), (S(0), {"label_smoothing": 0.1})):
+    for placement, options in ((S(1), {"label_smoothing": 0.1}), (S(0), {}))[: 1 if world == 2 else 2]:
 
         def f(y, options=options):
             return fused_ops.cross_entropy(y * 2, target, **options)
