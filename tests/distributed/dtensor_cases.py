@@ -329,7 +329,13 @@ def errors(rank, world):
             f"expected {name}=None with DTensors",
             lambda name=name, value=value: ce(y, target, **{name: value}),
         )
-    z = spread(x, mesh, [R])
+    z, bn = spread(x, mesh, [R]), fused_ops.batch_norm
+    raises(
+        RuntimeError,
+        "mixed torch.Tensor and DTensor",
+        lambda: bn(x, None, None, spread(x[0], mesh, [R]), training=True),
+    )
+    raises(ValueError, "expected group=None with DTensors", lambda: bn(z, None, None, training=True, group=group))
     raises(ValueError, "sequence_parallel=False", lambda: lce(z, v, target, sequence_parallel=True))
     raises(ValueError, "to match target batch_size (3)", lambda: ce(y, target[:3]))
     raises(ValueError, "to match target batch_size (3)", lambda: lce(z, v, target[:3]))
