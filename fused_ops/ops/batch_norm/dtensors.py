@@ -78,8 +78,12 @@ def spread(named: list[tuple[str, Any]], group: Any, training: bool, groups: int
         raise ValueError(f"batch_norm: expected group=None with DTensors, whose placements say it, got {group}")
     layout = layout_of(named[0][1])
     rows = [i for i, p in enumerate(layout.placements) if p.is_shard() and not p.is_shard(_CHANNELS)]
-    kept = rows if not training else rows[:1] if groups == 1 else []
-    gathered = set(rows) - set(kept)
+    divided = [i for i in rows if layout.mesh.size(i) > 1]
+    gathered = [] if not training else divided[1:] if groups == 1 else divided
     placements = tuple(Replicate() if i in gathered else p for i, p in enumerate(layout.placements))
     channels = tuple(Shard(0) if p.is_shard(_CHANNELS) else Replicate() for p in placements)
-    return Spread(layout._replace(placements=placements), layout._replace(placements=channels), kept)
+    return Spread(
+        layout._replace(placements=placements),
+        layout._replace(placements=channels),
+        [i for i in rows if i not in gathered],
+    )

@@ -35,7 +35,7 @@ def logits(head: Head, classes: int) -> Tensor:
     if head.low_input is not None:
         assert head.low_weight is not None
         z = z + head.low_input @ head.low_weight.t()
-    return z if z.size(1) == classes else z.view(z.size(0), classes, -1)
+    return z if z.size(1) == classes else z.view(z.size(0), classes, z.size(1) // classes)
 
 
 def chunk_(
