@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import socket
@@ -41,7 +42,6 @@ from . import machine, memory, tables
 RANKS = 2
 ROUNDS = 9
 RESULTS = Path(__file__).parent / "results"
-_MARKER = re.compile(r"(<!-- distributed -->\n).*?(<!-- /distributed -->)", re.DOTALL)
 Step = Callable[[], Any]
 
 
@@ -238,9 +238,34 @@ def table(found: dict[str, Any]) -> str:
     return f"{said}forward and backward.\n\n{tables.markdown(columns, rows)}"
 
 
+ALPHA_S, BETA_S = 10e-6, 1e-11  # of a message, and of a byte: what the model of the page assumes
+
+
+def gather_s(ranks: int, size: float) -> float:
+    return ALPHA_S * math.ceil(math.log2(ranks)) + BETA_S * (ranks - 1) * size
+
+
+def all_reduce_s(ranks: int, size: float) -> float:
+    return 2 * ALPHA_S * math.ceil(math.log2(ranks)) + BETA_S * 2 * (ranks - 1) / ranks * size
+
+
+def model(rows: int = 8192, part: int = 56) -> str:
+    """The alpha-beta model of a loss: one gather of ``part`` bytes a row beside three all-reduces of 4."""
+    found = []
+    for ranks in (2, 4, 8, 16, 64, 256, 1024):
+        ours, theirs = gather_s(ranks, part * rows), 3 * all_reduce_s(ranks, 4 * rows)
+        received = part * (ranks - 1), 3 * 4 * 2 * (ranks - 1) / ranks
+        found.append((ranks, *(f"{b:.0f}" for b in received), *(f"{1e6 * t:.0f} us" for t in (ours, theirs))))
+    columns = "ranks", "bytes a row received: gather", "three all-reduces", "time: gather", "three all-reduces"
+    return tables.markdown(columns, found)
+
+
 def write(page: Path, found: dict[str, Any]) -> None:
     text = page.read_text(encoding="utf-8")
-    page.write_text(_MARKER.sub(lambda m: m[1] + table(found) + m[2], text), encoding="utf-8")
+    for marker, content in (("distributed", table(found)), ("model", model())):
+        between = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+        text = between.sub(lambda m, content=content: m[1] + content + m[2], text)
+    page.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy":
 PLAIN_PYTORCH = {"reference", "rows_reference", "shards_reference", "ranks_reference"}
 PLAIN_PYTORCH |= {"derivatives", "activations", "samples"}
 TWINS = {"vec_avx512.h", "vec_avx2.h", "vec_neon.h"}  # of csrc/simd/vec_generic.h, which says what each function does
-FOR_PLAIN_PYTORCH = {"fused_ops.core.sample", "fused_ops.core.memory_format"}
+FOR_PLAIN_PYTORCH = {"fused_ops.core.sample", "fused_ops.core.memory_format", "fused_ops.core.torch_private"}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -121,6 +121,9 @@ increment_version: Callable[[Any], None] = _found("torch:_C._increment_version",
 # Makes whoever takes the address of a tensor without memory raise, C++ included; without it they get 0.
 refuse_data_pointer: Callable[[Tensor], None] = _found("torch:_C._set_throw_on_mutable_data_ptr", lambda tensor: None)
 
+# Raises on the device, where values are not to be waited for; without it nothing is checked there.
+assert_async: Callable[[Tensor, str], None] = _found("torch:_assert_async", lambda ok, message: None)
+
 # ---- who shards weights
 
 

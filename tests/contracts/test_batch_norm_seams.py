@@ -156,7 +156,12 @@ def test_captured_running_statistics(transform):
     found = []
     for function in (fused_ops.batch_norm, F.batch_norm):
         running = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-        value = TRANSFORMS[transform](lambda x, f=function, r=running: f(x, *r, training=True).pow(3).sum(), x)
+        run = TRANSFORMS[transform]
+        if (
+            transform == "linearize" and function is F.batch_norm
+        ):  # PyTorch's own updates them again in the linear function
+            run = lambda f, x: jvp(f, (x,), (x.cos(),))[1]  # noqa: E731
+        value = run(lambda x, f=function, r=running: f(x, *r, training=True).pow(3).sum(), x)
         if transform == "nested jvp":  # PyTorch's own is wrong
             value = ()
         found.append((value, *running))

@@ -35,4 +35,4 @@ def test_only_a_race_is_reported(tmp_path):
     if runs() != 66:
         pytest.skip("ThreadSanitizer does not run here, or sees libgomp without help")
     assert runs(preload=preload) == 0
-    assert runs("race", preload=preload) == 66
+    assert any(runs("race", preload=preload) == 66 for _ in range(10))  # on a busy machine the threads may not meet

@@ -21,7 +21,7 @@ PLACES: dict[str, dict[str, str]] = {
             dot distribution _quiet neg_entropy_terms reduced_loss _denominator _mixup _mean _normalizer
             fixed_order_sum small_loss _inplace_gradient""",
         "csrc/cross_entropy": """
-            target_residual SplitLse plain_row largest sum_exp_of gradients_of add_exp
+            target_residual SplitLse plain_row largest exp_sums_of gradients_of add_exp
             plain_step plain_forward read_scales raise step_gradient step_sums read_targets
             RowTarget add_indices plain_backward count_allowed coefficients_of chain set_target coefficients
             log_sum exponentials finish_gradient cross_entropy_with_gradient forward_in_blocks each_element_alone
@@ -41,7 +41,7 @@ PLACES: dict[str, dict[str, str]] = {
     },
     "lce": {
         "fused_ops/ops/linear_cross_entropy": """
-            parts_of _chunks product add _add _chunked_second differentiable shifted _low_rank small chunk_ tile_sums_
+            parts_of _chunks product add _add _chunked_second differentiable shifted low_rank small chunk_ tile_sums_
             tile_grads_ head_gradients _row_results backward _gradients finish""",
         "fused_ops/core": "is_one",
         "csrc/linear_cross_entropy": """

@@ -130,5 +130,5 @@ def test_samples_pass(op, at_most):
     """As ``python -m fused_ops check``; the derivatives of all of them are in the tests of each op."""
     samples = thin(samples_of(op), op, at_most)
     results = check_op(getattr(fused_ops, op), samples, op)
-    assert len(results) == len(samples) > 4
+    assert len(results) == len(samples) > 3
     assert [(r.sample, r.details) for r in results if set(r.outcomes.values()) != {"passed"}] == []

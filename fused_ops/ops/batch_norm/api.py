@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function
 
 from fused_ops.core.checks import as_int64
 from fused_ops.core.graph import in_graph, left_to_pytorch, no_script
-from fused_ops.core.torch_private import graph_task_id, transforms_active
+from fused_ops.core.torch_private import graph_task_id, is_tracing, transforms_active
 from fused_ops.ops.batch_norm import activations, arguments, dtensors, functions, graph, keep_output
 from fused_ops.ops.batch_norm.arguments import (
     Way,
@@ -224,8 +224,8 @@ def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, runni
     """
     if transforms_active():
         graph.write_statistics(new_mean, new_var, running_mean, running_var)
-    elif in_graph() and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()):
-        running_mean.copy_(new_mean)  # export and make_fx follow no `.data`
+    elif is_tracing() or (in_graph() and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())):
+        running_mean.copy_(new_mean)  # jit.trace, export and make_fx follow no `.data`
         running_var.copy_(new_var)
     else:
         running_mean.data.copy_(new_mean)

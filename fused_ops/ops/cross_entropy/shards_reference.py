@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import empty_output
+from fused_ops.core.torch_private import assert_async
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
 from fused_ops.ops.cross_entropy.rows_reference import (
     Across,
@@ -147,7 +148,7 @@ def raise_for_bad_targets(bad: Tensor) -> None:
         if not bool(ok.all()):
             raise IndexError(f"Target {int(bad[~ok][0])} is out of bounds.")
     elif bad.device.type != "meta":
-        torch._assert_async(ok.all(), "cross_entropy: a target is out of bounds")  # of the device, as in PyTorch
+        assert_async(ok.all(), "cross_entropy: a target is out of bounds")
 
 
 def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
