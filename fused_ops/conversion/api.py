@@ -10,7 +10,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, jit, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_ops.conversion import blocks as blocks  # its rules
 from fused_ops.conversion.head import RECORD, HeadLinear, defer, find_head, linears_of, token_head
@@ -145,7 +144,7 @@ def revert(model: nn.Module) -> list[str]:
         for _, module, back in found:
             was = type(module)
             become(module, back)
-            sync = ("synchronised",) if isinstance(module, _BatchNorm) else ()
+            sync = ("synchronised",) if isinstance(module, nn.modules.batchnorm._BatchNorm) else ()
             for name in (MARK, RUNS, RECORD, *sync, *(_added(back) if was in _BACK else ())):
                 module.__dict__.pop(name, None)
             if back in _LOSSES:
@@ -198,7 +197,7 @@ class _Plan:
 
     def add_norm(self, path: str, module: nn.Module, kind: type[nn.Module], what: str = "") -> None:
         """A batch norm; of those that never take statistics (torchvision's frozen one) none is synchronised."""
-        if self.synchronised and isinstance(module, _BatchNorm):
+        if self.synchronised and isinstance(module, nn.modules.batchnorm._BatchNorm):
             self.add(path, module, kind, synchronised(what, module))
             self.changes[-1].synchronised = self.synchronised
         else:

@@ -26,7 +26,9 @@ _TRANSFORMS = (
     r"func\.grad|jvp|jvp of jvp|jacfwd\(jacfwd\)|hessian|jacrev\(jacfwd\)|jacrev\(jacrev\)"
     r"|functionalize\(grad\)|func\.grad\(compile\)"
 )
-_COUNTING = r"bn-(BatchNorm1d|BatchNorm2d, relu|BatchNorm3d|momentum=None|LazyBatchNorm\dd)"
+_COUNTING = (
+    r"bn-(BatchNorm1d|BatchNorm2d, relu|BatchNorm3d|SyncBatchNorm of one process|momentum=None|LazyBatchNorm\dd)"
+)
 
 REFUSALS = (
     Refusal(
