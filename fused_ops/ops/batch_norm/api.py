@@ -224,7 +224,7 @@ def write_running(new_mean: Tensor, new_var: Tensor, running_mean: Tensor, runni
     """
     if transforms_active():
         graph.write_statistics(new_mean, new_var, running_mean, running_var)
-    elif torch.compiler.is_exporting() or not torch.compiler.is_compiling() and (is_tracing() or in_graph()):
+    elif torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and (is_tracing() or in_graph())):
         running_mean.copy_(new_mean)  # jit.trace, export and make_fx follow no `.data`
         running_var.copy_(new_var)
     else:
