@@ -206,11 +206,17 @@ inline MaybeTensor valid_positions(const MaybeTensor& valid, const Tensor& input
   return dense(*valid);
 }
 
+// What has no elements is contiguous and channels_last at once, and its result keeps its order.
+inline bool is_empty_channels_last(const Tensor& t) {
+  return t.numel() == 0 && t.dim() >= 4 && t.size(1) > 1 && t.stride(1) == 1;
+}
+
 // Whether a result that lies the same either way, having one channel or one position, has the strides of channels_last:
 // as PyTorch's for an input with gaps in that order. An addition or an activation behind its batch norm drops them.
 // Source: is_channels_last_strides_2d_s4 of c10/core/MemoryFormat.h.
 inline bool keeps_channels_last_strides(const ForwardArguments& a) {
   const Tensor& t = a.input;
+  if (is_empty_channels_last(t)) return true;
   if (t.is_contiguous() || t.dim() < 4 || t.dim() > 5 || a.residual || a.activation != Activation::none) return false;
   if (t.size(1) > 1 && t.numel() > t.size(0) * t.size(1)) return false;
   int64_t least = t.size(1);

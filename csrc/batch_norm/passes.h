@@ -136,9 +136,9 @@ struct Gradients {
 inline Gradients empty_gradients(const BackwardArguments& a, const Tensor& input) {
   const int64_t channels = input.size(1), none = 0, *count = a.need_params ? &channels : &none;
   const ScalarType type = a.weight ? a.weight->scalar_type() : a.bias ? a.bias->scalar_type() : input.scalar_type();
-  return {
-      a.need_input ? empty_huge(kOp, input, is_channels_last(input)) : empty(input, {&none, 1}, input.scalar_type()),
-      empty(input, {count, 1}, type), empty(input, {count, 1}, type)};
+  return {a.need_input ? empty_huge(kOp, input, is_channels_last(input) || is_empty_channels_last(input))
+                       : empty(input, {&none, 1}, input.scalar_type()),
+          empty(input, {count, 1}, type), empty(input, {count, 1}, type)};
 }
 
 // The backward of a forward that kept its output instead of its input (keep_output_op.cpp).

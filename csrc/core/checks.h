@@ -140,9 +140,8 @@ inline void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 #endif
 }
 
-// A result of the input's shape and dtype: channels_last, or contiguous. One without elements is both.
+// A result of the input's shape and dtype: channels_last, or contiguous.
 inline Tensor empty_result(const Tensor& input, bool channels_last) {
-  if (input.numel() == 0) return empty_strided(input, input.sizes(), input.strides(), input.scalar_type());
   const int64_t dims = input.dim();
   int64_t strides[kMaxDims], next = 1;
   const auto lay = [&](int64_t d) { strides[d] = next, next *= std::max<int64_t>(input.size(d), 1); };
