@@ -14,8 +14,17 @@ from fused_ops.ops.batch_norm.api import batch_norm
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 
-_OURS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
+
+def _parameters(function: Callable[..., Any]) -> tuple[int, frozenset[str]]:
+    """How many positional arguments, and the names of all."""
+    found = inspect.signature(function).parameters
+    positional = [p for p in found.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(positional), frozenset(found)
+
+
+# By name: the function, and what it takes, found here as Dynamo cannot follow the question.
+_OURS: dict[str, tuple[Callable[..., Any], int, frozenset[str]]] = {
+    function.__name__: (function, *_parameters(function))
     for function in (batch_norm, cross_entropy, linear_cross_entropy)
     if hasattr(F, function.__name__)  # torch 2.10 has no linear_cross_entropy
 }
@@ -47,7 +56,7 @@ class patch(TorchFunctionMode):
         unknown = [name for name in names if name not in _OURS]
         if unknown:
             raise ValueError(f"patch: expected names of {sorted(_OURS)}, got {unknown[0]!r}")
-        self._serves = {getattr(F, name): (_OURS[name], *_parameters(_OURS[name])) for name in names or _OURS}
+        self._serves = {getattr(F, name): _OURS[name] for name in names or _OURS}
         self._active = False
 
     def __enter__(self) -> Any:
@@ -70,10 +79,3 @@ class patch(TorchFunctionMode):
             if len(args) <= positional and all(name in names for name in kwargs):
                 return ours(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _parameters(function: Callable[..., Any]) -> tuple[int, frozenset[str]]:
-    """How many positional arguments, and the names of all."""
-    found = inspect.signature(function).parameters
-    positional = [p for p in found.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(positional), frozenset(found)

@@ -339,7 +339,8 @@ def check_case(case, found):
         assert mine.dtype == (torch.float64 if elementwise <= i < elementwise + 2 else dtype)
         scale = max(1.0, float(right.abs().max()))
         error = (mine.double() - right).abs().max() / scale if right.numel() else 0.0
-        assert error <= (4 if dtype.itemsize == 2 else 40) * unit, (case, i, float(error) / unit)
+        units = {2: 4, 4: 40, 8: 400}[dtype.itemsize]  # what is right is of float64 itself: sums of 12,000 values
+        assert error <= units * unit, (case, i, float(error) / unit)
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,8 @@ def test_the_wheel_works_beside_this_torch(built, run_python, tmp_path):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_an_sdist_installs_and_its_own_tests_pass(sdist, tmp_path):
     """In a fresh environment that sees this one's packages, by pip, from nothing; without build isolation."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    # pip and setuptools are this environment's too: a Python may bring a setuptools that is too old
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "here.pth").write_text(str(Path(torch.__file__).parent.parent))
