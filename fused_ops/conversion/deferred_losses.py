@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fused_ops.conversion.deferred_logits import ALWAYS, AS_IT_IS, DeferredLogits, consume, version_of
 from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.cross_entropy.shards import Ranks
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
 from fused_ops.ops.linear_cross_entropy.arguments import LowRank
 
 _HALF = (torch.bfloat16, torch.float16)
-_RANKS = ("class_group", "class_start", "classes", "row_group")
 _NONE = -(2**40)  # an ignore_index that no class index is
 
 
@@ -57,7 +57,9 @@ def _cross_entropy(
 ) -> Any:
     """Of class indices, or of class probabilities of (rows, classes) logits."""
     legacy = size_average is not None or reduce is not None
-    ranks = [options.pop(name, None) for name in _RANKS]  # over which classes or rows are spread: not of a whole head
+    ranks = [
+        options.pop(name, None) for name in Ranks._fields
+    ]  # over which classes or rows are spread: not of a whole head
     other = legacy or any(value is not None for value in ranks)
     if other or not isinstance(logits, DeferredLogits) or type(target) is not Tensor or logits._state.carried.sign:
         return NotImplemented

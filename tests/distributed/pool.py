@@ -3,11 +3,10 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 
 import torch.distributed as dist
-from processes import start
+from processes import free_port, start
 
 
 class Pool:
@@ -17,12 +16,9 @@ class Pool:
     """
 
     def __init__(self, world):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         context = multiprocessing.get_context("forkserver")  # whose imports, the longest part, are done once
         context.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "fused_ops"])
-        self.connections, self.processes = [], []
+        port, self.connections, self.processes = free_port(), [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
             self.connections.append(mine)

@@ -19,13 +19,16 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(worker, *arguments, world=2):
-    """``worker(rank, port, *arguments)`` on each of the processes."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def run(worker, *arguments, world=2):
+    """``worker(rank, port, *arguments)`` on each of the processes."""
     how = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import torch again
-    torch.multiprocessing.start_processes(worker, (port, *arguments), nprocs=world, start_method=how)
+    torch.multiprocessing.start_processes(worker, (free_port(), *arguments), nprocs=world, start_method=how)
 
 
 def start(rank, port, world=2, timeout_s=60):

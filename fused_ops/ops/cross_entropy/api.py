@@ -171,6 +171,7 @@ def cross_entropy(
 
     Source: the one-step backward is derived in docs/cross_entropy.md.
     """
+    one_process = class_group is None and row_group is None and class_start is None and classes is None
     alone = (
         weight is None
         and label_smoothing == 0
@@ -187,10 +188,7 @@ def cross_entropy(
         and type(logit_scale) in _NUMBERS
         and logit_scale == 1
         and empty == "nan"
-        and class_group is None
-        and row_group is None
-        and class_start is None
-        and classes is None
+        and one_process
     )
     if alone and not (inplace_backward or torch.compiler.is_compiling()):
         try:
@@ -240,7 +238,7 @@ def cross_entropy(
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
     ranks = None
-    if not (class_group is None and row_group is None and class_start is None and classes is None):
+    if not one_process:
         ranks = check_ranks(Ranks(class_group, class_start, classes, row_group))
     check_places(input, target, weight, class_mask, token_weight)
     numbers = Numbers(ignore_index, label_smoothing, z_loss, logit_scale, softcap)

@@ -14,8 +14,9 @@ from fused_ops.distributed.dtensor import Layout, check_mesh, layout_of
 from fused_ops.ops.cross_entropy.arguments import check_shapes, share_of_rows, target_tensors
 from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput
 from fused_ops.ops.cross_entropy.reference import class_dim
+from fused_ops.ops.cross_entropy.shards import Ranks
 
-_CLASSES = ("class_group", "class_start", "classes")
+_CLASSES = Ranks._fields[:3]
 _SCALARS = ("loss", "z_loss")  # of the outputs, where there is a reduction
 
 

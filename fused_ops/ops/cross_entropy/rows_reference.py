@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -368,11 +368,16 @@ def backward(
     return empty_output(input).copy_(grad_input(g, a, o, torch.float64))
 
 
-def backward_(*args: Tensor | float | None) -> None:
-    """``backward``, written over the logits."""
-    input = args[4]
-    assert isinstance(input, Tensor)
-    input.copy_(backward(*args))  # type: ignore[arg-type]
+def over_logits(backward: Callable[..., Tensor]) -> Callable[..., None]:
+    """A backward, of four gradients and then the logits, written over these."""
+
+    def backward_(*args: Any) -> None:
+        args[4].copy_(backward(*args))
+
+    return backward_
+
+
+backward_ = over_logits(backward)
 
 
 def jvp(

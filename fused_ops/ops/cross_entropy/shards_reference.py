@@ -31,6 +31,7 @@ from fused_ops.ops.cross_entropy.rows_reference import (
     _Row,
     counted_rows,
     grad_input,
+    over_logits,
     rows_shape,
 )
 
@@ -230,8 +231,4 @@ def backward(
     return empty_output(input).copy_(grad_input(g, a, o, torch.float64, across))
 
 
-def backward_(*args: Tensor | float | None) -> None:
-    """``backward``, written over the logits."""
-    input = args[4]
-    assert isinstance(input, Tensor)
-    input.copy_(backward(*args))  # type: ignore[arg-type]
+backward_ = over_logits(backward)

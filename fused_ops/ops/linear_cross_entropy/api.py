@@ -180,6 +180,7 @@ def linear_cross_entropy(
     Source: chunked gradients in the forward as in Liger Kernel (arXiv:2410.10989); the memory question as in Cut
     Cross-Entropy (arXiv:2411.09009). The derivation is in docs/linear_cross_entropy.md.
     """
+    one_process = class_group is None and row_group is None and class_start is None and classes is None
     if (
         weight is None
         and lora is None
@@ -193,10 +194,7 @@ def linear_cross_entropy(
         and loss_dtype is None
         and chunk_rows is None
         and max_memory_bytes is None
-        and class_group is None
-        and row_group is None
-        and class_start is None
-        and classes is None
+        and one_process
         and not sequence_parallel
         and type(z_loss) in _NUMBERS
         and z_loss == 0
@@ -255,7 +253,7 @@ def linear_cross_entropy(
     if sequence_parallel and class_group is None:
         raise ValueError("linear_cross_entropy: sequence_parallel=True is for classes that are spread over class_group")
     ranks = None
-    if not (class_group is None and row_group is None and class_start is None and classes is None):
+    if not one_process:
         ranks = check_ranks(Ranks(class_group, class_start, classes, row_group), "linear_cross_entropy")
     if shift:
         target, ignore_index = shifted(input, target, ignore_index)
