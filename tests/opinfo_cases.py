@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.testing._internal import common_utils
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo import core
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
+
+# For every sample it reads the source of every frame of the stack, to find a unittest.TestCase that is not there.
+common_utils.extract_test_fn = core.extract_test_fn = lambda: None
 
 FULL = bool(int(os.environ.get("FUSED_OPS_FULL_GRID", "0")))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -18,9 +18,11 @@ GRID = [pytest.param(case, mode, id=f"{case.name}-{mode}") for case in CASES for
 
 def unless_slow(at_once, slow=lambda case, mode: True):
     """The grid, or what of it is done at once and, marked so, slowly."""
-    for p in GRID:
-        if at_once(*p.values) or slow(*p.values):
-            yield pytest.param(*p.values, id=p.id, marks=() if at_once(*p.values) else pytest.mark.slow)
+    return [
+        pytest.param(*p.values, id=p.id, marks=() if at_once(*p.values) else pytest.mark.slow)
+        for p in GRID
+        if at_once(*p.values) or slow(*p.values)
+    ]
 
 
 def convert(model):

@@ -46,6 +46,14 @@ REFUSALS = (
         "`inplace_backward=True` is for eager autograd: a graph break without `fullgraph=True`, an error with it.",
     ),
     Refusal(
+        r"checkpoint in compile",
+        "ce-patch",
+        RuntimeError,
+        "TorchFunctionModeStack|side effect",
+        "`patch()` entered inside a checkpoint that `fullgraph=True` compiles: Dynamo lets no mode begin in one. "
+        "Enter it around the call.",
+    ),
+    Refusal(
         rf"{_TRANSFORMS}|compile\(func\.grad\)",
         _COUNTING,
         RuntimeError,
