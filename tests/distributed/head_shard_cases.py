@@ -5,9 +5,11 @@ with float64 formulas.
 """
 
 import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
@@ -422,6 +424,22 @@ def sums_of_16_bits(rank, world):
         everywhere_alike(found)
         exact = torch.stack(parts).double().sum(0)
         assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-7.99 + 1e-6).all())
+
+
+@case
+def checkpointed(rank, world):
+    """torch.utils.checkpoint lets a backward unpack what was saved once, the second derivative's too."""
+    tensors, target = draw_head(), draw("index", (ROWS, CLASSES), None)
+    mine = Mine(Part("uneven", rank, world), rank)
+    held = {key: mine.of(key, t) for key, t in tensors.items()}
+    for create_graph, options in itertools.product((False, True), ({"chunk_rows": 7}, {})):
+        found = []
+        for run in (lambda f: f(), partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
+            leaves = {key: t.clone().requires_grad_() for key, t in held.items()}
+            loss = run(lambda leaves=leaves, given={**options, **mine.options}: called(leaves, target, given))
+            found.append(torch.autograd.grad(loss, leaves.values(), create_graph=create_graph))
+        for a, b in zip(*found, strict=True):
+            near(a.detach(), b.detach(), 0, options)
 
 
 @case

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
@@ -433,6 +434,19 @@ def the_backward_writes_over_the_logits(rank, world):
     assert torch.equal(grad, torch.autograd.grad(fused_ops.cross_entropy(leaf, target, **options), leaf)[0])
     assert torch.equal(logits, grad)
     raises(RuntimeError, "modified by an inplace operation", torch.autograd.grad, loss, leaf)
+
+
+@case
+def checkpointed(rank, world):
+    """torch.utils.checkpoint lets a backward unpack what was saved once."""
+    torch.manual_seed(14)
+    part, x, target = Part("uneven", rank, world), torch.randn(20, CLASSES), torch.randint(0, CLASSES, (20,))
+    found = []
+    for run in (lambda f, y: f(y), partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
+        leaf = part.of(x).clone().requires_grad_()
+        loss = run(lambda y: fused_ops.cross_entropy(y * 2, target, label_smoothing=0.1, **part.where()), leaf)
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.equal(*found)
 
 
 @case

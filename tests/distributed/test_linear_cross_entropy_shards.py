@@ -23,6 +23,7 @@ CASES = [
     "rows_of_a_mean_on_each_rank",
     "errors",
     "sums_of_16_bits",
+    "checkpointed",
     "memory",
 ]
 SLOW = ["transforms", "compiled_as_one_graph", "classes_and_rows_on_a_mesh"]  # imports take long, or of 4 processes

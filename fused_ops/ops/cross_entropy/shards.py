@@ -256,8 +256,9 @@ class CrossEntropyShardFunction(FusedFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         g, o = row_grads(ctx.options.statistics, grads), ctx.options
-        a, merged = RowArgs(*ctx.saved_tensors[:5]), Merged(*ctx.saved_tensors[6:])
-        shard = ctx.place._replace(allowed=ctx.saved_tensors[5])
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
+        a, merged = RowArgs(*saved[:5]), Merged(*saved[6:])
+        shard = ctx.place._replace(allowed=saved[5])
         found: list[Tensor | None] = [None] * 15
         if all(grad is None for grad in g):
             return tuple(found)
