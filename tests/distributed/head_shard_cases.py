@@ -427,6 +427,19 @@ def sums_of_16_bits(rank, world):
 
 
 @case
+def scattered_sums_are_in_the_order_of_ranks(rank, world):
+    """The same bits as adding them up here, of parts that differ in size, and 16 bits rounded once."""
+    for dtype, rows in itertools.product(DTYPES, ([3] * world, [5, 0, 1, 2][:world], [0] * world)):
+        parts = [torch.randn(sum(rows), 3, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
+        mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+        found = collectives.scatter_rows(parts[rank].t().contiguous().t(), dist.group.WORLD, rows)
+        total = parts[0][mine].to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for part in parts[1:]:
+            total = total + part[mine].to(total.dtype)
+        assert found.dtype == dtype and torch.equal(found, total.to(dtype)), (dtype, rows)
+
+
+@case
 def checkpointed(rank, world):
     """torch.utils.checkpoint lets a backward unpack what was saved once, the second derivative's too."""
     tensors, target = draw_head(), draw("index", (ROWS, CLASSES), None)

@@ -23,6 +23,7 @@ CASES = [
     "rows_of_a_mean_on_each_rank",
     "errors",
     "sums_of_16_bits",
+    "scattered_sums_are_in_the_order_of_ranks",
     "checkpointed",
     "memory",
 ]
@@ -62,6 +63,7 @@ from fused_ops.ops.linear_cross_entropy import by_rows
 RANKS, ROWS, CLASSES, FEATURES = 1024, 100, 4, 600
 dist.init_process_group("fake", rank=3, world_size=RANKS, store=FakeStore())
 events, product, gather, reduce = [], by_rows.product, collectives._all_gather, dist.all_reduce
+exchange = dist.all_to_all_single
 
 class Work:
     def wait(self):
@@ -80,7 +82,12 @@ def noted_reduce(input, **options):
     events.append(["reduce", input.nbytes])
     return reduce(input, **options)
 
+def noted_exchange(output, input, *sizes, **options):
+    events.append(["exchange", input.nbytes, output.nbytes])
+    return exchange(output, input, *sizes, **options)
+
 by_rows.product, collectives._all_gather, collectives.dist.all_reduce = noted_product, noted_gather, noted_reduce
+collectives.dist.all_to_all_single = noted_exchange
 x = torch.randn(ROWS, FEATURES, dtype=torch.bfloat16, requires_grad=True)
 w = torch.randn(CLASSES, FEATURES, dtype=torch.bfloat16, requires_grad=True)
 target = torch.randint(0, CLASSES * RANKS, (ROWS,))
@@ -99,6 +106,13 @@ for name, options in {
     events.clear()
     (out.loss if name == "rows apart" else out).backward()
     found[name] = forward, [e for e in events if e not in ("product", "wait")]
+events.clear()
+options = {**where, "sequence_parallel": True, "chunk_rows": RANKS}
+loss = fused_ops.linear_cross_entropy(x[:2], w, target.repeat(21)[: 2 * RANKS], **options)
+forward = [e for e in events if e not in ("product", "wait")]
+events.clear()
+loss.backward()
+found["rows of each"] = forward, events
 print(json.dumps(found))
 """
 
@@ -115,5 +129,9 @@ def test_what_1024_ranks_exchange(run_python):
     gathered = [e for e in found["rows apart"][0] if e not in ("product", "wait")]
     assert gathered == [["gather", rows * 9 * 8] for rows in (30, 30, 30, 10)]
     assert found["rows apart"][1] == [hidden]
+    sizes, features = ["gather", 8], 600 * 2
+    of_chunks = [["gather", rows * of_row] for rows in (512, 512, 512, 302)]  # 210 are ignored
+    exchanged = ["exchange", 2048 * features, 1024 * 2 * features]  # sent and received: once the hidden states
+    assert found["rows of each"] == [[sizes, ["gather", 2 * features], *of_chunks], [exchanged]]
     gathered = [e for e in found["mask of rows"][0] if e not in ("product", "wait")]
     assert gathered == [["gather", 100 * 8], *(["gather", 30 * of_row] for _ in range(3))]
