@@ -6,6 +6,7 @@ with float64 formulas.
 
 import itertools
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -473,3 +474,19 @@ def memory(rank, world):
     step()
     found = peak_extra_bytes(step)
     assert found is None or found < rows * 4096 * 4 / 2, found
+
+
+@case
+def what_many_ranks_do(rank, world):
+    """The cases once more with what reduces in the place of what gathers; its sums have the same bits on all ranks too."""
+    cases = (
+        options_and_targets,
+        sums_in_the_forward,
+        outputs_and_what_is_retained,
+        rows_of_the_input_on_each_rank,
+        several_positions,
+        errors,
+    )
+    with mock.patch.object(collectives, "MANY_RANKS", 1):
+        for function in cases:
+            function(rank, world)

@@ -7,6 +7,7 @@ with float64 formulas.
 import itertools
 import math
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -494,3 +495,22 @@ def wrong_arguments_raise_before_a_collective(rank, world):
     )
     for error, message, options in calls:
         raises(error, message, fused_ops.cross_entropy, x, **{"target": target, **options})
+
+
+@case
+def what_many_ranks_do(rank, world):
+    """The cases once more with what reduces in the place of what gathers; its sums have the same bits on all ranks too."""
+    cases = (
+        options_and_targets,
+        outputs,
+        replicated_arguments_have_whole_gradients,
+        second_derivatives,
+        a_mesh_of_classes_and_rows,
+        bad_targets_raise_on_all_ranks,
+        transforms,
+        masks_and_shapes,
+        the_backward_writes_over_the_logits,
+    )
+    with mock.patch.object(collectives, "MANY_RANKS", 1):
+        for function in cases:
+            function(rank, world)
