@@ -32,6 +32,10 @@ from fused_ops.core.torch_private import resolve_group
 
 _GATHERED_BYTES = 1 << 20  # What the ranks' parts may take together for a sum to gather them; more is all-reduced.
 
+# From so many ranks on, what is merged of all ranks' parts is reduced and not gathered: docs/distributed.md has the model.
+# By their number alone: a row's bits do not depend on how many rows there are.
+MANY_RANKS = 64
+
 # Since torch 2.13 the second name is deprecated.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -137,10 +141,14 @@ def _fake_gather_rows(input: Tensor, group: str, rows: list[int]) -> Tensor:
 
 
 def _scatter_rows(input: Tensor, group: str, rows: list[int]) -> Tensor:
-    # gloo has no reduce_scatter of parts that differ, and none of 16 bits
-    me = rank_in(group_of(group))
-    begin = sum(rows[:me])
-    return _sum(input, group, len(rows))[begin : begin + rows[me]].clone()
+    # The bytes of a reduce_scatter, and of parts that differ in size too; added in the order of ranks, 16 bits in
+    # float32 and rounded once, whatever the backend. On gloo with 2 and 4 processes it takes a quarter to two thirds of
+    # the time of reduce_scatter, and about half that of all_reduce.
+    where, ranks = group_of(group), len(rows)
+    mine = rows[rank_in(where)]
+    parts = input.new_empty(ranks * mine, *input.shape[1:])
+    dist.all_to_all_single(parts, input.contiguous(), [mine] * ranks, rows, group=where)
+    return parts.view(ranks, mine, *input.shape[1:]).sum(0)
 
 
 def _fake_scatter_rows(input: Tensor, group: str, rows: list[int]) -> Tensor:
@@ -155,6 +163,39 @@ gather_op: Any = register(
 def gather(input: Tensor, group: Any) -> Tensor:
     """A tensor of one shape from all ranks, (ranks, *shape); not differentiable."""
     result: Tensor = gather_op(input.detach(), name_of(group), size_of(group))
+    return result
+
+
+def start_maximum(input: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """Starts to find the largest of all ranks of each number, none of them NaN; as ``start_gather``."""
+    largest = input.clone(memory_format=torch.contiguous_format)
+    return largest, dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+
+
+def _reduce(input: Tensor, group: str, maximum: bool) -> Tensor:
+    total = input.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group_of(group))
+    return total
+
+
+def _fake_reduce(input: Tensor, group: str, maximum: bool) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+_reduce_op: Any = register(
+    "reduce_over_ranks(Tensor input, str group, bool maximum) -> Tensor", _reduce, _fake_reduce, native=False
+)
+
+
+def maximum(input: Tensor, group: Any) -> Tensor:
+    """The largest of all ranks of each number, none of them NaN; not differentiable."""
+    result: Tensor = _reduce_op(input.detach(), name_of(group), True)
+    return result
+
+
+def total(input: Tensor, group: Any) -> Tensor:
+    """The sum of all ranks' as the backend adds them up: alike on all ranks; not differentiable."""
+    result: Tensor = _reduce_op(input.detach(), name_of(group), False)
     return result
 
 
@@ -238,7 +279,7 @@ def gather_rows(input: Tensor, group: Any, rows: list[int]) -> Tensor:
 
 
 def scatter_rows(input: Tensor, group: Any, rows: list[int]) -> Tensor:
-    """This rank's rows of the sum over ranks."""
+    """This rank's rows of the sum over ranks: a reduce-scatter."""
     return _scattered_rows(input, name_of(group), rows)
 
 

@@ -116,6 +116,11 @@ class Layout(NamedTuple):
         return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=size, stride=strides)
 
 
+def _dim_of(placement: Any, dims: int) -> int:
+    """The dimension that a placement divides, counted: torch.compile(dynamic=True) makes a symbol of its number."""
+    return next(d for d in range(dims) if placement.is_shard(d) or placement.is_shard(d - dims))
+
+
 def layout_of(value: Any, once: int | None = None) -> Layout:
     """Where a DTensor's parts are, or should be put first: replicated or in contiguous parts.
 
@@ -127,7 +132,7 @@ def layout_of(value: Any, once: int | None = None) -> Layout:
 
     placements: list[Any] = []
     for placement in value.placements:
-        mine = Shard(placement.dim % value.dim()) if type(placement) is Shard else Replicate()
+        mine = Shard(_dim_of(placement, value.dim())) if type(placement) is Shard else Replicate()
         placements.append(Replicate() if mine in placements and mine.is_shard(once) and once is not None else mine)
     return Layout(value.device_mesh, tuple(placements))
 

@@ -75,6 +75,7 @@ def over_ranks(x, indices, doubles):
     one, place = torch.ones((), dtype=torch.float64), torch.tensor([0, classes])
     names = ("gather_of_ranks", "sum_of_ranks", "sum_of_shares", "copy_to_shares")
     found = {name: [(x, group, 1)] for name in names}
+    found["reduce_over_ranks"] = [(x, group, False), (x, group, True)]
     found |= {name: [(x, group, [rows])] for name in ("gather_rows", "scatter_rows")}
     found["cross_entropy_rows_of_ranks"] = [(one, one * math.nan, [group], [1])]
     found |= {name: [(x, rows, group, 1)] for name in ("gather_all_rows", "scatter_all_rows")}

@@ -47,11 +47,28 @@ def allowed(a):
     return a.class_mask.sum(1, dtype=torch.float64) if a.class_mask is not None and a.class_mask.dim() > 1 else None
 
 
-def simulated(a, o, places):
+def simulated(a, o, places, merge=shards.merge):
     classes = a.input.size(0 if a.input.dim() == 1 else 1)
     found = [Shard(None, start, classes, allowed(a)) for start, _ in places]
     parts = [shards.partial(here(a, *place), o, shard) for place, shard in zip(places, found, strict=True)]
-    return found, shards.merge(torch.stack(parts), a, o)
+    return found, merge(torch.stack(parts), a, o)
+
+
+def reduced(parts, a, o):
+    """What many ranks do in the place of ``merge``."""
+
+    def largest(of_part):
+        found = torch.stack([of_part(part) for part in parts])
+        assert not found.isnan().any()  # of which a backend's maximum may make anything
+        return found.amax(0)
+
+    top = largest(shards_reference.maxima)
+    total = torch.stack([shards_reference.summands(part, top, a, o) for part in parts]).sum(0)
+    best = largest(lambda part: shards_reference.best_class(part, top)) if o.statistics else None
+    return shards_reference.merge_sums(top, total, best, a, o)
+
+
+FORMS = pytest.mark.parametrize("merge", [shards.merge, reduced], ids=["gathered", "reduced"])
 
 
 def gradients(g, a, o, places, found, merged):
@@ -73,9 +90,10 @@ def arguments(kind, logits, weighted, masks, seed=0):
     return RowArgs(logits, indices, probabilities, weight, mask)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["index", "dense", "sparse"])
-def test_shards_are_the_whole_and_kernels_are_their_reference(kind, dtype, monkeypatch):
+def test_shards_are_the_whole_and_kernels_are_their_reference(kind, dtype, merge, monkeypatch):
     """Every combination of weight, smoothing, mask, cap and outputs, in every layout, over 1, 3 and 8 ranks."""
     x = (torch.randn(30, 37) * 3).to(dtype)
     grid = itertools.product((0, 1), (0.0, 0.1), (0, 1, 2), (0.0, 4.0), (False, True))
@@ -85,7 +103,7 @@ def test_shards_are_the_whole_and_kernels_are_their_reference(kind, dtype, monke
         logits = list(layouts(x).values())[i % 5]
         a, o = arguments(kind, logits, weighted, masks), RowOptions(-100, smoothing, 0.5, cap, statistics)
         places = splits[i % 3]
-        found, merged = simulated(a, o, places)
+        found, merged = simulated(a, o, places, merge)
         whole = torch.ops.fused_ops.cross_entropy_rows_forward(*a, *o)
         for name, mine, other in zip(merged._fields, merged, whole, strict=False):
             if name == "target_log_probability" and not statistics:
@@ -106,7 +124,7 @@ def test_shards_are_the_whole_and_kernels_are_their_reference(kind, dtype, monke
         with monkeypatch.context() as patched:
             patched.setattr(shards, "_forward_op", shards_reference.forward)
             patched.setattr(shards, "_backward_op", shards_reference.backward)
-            _, plain = simulated(a, o, places)
+            _, plain = simulated(a, o, places, merge)
             plain_grads = gradients(g, a, o, places, found, merged)
         for mine, other in zip(merged, plain, strict=True):
             torch.testing.assert_close(mine, other, rtol=tolerance / 10, atol=tolerance / 10, equal_nan=True)
@@ -115,16 +133,17 @@ def test_shards_are_the_whole_and_kernels_are_their_reference(kind, dtype, monke
             assert mine.stride() == other.stride()
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [8, 64])
-def test_many_ranks_by_the_error_rule(ranks, dtype):
+def test_many_ranks_by_the_error_rule(ranks, dtype, merge):
     """Values and gradients of a mean over 8 and 64 ranks are as near to float64 as PyTorch's own of one process."""
     torch.manual_seed(ranks)
     x = (torch.randn(40, 500) * 4).to(dtype)
     target, places = torch.randint(0, 500, (40,)), split(500, ranks, (1, 6))
     target[:8] = torch.tensor([start for start, _ in places][:8]) % 500  # on a border
     a, o = RowArgs(x, target, None, None, None), RowOptions()
-    found, merged = simulated(a, o, places)
+    found, merged = simulated(a, o, places, merge)
     scale = torch.full((40,), 1 / 40, dtype=torch.float64)
     grad = torch.cat(gradients(RowGrads(scale, None, None, None), a, o, places, found, merged), 1)
     results = []
@@ -165,9 +184,10 @@ ROWS = {
 }
 
 
+@FORMS
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_rows_that_are_not_ordinary_are_as_in_one_process(name, dtype):
+def test_rows_that_are_not_ordinary_are_as_in_one_process(name, dtype, merge):
     logits = one(ROWS[name], dtype)
     if name == "huge" and dtype == torch.float32:
         pytest.skip("the rows' op takes differences in float, which overflow")
@@ -178,7 +198,7 @@ def test_rows_that_are_not_ordinary_are_as_in_one_process(name, dtype):
         for (kind, target), smoothing, masked in itertools.product(targets.items(), (0.0, 0.1), (False, True)):
             mask = torch.tensor([True, True, False, True, False, True]) if masked else None
             a, o = RowArgs(logits, *target, None, mask), RowOptions(-100, smoothing, 1.0, 0.0, True)
-            found, merged = simulated(a, o, places)
+            found, merged = simulated(a, o, places, merge)
             whole = torch.ops.fused_ops.cross_entropy_rows_forward(*a, *o)
             what = (places, kind, smoothing, masked)
             tolerance = 1e-13 if dtype == torch.float64 else 1e-6
@@ -202,14 +222,15 @@ def test_rows_that_are_not_ordinary_are_as_in_one_process(name, dtype):
             )
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_confident_target_keeps_loss_and_gradient(dtype):
+def test_a_confident_target_keeps_loss_and_gradient(dtype, merge):
     """The target's p - 1 is minus the sum of the others', wherever those are."""
     for target, places in itertools.product((0, 5), ([(0, 3), (3, 3)], [(0, 1), (1, 5)], [(0, 5), (5, 1)])):
         logits = torch.zeros(1, 6, dtype=dtype)
         logits[0, target] = 30.0
         a, o = RowArgs(logits, torch.tensor([target]), None, None, None), RowOptions()
-        found, merged = simulated(a, o, places)
+        found, merged = simulated(a, o, places, merge)
         rest = 5 * math.exp(-30)
         g = RowGrads(torch.ones(1, dtype=torch.float64), None, None, None)
         grad = torch.cat(gradients(g, a, o, places, found, merged), 1)
@@ -218,12 +239,13 @@ def test_a_confident_target_keeps_loss_and_gradient(dtype):
         assert math.isclose(grad[0, target].item(), -rest / (1 + rest), rel_tol=tolerance)
 
 
-def test_a_single_example_and_rows_without_classes():
+@FORMS
+def test_a_single_example_and_rows_without_classes(merge):
     for shape in ((7,), (3, 7), (0, 7), (2, 7, 3), (2, 7, 0)):
         x = torch.randn(shape)
         rows = rows_shape(x)
         a, o = RowArgs(x, torch.randint(0, 7, rows), None, None, None), RowOptions(-100, 0.1)
-        found, merged = simulated(a, o, [(0, 0), (0, 4), (4, 3), (7, 0)])
+        found, merged = simulated(a, o, [(0, 0), (0, 4), (4, 3), (7, 0)], merge)
         whole = torch.ops.fused_ops.cross_entropy_rows_forward(*a, *o)
         torch.testing.assert_close(merged.nll, whole[0])
         g = RowGrads(torch.ones(rows, dtype=torch.float64), None, None, None)

@@ -5,9 +5,12 @@ with float64 formulas.
 """
 
 import itertools
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
@@ -425,6 +428,35 @@ def sums_of_16_bits(rank, world):
 
 
 @case
+def scattered_sums_are_in_the_order_of_ranks(rank, world):
+    """The same bits as adding them up here, of parts that differ in size, and 16 bits rounded once."""
+    for dtype, rows in itertools.product(DTYPES, ([3] * world, [5, 0, 1, 2][:world], [0] * world)):
+        parts = [torch.randn(sum(rows), 3, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
+        mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+        found = collectives.scatter_rows(parts[rank].t().contiguous().t(), dist.group.WORLD, rows)
+        total = parts[0][mine].to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for part in parts[1:]:
+            total = total + part[mine].to(total.dtype)
+        assert found.dtype == dtype and torch.equal(found, total.to(dtype)), (dtype, rows)
+
+
+@case
+def checkpointed(rank, world):
+    """torch.utils.checkpoint lets a backward unpack what was saved once, the second derivative's too."""
+    tensors, target = draw_head(), draw("index", (ROWS, CLASSES), None)
+    mine = Mine(Part("uneven", rank, world), rank)
+    held = {key: mine.of(key, t) for key, t in tensors.items()}
+    for create_graph, options in itertools.product((False, True), ({"chunk_rows": 7}, {})):
+        found = []
+        for run in (lambda f: f(), partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
+            leaves = {key: t.clone().requires_grad_() for key, t in held.items()}
+            loss = run(lambda leaves=leaves, given={**options, **mine.options}: called(leaves, target, given))
+            found.append(torch.autograd.grad(loss, leaves.values(), create_graph=create_graph))
+        for a, b in zip(*found, strict=True):
+            near(a.detach(), b.detach(), 0, options)
+
+
+@case
 def memory(rank, world):
     """Of the head on a rank: what its two chunks of logits and the exchange take, not its logits."""
     from benchmarks.memory import peak_extra_bytes
@@ -442,3 +474,19 @@ def memory(rank, world):
     step()
     found = peak_extra_bytes(step)
     assert found is None or found < rows * 4096 * 4 / 2, found
+
+
+@case
+def what_many_ranks_do(rank, world):
+    """The cases once more with what reduces in the place of what gathers; its sums have the same bits on all ranks too."""
+    cases = (
+        options_and_targets,
+        sums_in_the_forward,
+        outputs_and_what_is_retained,
+        rows_of_the_input_on_each_rank,
+        several_positions,
+        errors,
+    )
+    with mock.patch.object(collectives, "MANY_RANKS", 1):
+        for function in cases:
+            function(rank, world)

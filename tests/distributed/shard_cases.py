@@ -7,9 +7,11 @@ with float64 formulas.
 import itertools
 import math
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
@@ -436,6 +438,19 @@ def the_backward_writes_over_the_logits(rank, world):
 
 
 @case
+def checkpointed(rank, world):
+    """torch.utils.checkpoint lets a backward unpack what was saved once."""
+    torch.manual_seed(14)
+    part, x, target = Part("uneven", rank, world), torch.randn(20, CLASSES), torch.randint(0, CLASSES, (20,))
+    found = []
+    for run in (lambda f, y: f(y), partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
+        leaf = part.of(x).clone().requires_grad_()
+        loss = run(lambda y: fused_ops.cross_entropy(y * 2, target, label_smoothing=0.1, **part.where()), leaf)
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.equal(*found)
+
+
+@case
 def what_empty_says_is_about_all_ranks(rank, world):
     x, target = torch.randn(3, 4), torch.full((3,), -100)
     rows = {"row_group": dist.group.WORLD}
@@ -480,3 +495,22 @@ def wrong_arguments_raise_before_a_collective(rank, world):
     )
     for error, message, options in calls:
         raises(error, message, fused_ops.cross_entropy, x, **{"target": target, **options})
+
+
+@case
+def what_many_ranks_do(rank, world):
+    """The cases once more with what reduces in the place of what gathers; its sums have the same bits on all ranks too."""
+    cases = (
+        options_and_targets,
+        outputs,
+        replicated_arguments_have_whole_gradients,
+        second_derivatives,
+        a_mesh_of_classes_and_rows,
+        bad_targets_raise_on_all_ranks,
+        transforms,
+        masks_and_shapes,
+        the_backward_writes_over_the_logits,
+    )
+    with mock.patch.object(collectives, "MANY_RANKS", 1):
+        for function in cases:
+            function(rank, world)

@@ -27,6 +27,8 @@ CASES = [
     "a_group_of_one_rank",
     "masks_and_shapes",
     "the_backward_writes_over_the_logits",
+    "checkpointed",
+    "what_many_ranks_do",
     "what_empty_says_is_about_all_ranks",
     "wrong_arguments_raise_before_a_collective",
 ]
@@ -61,35 +63,46 @@ def test_in_more_processes(name, more_processes):
 
 @pytest.fixture
 def group_of_1024(monkeypatch):
-    """A group of ranks that all have what this one has; and how many bytes each collective brought."""
+    """A group of ranks that all have what this one has; and of each collective its kind and a rank's bytes."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    brought, real = [], collectives._all_gather
+    seen, gather, reduce = [], collectives._all_gather, torch.distributed.all_reduce
 
-    def gather(output, input, **options):
-        work = real(output, input, **options)
+    def noted_gather(output, input, **options):
+        work = gather(output, input, **options)
         output.view(1024, -1)[:] = input
-        brought.append(output.nbytes)
+        seen.append(("gather", input.nbytes))
         return work
 
-    monkeypatch.setattr(collectives, "_all_gather", gather)
+    def noted_reduce(input, op, **options):
+        seen.append(("max" if op == torch.distributed.ReduceOp.MAX else "sum", input.nbytes))
+        return reduce(input, op, **options)
+
+    monkeypatch.setattr(collectives, "_all_gather", noted_gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", noted_reduce)
     torch.distributed.init_process_group("fake", rank=3, world_size=1024, store=FakeStore())
-    yield brought
+    yield seen
     torch.distributed.destroy_process_group()
 
 
-def test_one_collective_a_call(group_of_1024):
+@pytest.mark.parametrize("many", [True, False])
+def test_what_a_call_sends(many, group_of_1024, monkeypatch):
+    """One gather, or of many ranks maxima and sums; the backward sends nothing."""
+    if not many:
+        monkeypatch.setattr(collectives, "MANY_RANKS", 1025)
     group, rows = torch.distributed.group.WORLD, 5
     x, target = torch.randn(rows, 4, requires_grad=True), torch.tensor([3, 1024 * 4 - 1, 13, -100, 12])
     where = {"class_group": group, "class_start": 12, "classes": 4 * 1024}
-    row = 1024 * rows * 8
+    row = rows * 8
+    parts = [("max", 3 * row), ("sum", 9 * row)] if many else [("gather", 7 * row)]
+    with_outputs = [*parts, ("max", row)] if many else [("gather", 9 * row)]
     calls = (
-        ({**where}, [7 * row]),
-        ({**where, "return_outputs": True, "label_smoothing": 0.1}, [9 * row]),
-        ({"class_group": group}, [1024 * 8, 7 * row]),  # the sizes first
-        ({**where, "row_group": group}, [1024 * 2 * 8, 7 * row]),
-        ({**where, "class_mask": torch.rand(4 * 1024) > 0.1, "label_smoothing": 0.1}, [7 * row]),
-        ({**where, "class_mask": torch.ones(rows, 4) > 0, "label_smoothing": 0.1}, [row, 7 * row]),
+        ({**where}, parts),
+        ({**where, "return_outputs": True, "label_smoothing": 0.1}, with_outputs),
+        ({"class_group": group}, [("gather", 8), *parts]),  # the sizes first
+        ({**where, "row_group": group}, [("gather", 2 * 8), *parts]),
+        ({**where, "class_mask": torch.rand(4 * 1024) > 0.1, "label_smoothing": 0.1}, parts),
+        ({**where, "class_mask": torch.ones(rows, 4) > 0, "label_smoothing": 0.1}, [("gather", row), *parts]),
     )
     for options, expected in calls:
         loss = fused_ops.cross_entropy(x, target, **options)
@@ -99,4 +112,4 @@ def test_one_collective_a_call(group_of_1024):
         assert group_of_1024 == expected  # none in the backward
         group_of_1024.clear()
     fused_ops.cross_entropy(x, target.clamp(max=3), row_group=group).backward()
-    assert group_of_1024 == [1024 * 2 * 8]
+    assert group_of_1024 == [("gather", 2 * 8)]

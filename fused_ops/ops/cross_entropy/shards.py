@@ -218,7 +218,31 @@ def _grad_input(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Ac
 
 
 def _run(a: RowArgs, o: RowOptions, shard: Shard) -> Merged:
-    return merge(collectives.gather(partial(a, o, shard), shard.group), a, o)
+    mine, group = partial(a, o, shard), shard.group
+    if collectives.size_of(group) >= collectives.MANY_RANKS:
+        return _merge_sums(mine, collectives.maximum(shards_reference.maxima(mine), group), group, a, o)
+    return merge(collectives.gather(mine, group), a, o)
+
+
+def _merge_sums(mine: Tensor, top: Tensor, group: Any, a: RowArgs, o: RowOptions) -> Merged:
+    """The rows' results of many ranks, from this rank's part and the largest of the maxima."""
+    total = collectives.total(shards_reference.summands(mine, top, a, o), group)
+    best = collectives.maximum(shards_reference.best_class(mine, top), group) if o.statistics else None
+    return shards_reference.merge_sums(top, total, best, a, o)
+
+
+def send(mine: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """Starts to tell the other ranks of a part; for ``receive``, once ``wait()`` of the second returned."""
+    if collectives.size_of(group) >= collectives.MANY_RANKS:
+        return collectives.start_maximum(shards_reference.maxima(mine), group)
+    return collectives.start_gather(mine, group)
+
+
+def receive(mine: Tensor, arrived: Tensor, group: Any, a: RowArgs, o: RowOptions) -> Merged:
+    """The rows' results, from this rank's part and what came of ``send``."""
+    if collectives.size_of(group) >= collectives.MANY_RANKS:
+        return _merge_sums(mine, arrived, group, a, o)
+    return merge(arrived, a, o)
 
 
 def _fixed(statistics: bool, m: Merged) -> tuple[Tensor, ...]:
@@ -256,8 +280,9 @@ class CrossEntropyShardFunction(FusedFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         g, o = row_grads(ctx.options.statistics, grads), ctx.options
-        a, merged = RowArgs(*ctx.saved_tensors[:5]), Merged(*ctx.saved_tensors[6:])
-        shard = ctx.place._replace(allowed=ctx.saved_tensors[5])
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
+        a, merged = RowArgs(*saved[:5]), Merged(*saved[6:])
+        shard = ctx.place._replace(allowed=saved[5])
         found: list[Tensor | None] = [None] * 15
         if all(grad is None for grad in g):
             return tuple(found)

@@ -15,6 +15,7 @@ results. See docs/cross_entropy.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,9 +161,8 @@ def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
     Raises:
         IndexError: a target of some rank is no class (on a GPU an error of the device).
     """
-    part = Part(*gathered.unbind(1), *(() if o.statistics else (gathered[:, 0],) * 2))
+    part = _named(gathered.unbind(1))
     raise_for_bad_targets(part.bad_target)
-    valid, one = counted_rows(a, o.ignore_index), a.indices is not None and a.probabilities is None
     spread = a.indices is None or o.label_smoothing != 0
     most = (part.high + part.low).argmax(0, keepdim=True)
     high, low = part.high.gather(0, most), part.low.gather(0, most)
@@ -171,33 +171,128 @@ def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
     rest = torch.where((high[0] - high[0]).isnan(), math.nan, rest)  # +inf, and no class left anywhere
     more = rest.log1p()
     behind = more + below
-    lse_low = low[0] + more
-    lse = high[0] + lse_low
     gone = part.high == -math.inf
     without = gone if spread else gone | (part.mass == 0)
     nll = (part.nll + torch.where(without, 0.0, part.mass * behind)).sum(0)
-    nll = torch.where(lse.isnan() & (torch.ones_like(valid) if spread else nll != 0), math.nan, nll)
-    target_weight = valid.double() if a.indices is None else part.target_weight.sum(0)
-    log_probability = torch.zeros_like(nll)
-    if one:
-        mine = torch.where(gone, -math.inf, part.target_log_probability - behind)
-        log_probability = torch.where(part.target_log_probability > 0, 0.0, mine).sum(0)
+    mine = torch.where(gone, -math.inf, part.target_log_probability - behind)
+    log_probability = torch.where(part.target_log_probability > 0, 0.0, mine).sum(0)
+    entropy = prediction = None
+    if o.statistics:
+        share = (-behind).exp()
+        entropy = torch.where(share == 0, 0.0, share * (part.entropy + behind)).sum(0)
+        best = part.high.amax(0)
+        is_best = (part.high == best) | (part.high.isnan() & best.isnan())
+        prediction = torch.where(is_best, part.prediction, math.inf).amin(0)
+    sums = nll, part.mass.sum(0), part.target_weight.sum(0), log_probability
+    return _finished(sums, high[0], low[0] + more, entropy, prediction, a, o)
+
+
+def _named(parts: Sequence[Tensor]) -> Part:
+    return Part(*parts, *parts[:1] * (PARTS - len(parts)))  # those that are not there are not read
+
+
+def _finished(
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    high: Tensor,
+    low: Tensor,
+    entropy: Tensor | None,
+    prediction: Tensor | None,
+    a: RowArgs,
+    o: RowOptions,
+) -> Merged:
+    """The results from what is known of all classes of a row: lse in two parts, and the other fields of ``Part``."""
+    nll, mass, target_weight, log_probability = sums
+    valid, lse = counted_rows(a, o.ignore_index), high + low
+    if a.indices is None or o.label_smoothing != 0:
+        nll = torch.where(lse.isnan(), math.nan, nll)
+    else:
+        nll = torch.where(lse.isnan() & (nll != 0), math.nan, nll)
+    if a.indices is None:
+        target_weight = valid.double()
+    if a.indices is not None and a.probabilities is None:
         log_probability = torch.where(lse.isnan(), math.nan, log_probability)
         nll = nll - (1 - o.label_smoothing) * target_weight * log_probability
+    else:
+        log_probability = torch.zeros_like(nll)
     nll, mass, target_weight, log_probability = (
-        torch.where(valid, values, 0.0) for values in (nll, part.mass.sum(0), target_weight, log_probability)
+        torch.where(valid, values, 0.0) for values in (nll, mass, target_weight, log_probability)
     )
-    if not o.statistics:
+    if entropy is None or prediction is None:
         none, index = nll.new_empty(0), torch.empty(0, dtype=torch.int64, device=nll.device)
-        lse, top, lse_low = (torch.where(valid, values, 0.0) for values in (lse, high[0], lse_low))
-        return Merged(nll, lse, mass, target_weight, none, index, log_probability, top, lse_low)
-    share = (-behind).exp()
-    entropy = torch.where(share == 0, 0.0, share * (part.entropy + behind)).sum(0)
-    best = part.high.amax(0)
-    is_best = (part.high == best) | (part.high.isnan() & best.isnan())
-    prediction = torch.where(is_best, part.prediction, math.inf).amin(0)
+        lse, high, low = (torch.where(valid, values, 0.0) for values in (lse, high, low))
+        return Merged(nll, lse, mass, target_weight, none, index, log_probability, high, low)
     prediction = torch.where(prediction == math.inf, 0.0, prediction).long()
-    return Merged(nll, lse, mass, target_weight, entropy, prediction, log_probability, high[0], lse_low)
+    return Merged(nll, lse, mass, target_weight, entropy, prediction, log_probability, high, low)
+
+
+# ---- the same of many ranks: from maxima and sums over them, and not from the parts of each
+
+
+def maxima(part: Tensor) -> Tensor:
+    """Of a rank's part that of which the largest of all ranks is wanted, (3, *rows).
+
+    The maximum (+inf for NaN), a target that is no class (-inf for none), and whether there is a NaN.
+    """
+    p = _named(part.unbind(0))
+    nan = p.high.isnan()
+    bad = torch.where(p.bad_target.isnan(), -math.inf, p.bad_target)
+    return torch.stack([torch.where(nan, math.inf, p.high), bad, nan.to(p.high.dtype)])
+
+
+def best_class(part: Tensor, top: Tensor) -> Tensor:
+    """Minus the class of the maximum over all ranks, ``top``, if it is here; the largest of all ranks is wanted."""
+    p = _named(part.unbind(0))
+    is_best = torch.where(top[2] > 0, p.high.isnan(), p.high == top[0])
+    return torch.where(is_best, -p.prediction, -math.inf)
+
+
+def summands(part: Tensor, top: Tensor, a: RowArgs, o: RowOptions) -> Tensor:
+    """Of a rank's part that of which the sum over all ranks is wanted, (9, *rows).
+
+    With H the maximum over all ranks and ``over = lse_k - H``: exp(over), less 1 if H is of this rank, which would hide
+    the rest; whether it is; exp(over) if the target is not of this rank, log p_t,k and ``over`` if it is; nll as far as it
+    is relative to H; mass; the target's weight; and exp(over) (entropy_k - over).
+    """
+    p = _named(part.unbind(0))
+    over, is_top = (p.high - top[0]) + p.low, p.high == top[0]
+    size = over.exp()
+    has_target = torch.zeros_like(is_top)
+    if a.indices is not None and a.probabilities is None:
+        has_target = counted_rows(a, o.ignore_index) & ~(p.target_log_probability > 0)
+    gone = p.high == -math.inf
+    log_probability = torch.where(gone, -math.inf, p.target_log_probability)
+    of_target = (torch.where(has_target, values, 0.0) for values in (log_probability, over))
+    nll = p.nll - torch.where(gone | (p.mass == 0), 0.0, p.mass * over)
+    entropy = torch.where(size == 0, 0.0, size * (p.entropy - over)) if o.statistics else torch.zeros_like(size)
+    excess, others = torch.where(is_top, over.expm1(), size), torch.where(has_target, 0.0, size)
+    return torch.stack([excess, is_top.double(), others, *of_target, nll, p.mass, p.target_weight, entropy])
+
+
+def merge_sums(top: Tensor, total: Tensor, best: Tensor | None, a: RowArgs, o: RowOptions) -> Merged:
+    """The results of each row, as ``merge`` finds them, from the ranks' maxima and sums.
+
+    Args:
+        top: The largest of ``maxima``.
+        total: The sum of ``summands``.
+        best: The largest of ``best_class``, with statistics.
+        a: The target, as for ``merge``.
+        o: The options.
+
+    Raises:
+        IndexError: as ``merge``.
+    """
+    raise_for_bad_targets(torch.where(top[1] == -math.inf, math.nan, top[1]))
+    excess, tops, others, log_probability, over, nll, mass, target_weight, entropy = total
+    excess = excess + (tops - 1)
+    low = excess.log1p()
+    own = over.exp()  # of the target's rank: which of the two differs from lse_t more is no difference of large numbers
+    log_probability = log_probability - torch.where(others <= own, (others / own).log1p(), low - over)
+    nll = nll + torch.where(mass == 0, 0.0, mass * low)
+    prediction = None
+    if best is not None:
+        entropy, prediction = entropy / (1 + excess) + low, -best
+    sums = nll, mass, target_weight, log_probability
+    return _finished(sums, top[0], low, None if best is None else entropy, prediction, a, o)
 
 
 def backward(

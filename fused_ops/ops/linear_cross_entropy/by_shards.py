@@ -131,9 +131,10 @@ def _chunks(
 
 def _merged(chunks: Iterator[_Chunk], o: RowOptions) -> Iterator[tuple[_Chunk, Merged]]:
     """Each chunk and its rows' results, which travel while the logits of the next one are computed."""
-    before: tuple[_Chunk, Tensor, Any] | None = None
+    before: tuple[_Chunk, Tensor, Tensor, Any] | None = None
     for chunk in chunks:
-        now = chunk, *collectives.start_gather(shards.partial(chunk.args, o, chunk.shard), chunk.shard.group)
+        mine = shards.partial(chunk.args, o, chunk.shard)
+        now = chunk, mine, *shards.send(mine, chunk.shard.group)
         if before is not None:
             yield _arrived(*before, o)
         before = now
@@ -141,9 +142,9 @@ def _merged(chunks: Iterator[_Chunk], o: RowOptions) -> Iterator[tuple[_Chunk, M
         yield _arrived(*before, o)
 
 
-def _arrived(chunk: _Chunk, gathered: Tensor, work: Any, o: RowOptions) -> tuple[_Chunk, Merged]:
+def _arrived(chunk: _Chunk, mine: Tensor, arriving: Tensor, work: Any, o: RowOptions) -> tuple[_Chunk, Merged]:
     work.wait()
-    return chunk, shards.merge(gathered, chunk.args, o)
+    return chunk, shards.receive(mine, arriving, chunk.shard.group, chunk.args, o)
 
 
 def _row_results(x: Tensor, o: RowOptions, positions: int) -> Merged:

@@ -62,7 +62,7 @@ class Head(NamedTuple):
 def _rows_beside(input: Layout, lead: tuple[int, ...], mesh_dim: int) -> int:
     """The rows of all ranks along one dimension of the mesh."""
     dims = [i for i, p in enumerate(input.placements) if p.is_shard() and i != mesh_dim]
-    ranks: int = math.prod(input.mesh.size(i) for i in dims)
+    ranks: int = math.prod([input.mesh.size(i) for i in dims])  # a list, as Dynamo has no product of a generator
     return math.prod(lead) // ranks
 
 

@@ -81,9 +81,9 @@ class LinearCrossEntropySumFunction(FusedFunction):
         none, need = (None,) * 21, ctx.needs_input_grad[:5]
         if grad_loss is None:
             return none
-        *tensors, row_scale = ctx.saved_tensors
+        *tensors, row_scale = saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
         if torch.is_grad_enabled():
-            checked_saved(ctx.saved_tensors, grad_loss)
+            checked_saved(saved, grad_loss)
             run = partial(_rows_of, ctx.o, ctx.cut, ctx.where)
             return *graph.differentiable(run, tensors, row_scale, ctx.z_loss, grad_loss, need), *none[5:]
         gradients = ctx.gradients

@@ -151,9 +151,10 @@ def sum_gradients(ctx: Any, grad_loss: Tensor | None, sum_op: Any, rows_op: Any)
     none, need = (None,) * len(ctx.needs_input_grad), ctx.needs_input_grad[:5]
     if grad_loss is None:
         return none
-    *tensors, row_scale, numbers = ctx.saved_tensors[:11]
-    settings, gradients = Settings(ctx.ignore_index, numbers, *ctx.cut), ctx.saved_tensors[11:16]
-    where = *ctx.saved_tensors[16:], *ctx.where
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
+    *tensors, row_scale, numbers = saved[:11]
+    settings, gradients = Settings(ctx.ignore_index, numbers, *ctx.cut), saved[11:16]
+    where = *saved[16:], *ctx.where
     needs = sum(1 << i for i in range(5) if need[i])
     if torch.is_grad_enabled():  # to be differentiated again, outside of what was compiled
         run = lambda *t: rows_op(*t, *settings, False, *where)  # noqa: E731
