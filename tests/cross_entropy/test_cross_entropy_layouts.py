@@ -31,9 +31,13 @@ def run(function, x, upstream):
 @pytest.mark.parametrize("classes", [27, 300, 2500])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "logit_scale": -1.3}, {"logit_scale": 2.0}])
 def test_grid_of_the_entropys_gradient(options, classes, layout):
-    """With ignored rows and class weights: log p and the entropy are near, lse and u are not."""
+    """With ignored rows and class weights: log p and the entropy are near, lse and u are not.
+
+    Of 38 rows the largest error is a matter of luck: what rounding the scaled logits costs, ours and eager's alike.
+    Eager's is that of several draws.
+    """
     torch.manual_seed(classes)
-    x = LAYOUTS[layout](torch.randn(38, classes) * 4 + 30)
+    x, *others = (LAYOUTS[layout](torch.randn(38, classes) * 4 + 30) for _ in range(4))
     target = torch.randint(0, classes, (x.size(0), *x.shape[2:]))
     target.view(-1)[::7] = -100
     weight, scale = torch.rand(classes) + 0.3, options.get("logit_scale", 1.0)
@@ -49,15 +53,21 @@ def test_grid_of_the_entropys_gradient(options, classes, layout):
         loss = F.cross_entropy(u, target, weight.to(x.dtype), reduction="none", label_smoothing=smoothing)
         return loss, -(log_p.exp() * log_p).sum(1)
 
+    wide = [u.double() for u in upstream]
+    errors = [
+        [float((a - b).abs().max()) for a, b in zip(run(eager, y, upstream), run(eager, y.double(), wide), strict=True)]
+        for y in others
+    ]
     found = zip(
         ("loss", "entropy", "grad"),
         run(ours, x, upstream),
         run(eager, x, upstream),
-        run(eager, x.double(), [u.double() for u in upstream]),
+        run(eager, x.double(), wide),
+        map(max, *errors),
         strict=True,
     )
-    for name, mine, theirs, exact in found:
-        assert_no_worse_than(mine, theirs, exact, name)
+    for name, mine, theirs, exact, error in found:
+        assert_no_worse_than(mine, theirs, exact, name, error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

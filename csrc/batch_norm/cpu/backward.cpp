@@ -23,13 +23,13 @@ namespace {
 
 // Sums of g and of g * (x - mean) over lines of one channel: in double, as PyTorch's are, so that what is left of them
 // after cancellation is no worse. Of 16-bit values in float for at most kFoldAt values and a run, from a center near
-// the mean.
+// the mean; but where kOnePath says that speed is not asked for, in double as well.
 template <class T>
 class ProductSums {
   using L = Line<T>;
   using A = acc_t<T>;
   using V = typename L::V;
-  static constexpr bool kNarrow = sizeof(T) == 2;
+  static constexpr bool kNarrow = sizeof(T) == 2 && !kOnePath<T>;
   using S = std::conditional_t<kNarrow, float_vec, double_vec>;
 
  public:
@@ -41,7 +41,7 @@ class ProductSums {
 
     inline FUSED_OPS_INLINE void step(const L& g, const L& x) {
       for (int k = 0; k < L::kVectors; ++k) {
-        if constexpr (std::is_same_v<T, float>) {
+        if constexpr (sizeof(A) == 4 && !kNarrow) {
           const DoublePair a = widen(g.v[k]), b = widen(x.v[k]);
           const int at = k % 2 * 2;
           sum[at] += a.low, dot[at] += a.low * (b.low - center);
