@@ -1,10 +1,11 @@
-"""Builds the optional native library. Everything else about the package is in pyproject.toml.
+"""Builds the optional native libraries, one of CPU kernels and one of CUDA kernels. All else is in pyproject.toml.
 
 Environment:
     FUSED_OPS_BUILD=0|1  install without the native library (pure PyTorch) | fail where it cannot be built; by default
         it is built if it can be, and a warning says what is missing if not.
-    FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built if they can be.
-    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; by default those that torch was built for.
+    FUSED_OPS_CUDA=0|1  leave the CUDA kernels out | require them; by default they are built where there is an nvcc:
+        into a wheel beside any torch, in place only beside a torch with CUDA, which alone can load them.
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; by default CUDA_ARCHITECTURES and those of this machine.
     FUSED_OPS_SANITIZE=address|undefined|thread  build for a sanitizer (see .ci/sanitize).
     CXX  the compiler, whose target decides the instruction sets; CPPFLAGS, CXXFLAGS: flags to add; MAX_JOBS:
         compilations at a time (default: processors).
@@ -40,7 +41,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
-LIBRARY = "fused_ops._C"
+LIBRARY, CUDA_LIBRARY = "fused_ops._C", "fused_ops._C_cuda"
+# Compute capabilities; code for one runs on the later ones of its decade. Beyond them there is the PTX of PTX_FROM.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+PTX_FROM = 100
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 COLD = ("csrc/batch_norm/cpu/keep_output.cpp",)  # what few calls reach, where the ordinary optimisation is enough
 ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
@@ -97,6 +101,14 @@ def leave_out(reason: str) -> None:
     if os.environ.get("FUSED_OPS_BUILD") == "1":
         raise SystemExit(f"fused_ops: FUSED_OPS_BUILD=1, but {reason}")
     print(f"fused_ops: WARNING: {reason}; installing without the native library (pure PyTorch)", file=sys.stderr)
+
+
+def leave_out_cuda(reason: str) -> None:
+    """The same of the CUDA kernels."""
+    if os.environ.get("FUSED_OPS_CUDA") == "1":
+        raise SystemExit(f"fused_ops: FUSED_OPS_CUDA=1, but {reason}")
+    what = "GPUs will run plain PyTorch, right but slower"
+    print(f"fused_ops: WARNING: {reason}; installing without the CUDA kernels: {what}", file=sys.stderr)
 
 
 # ---- compiling what changed, and only that
@@ -181,38 +193,59 @@ def compile_units(units: list[Unit]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-# ---- CUDA
-def cuda_architectures(torch) -> list[str]:
-    """nvcc's flags for the GPUs to build for: TORCH_CUDA_ARCH_LIST, else those that torch was built for."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wanted:
-        listed = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", wanted)
-        if not listed:
-            raise SystemExit(f"fused_ops: expected TORCH_CUDA_ARCH_LIST like '8.0;9.0+PTX', got {wanted!r}")
-        found = [(major + minor, bool(ptx)) for major, minor, ptx in listed]
-    else:
-        found = [
-            (n, kind == "compute") for kind, n in re.findall(r"(sm|compute)_(\d+[af]?)", torch._C._cuda_getArchFlags())
-        ]
-    flags = []
-    for number, ptx in found:
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return list(dict.fromkeys(flags))
+# ---- CUDA: nvcc and its static runtime, whatever CUDA torch has, or none
 
 
-def why_no_cuda(torch, cuda_home: str | None) -> str | None:
-    """Why the CUDA kernels cannot be built, or None if they can."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
-    if cuda_home is None or not (Path(cuda_home) / "bin" / "nvcc").exists():
-        return "there is no nvcc (set CUDA_HOME)"
-    said = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)", said)
-    if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release.group(1) if release else '?'}, torch of CUDA {torch.version.cuda}"
-    return None
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit."""
+
+    nvcc: str
+    major: int
+    runtime: str  # the static one, so that the library needs no CUDA library but the driver's
+
+    def architectures(self, torch) -> list[str]:
+        """nvcc's flags for the GPUs to build for."""
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if wanted:
+            listed = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", wanted)
+            if not listed:
+                raise SystemExit(f"fused_ops: expected TORCH_CUDA_ARCH_LIST like '8.0;9.0+PTX', got {wanted!r}")
+            found = [(major + minor, bool(ptx)) for major, minor, ptx in listed]
+        else:
+            listing = subprocess.run([self.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+            known = {int(n) for n in re.findall(r"compute_(\d+)", listing)}
+            here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+            numbers = sorted(known & {*CUDA_ARCHITECTURES, *(10 * major + minor for major, minor in here)})
+            found = [(str(n), n == max(m for m in numbers if m <= PTX_FROM)) for n in numbers]
+        flags = []
+        for number, ptx in found:
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if ptx:
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return list(dict.fromkeys(flags))
+
+    def command(self, torch) -> list[str]:
+        """What compiles a .cu file. The code for every GPU but one is dead weight, so it is compressed."""
+        small = ["--compress-mode=size"] if self.major >= 13 else ["-Xfatbin", "-compress-all"]
+        return [self.nvcc, *NVCC_FLAGS, *small, *self.architectures(torch)]
+
+
+def find_cuda() -> Cuda | str:
+    """The toolkit of CUDA_HOME, or else of the nvcc on the PATH or where it is usually; or why there is none."""
+    on_path = shutil.which("nvcc")
+    usual = [Path(on_path).resolve().parent.parent] if on_path else []
+    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else [*usual, Path("/usr/local/cuda")]
+    why = "there is no nvcc (set CUDA_HOME)"
+    for home in (home for home in homes if (home / "bin" / "nvcc").exists()):
+        nvcc = str(home / "bin" / "nvcc")
+        release = re.search(r"release (\d+)", compiler_version(nvcc))
+        folders = (home / folder for folder in ("lib64", "lib", f"targets/{target_machine()}-linux/lib"))
+        runtime = next((path for f in folders if (path := f / "libcudart_static.a").exists()), None)
+        if release and runtime:
+            return Cuda(nvcc, int(release[1]), str(runtime))
+        why = f"there is no libcudart_static.a under {home}" if release else f"{nvcc} does not say its version"
+    return why
 
 
 # ---- what setuptools is told
@@ -238,16 +271,25 @@ def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
     return units
 
 
-def binding_units(objects: Path, cxx: list[str], include: list[str], torch_version: str, cuda: bool) -> list[Unit]:
-    """Each csrc/<op>/*.cpp, those for CUDA only where its kernels are built.
+def binding_units(
+    objects: Path, cxx: list[str], include: list[str], torch_version: str, cuda: Cuda | None = None
+) -> list[Unit]:
+    """Each csrc/<op>/*.cpp, those for CUDA or all others.
 
     Torch's headers are the system's, without the path that they have here.
     """
     found = [flag for folder in include for flag in ("-isystem", folder, f"-ffile-prefix-map={folder}/=")]
-    command = [*cxx, *COMMON_FLAGS, *(["-DUSE_CUDA"] if cuda else []), *found]
+    for_cuda = ["-DUSE_CUDA", f"-DFUSED_OPS_CUDA_MAJOR={cuda.major}"] if cuda else []
+    command = [*cxx, *COMMON_FLAGS, *for_cuda, *found]
     versions = [compiler_version(cxx[0]), torch_version]
-    wanted = [s for s in sources("*/*.cpp") if cuda or not s.endswith("_cuda.cpp")]
+    wanted = [s for s in sources("*/*.cpp") if s.endswith("_cuda.cpp") == (cuda is not None)]
     return [Unit(s, object_of(objects, s), command, versions) for s in wanted]
+
+
+def cuda_units(objects: Path, cuda: Cuda, torch) -> list[Unit]:
+    """Each csrc/*/cuda/*.cu."""
+    command, versions = cuda.command(torch), [compiler_version(cuda.nvcc)]
+    return [Unit(s, object_of(objects / "cuda", s), command, versions) for s in sources("*/cuda/*.cu")]
 
 
 class PlatformWheel(bdist_wheel):
@@ -257,38 +299,62 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-class BuildLibrary(build_ext):
-    """Compiles the units of the extension and links them into one library, which is no module of Python's."""
+FAILURES = (subprocess.CalledProcessError, BaseError, OSError)  # of a build; OSError: a full disk, for one
+
+
+class BuildLibraries(build_ext):
+    """Compiles the units of each extension and links them into one library, which is no module of Python's."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
     def run(self) -> None:
-        inplace = self.inplace
+        self.beside_sources = bool(self.inplace) or self.editable_mode
+        if self.beside_sources:
+            self.extensions = [extension for extension in self.extensions if extension.wanted_in_place]
+        if all(extension.name != CUDA_LIBRARY for extension in self.extensions):
+            self.remove(CUDA_LIBRARY)
         try:
             super().run()
-        except (subprocess.CalledProcessError, BaseError, OSError) as error:  # OSError: a full disk, for one
+        except FAILURES as error:
             sys.stderr.write(getattr(error, "stderr", ""))
             leave_out(f"the library could not be built: {error}")
-            for self.inplace in (False, inplace):  # an older one would be taken for it
-                Path(self.get_ext_fullpath(LIBRARY)).unlink(missing_ok=True)
+            self.remove(LIBRARY)
+            self.remove(CUDA_LIBRARY)
             self.extensions = self.distribution.ext_modules = []
 
+    def remove(self, library: str) -> None:
+        """An older one, which would be taken for this build's."""
+        was, places = self.inplace, [False, *([True] if self.beside_sources else [])]
+        for place in places:
+            self.inplace = place
+            Path(self.get_ext_fullpath(library)).unlink(missing_ok=True)
+        self.inplace = was
+
     def build_extensions(self) -> None:
-        (extension,) = self.extensions
-        # an editable installation is given a temporary folder, and would start from nothing each time
-        usual = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        objects = Path(usual if self.editable_mode else self.build_temp)
-        units = extension.units(objects)
-        compile_units(units)
-        extension.extra_objects = [str(unit.output) for unit in units]
         # linking takes a second, and whether it is needed is not told by times alone
         self.force = self.compiler.force = True
         super().build_extensions()
 
+    def build_extension(self, extension) -> None:
+        # an editable installation is given a temporary folder, and would start from nothing each time
+        usual = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        try:
+            units = extension.units(Path(usual if self.editable_mode else self.build_temp))
+            compile_units(units)
+            extension.extra_objects = [str(unit.output) for unit in units]
+            super().build_extension(extension)
+        except FAILURES as error:
+            if extension.name != CUDA_LIBRARY:
+                raise
+            sys.stderr.write(getattr(error, "stderr", ""))
+            leave_out_cuda(f"the CUDA kernels could not be built: {error}")
+            self.remove(CUDA_LIBRARY)
+            self.extensions = [other for other in self.extensions if other is not extension]
 
-def native_extension() -> dict[str, object]:
-    """The setup() arguments that build the library, or none of them where it cannot be built."""
+
+def native_extensions() -> dict[str, object]:
+    """The setup() arguments that build the libraries, or none of them where they cannot be built."""
     if os.environ.get("FUSED_OPS_BUILD") == "0":
         leave_out("FUSED_OPS_BUILD=0")
         return {}
@@ -298,13 +364,9 @@ def native_extension() -> dict[str, object]:
     if shutil.which(CXX[0]) is None:
         leave_out("no C++ compiler found")
         return {}
-    cuda = os.environ.get("FUSED_OPS_CUDA")
-    cuda_sources = sources("*/cuda/*.cu")
-    if cuda == "1" and not cuda_sources:
-        raise SystemExit("fused_ops: FUSED_OPS_CUDA=1, but this release has no CUDA kernels")
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import CppExtension
     except Exception as error:  # half an installation fails as it likes
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         why = "is not installed in the build environment (use --no-build-isolation)"
@@ -313,30 +375,45 @@ def native_extension() -> dict[str, object]:
     if [int(n) for n in re.findall(r"\d+", torch.__version__)[:2]] < [2, 10]:
         leave_out(f"expected torch >= 2.10 in the build environment, got {torch.__version__}")
         return {}
-    no_cuda = "FUSED_OPS_CUDA=0" if cuda == "0" else why_no_cuda(torch, CUDA_HOME)
-    if no_cuda and cuda == "1":
-        raise SystemExit(f"fused_ops: FUSED_OPS_CUDA=1, but {no_cuda}")
-    with_cuda = bool(cuda_sources) and no_cuda is None
-    extension = (CUDAExtension if with_cuda else CppExtension)(
-        LIBRARY, [], extra_link_args=LINK_FLAGS, py_limited_api=True
+
+    def cpu_part(objects: Path) -> list[Unit]:
+        return kernel_units(objects, CXX) + binding_units(objects, CXX, cpu.include_dirs, torch.__version__)
+
+    cpu = CppExtension(LIBRARY, [], extra_link_args=LINK_FLAGS, py_limited_api=True)
+    cpu.units, cpu.wanted_in_place = cpu_part, True
+    extensions = [cpu, *cuda_extension(torch, CppExtension)]
+    for extension in extensions:
+        extension.py_limited_api = False  # said to torch, which links nothing of Python's then; setuptools differs
+        if other := os.environ.get("FUSED_OPS_TORCH"):
+            here = str(Path(torch.__file__).parent)
+            extension.include_dirs = [folder.replace(here, other) for folder in extension.include_dirs]
+            extension.library_dirs = [folder.replace(here, other) for folder in extension.library_dirs]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel}}
+
+
+def cuda_extension(torch, make) -> list[object]:
+    """The library of the CUDA kernels, where there is something to build it of and with."""
+    wish = os.environ.get("FUSED_OPS_CUDA")
+    if wish == "0":
+        return []
+    cuda = find_cuda() if sources("*/cuda/*.cu") else "this release has no CUDA kernels"
+    if isinstance(cuda, str):
+        if wish == "1" or torch.version.cuda is not None:
+            leave_out_cuda(cuda)
+        return []
+    # libtorch.so brings libtorch_cuda.so where there is one, and nothing else names it: it need not be here
+    link = [*LINK_FLAGS, "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+    extension = make(
+        CUDA_LIBRARY, [], extra_link_args=[*link, cuda.runtime, "-ldl", "-lrt", "-lpthread"], py_limited_api=True
     )
-    extension.py_limited_api = False  # said to torch, which links nothing of Python's then; setuptools has other ideas
-    if other := os.environ.get("FUSED_OPS_TORCH"):
-        here = str(Path(torch.__file__).parent)
-        extension.include_dirs = [folder.replace(here, other) for folder in extension.include_dirs]
-        extension.library_dirs = [folder.replace(here, other) for folder in extension.library_dirs]
 
     def units(objects: Path) -> list[Unit]:
-        found = kernel_units(objects, CXX)
-        if with_cuda:
-            nvcc = [f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *cuda_architectures(torch)]
-            versions = [compiler_version(nvcc[0])]
-            found += [Unit(s, object_of(objects / "cuda", s), nvcc, versions) for s in cuda_sources]
-        return found + binding_units(objects, CXX, extension.include_dirs, torch.__version__, with_cuda)
+        bindings = binding_units(objects, CXX, extension.include_dirs, torch.__version__, cuda)
+        return [*cuda_units(objects, cuda, torch), *bindings]
 
-    extension.units = units
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}}
+    extension.units, extension.wanted_in_place = units, torch.version.cuda is not None or wish == "1"
+    return [extension]
 
 
 if __name__ == "__main__":
-    setuptools.setup(**native_extension())
+    setuptools.setup(**native_extensions())

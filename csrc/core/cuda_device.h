@@ -9,18 +9,37 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
 #define FUSED_OPS_CUDA_LIBRARY fused_ops_host
 #define FUSED_OPS_CUDA_KEY CPU
 #else
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #define FUSED_OPS_CUDA_LIBRARY fused_ops
 #define FUSED_OPS_CUDA_KEY CUDA
 #endif
 #define FUSED_OPS_STRINGIFY(x) #x
 #define FUSED_OPS_STRING(x) FUSED_OPS_STRINGIFY(x)
-#define FUSED_OPS_LIBRARY_IMPL(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+// Registers a file's ops, once a file: none of them where the driver could launch no kernel of theirs.
+#define FUSED_OPS_LIBRARY_IMPL(library, key, m)                              \
+  static void fused_ops_of_this_file(torch::stable::detail::StableLibrary&); \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                               \
+    if (fused_ops::cuda::driver_is_new_enough()) fused_ops_of_this_file(m);  \
+  }                                                                          \
+  static void fused_ops_of_this_file(torch::stable::detail::StableLibrary& m)
 // An op of the library that runs the plain-PyTorch reference (fused_ops/core/library.py).
 #define FUSED_OPS_REFERENCE_OP(name) FUSED_OPS_STRING(FUSED_OPS_CUDA_LIBRARY) "::" name "_reference"
 
 namespace fused_ops {
 namespace cuda {
+
+// Whether the driver knows the CUDA of this library's runtime, which is its own and not torch's. Where there is no
+// driver there is no GPU either. Asks without initialising CUDA: a process may still fork.
+inline bool driver_is_new_enough() {
+#if defined(FUSED_OPS_CUDA_MAJOR)
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  void* found = driver ? dlsym(driver, "cuDriverGetVersion") : nullptr;
+  int version = 0;  // 1000 * major + 10 * minor
+  if (found && reinterpret_cast<int (*)(int*)>(found)(&version) == 0) return version >= 1000 * FUSED_OPS_CUDA_MAJOR;
+#endif
+  return true;
+}
 
 inline int32_t device_index(const Tensor& t) {
   int32_t index = 0;

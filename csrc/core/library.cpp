@@ -2,11 +2,6 @@
 #include "core/isa.h"
 #include "core/tensor.h"
 
-// glibc's from 2.32 on, which libstdc++ asks before it counts references: the library's own serves older systems too.
-extern "C" {
-__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
-}
-
 namespace fused_ops {
 namespace {
 

@@ -14,7 +14,11 @@
 #include <string>
 #include <utility>
 
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+extern "C" {
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+// glibc's from 2.32 on, which libstdc++ asks before it counts references: each library's own serves older systems too.
+__attribute__((weak, visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 namespace fused_ops {
 

@@ -304,7 +304,11 @@ def _backend_notes(model: nn.Module) -> list[str]:
     for device in sorted(devices & {"cpu", "cuda"}):
         served = {what for _, kind, what, _ in library.backends() if kind == device}
         if "plain PyTorch" in served:
-            why = library.missing_reason or f"this build has no {device} kernels"
+            why = (
+                library.missing_reason
+                or (device == "cuda" and library.cuda_missing_reason)
+                or "some have no kernel there"
+            )
             notes.append(f"on {device} the ops run as plain PyTorch, slower than fused: {why}")
     return notes
 

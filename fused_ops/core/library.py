@@ -1,8 +1,10 @@
-"""Finds and loads the compiled library, and registers what serves every op where no kernel does.
+"""Finds and loads the compiled libraries, and registers what serves every op where no kernel does.
 
-Each raw op (``torch.ops.fused_ops.*``) has a C++ schema and kernels when the library is there. Its plain-PyTorch
-reference is registered besides, as the kernel of every device without one of its own, so the same ops exist and give
-the same results without a compiler. A fake kernel (shapes only) serves ``torch.compile`` and ``torch.export``.
+Each raw op (``torch.ops.fused_ops.*``) has a C++ schema and CPU kernels when the library is there, and CUDA kernels
+when the second one is, which is loaded only beside a torch with CUDA: without it, or where it cannot be loaded, the
+CPU kernels serve as ever. Each op's plain-PyTorch reference is registered besides, as the kernel of every device
+without one of its own, so the same ops exist and give the same results without a compiler. A fake kernel (shapes only)
+serves ``torch.compile`` and ``torch.export``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from fused_ops.core.checks import checked
 from fused_ops.core.torch_private import has_kernel
 
 LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")
+CUDA_LIBRARY_PATH = LIBRARY_PATH.with_name("_C_cuda.so")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ISAS = ("DEFAULT", "AVX2", "AVX512")
@@ -36,13 +39,35 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Loads the library of the CUDA kernels, as far as it is of use; returns why there are none, or None if there are.
+
+    Warns where they were built and cannot be used. Where they were not built, the first call on a GPU warns instead.
+    """
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if missing_reason is not None or not CUDA_LIBRARY_PATH.exists():
+        return missing_reason or "the CUDA kernels were not built"
+    why = "the driver is older than the CUDA that they were built with"  # they register nothing then
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY_PATH))
+        if has_kernel("fused_ops::cross_entropy_forward", "CUDA"):
+            return None
+    except OSError as error:
+        why = str(error)
+    why = f"the CUDA kernels could not be loaded: {why}"
+    _warn(f"{why}; on a GPU every op runs on its plain-PyTorch reference, right but slower")
+    return why
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fused_ops: {message}", RuntimeWarning, stacklevel=3)
+
+
 missing_reason: str | None = _load()
 if missing_reason is not None:
-    warnings.warn(
-        f"fused_ops: {missing_reason}; every op runs on its plain-PyTorch reference, right but slower",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    _warn(f"{missing_reason}; every op runs on its plain-PyTorch reference, right but slower")
+cuda_missing_reason: str | None = _load_cuda()
 
 
 def register(
@@ -87,6 +112,6 @@ def backends() -> list[tuple[str, str, str, str]]:
             if has_kernel(f"fused_ops::{name}", key):
                 rows.append((name, device, f"{isa()} kernel" if key == "CPU" else "CUDA kernel", ""))
             else:
-                why = missing_reason or f"no {key} kernel in this build"
+                why = missing_reason or (key == "CUDA" and cuda_missing_reason) or f"no {key} kernel in this build"
                 rows.append((name, device, "plain PyTorch", why))
     return rows

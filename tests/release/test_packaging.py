@@ -53,7 +53,7 @@ def copy_sources(to):
 
 def pip_wheel(tree, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", "wheels", "."]
-    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **environment}
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "FUSED_OPS_CUDA": "0", **environment}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 
@@ -187,7 +187,7 @@ def test_an_sdist_installs_and_its_own_tests_pass(isolated, sdist, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "here.pth").write_text(str(Path(torch.__file__).parent.parent))
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "FUSED_OPS_CUDA": "0"}
     (tmp_path / "constraints.txt").write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
     constraints = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(tmp_path / "constraints.txt"))
     options = ["--no-deps", "--ignore-installed", *([] if isolated else ["--no-build-isolation"])]
@@ -282,7 +282,7 @@ def test_build_0_gives_a_working_pure_install(pure, run_python, tmp_path):
 )
 def test_no_compiler_is_one_warning(environment, reason, tmp_path):
     tree = copy_sources(tmp_path / "tree")
-    env = {**{k: v for k, v in os.environ.items() if k != "CXX"}, **environment}
+    env = {**{k: v for k, v in os.environ.items() if k != "CXX"}, "FUSED_OPS_CUDA": "0", **environment}
     result = subprocess.run([sys.executable, "setup.py", "build"], cwd=tree, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count(f"fused_ops: WARNING: {reason}; installing without the native library") == 1
