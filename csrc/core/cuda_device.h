@@ -13,11 +13,7 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
 #define FUSED_OPS_CUDA_LIBRARY fused_ops
 #define FUSED_OPS_CUDA_KEY CUDA
 #endif
-#define FUSED_OPS_STRINGIFY(x) #x
-#define FUSED_OPS_STRING(x) FUSED_OPS_STRINGIFY(x)
 #define FUSED_OPS_LIBRARY_IMPL(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
-// An op of the library that runs the plain-PyTorch reference (fused_ops/core/library.py).
-#define FUSED_OPS_REFERENCE_OP(name) FUSED_OPS_STRING(FUSED_OPS_CUDA_LIBRARY) "::" name "_reference"
 
 namespace fused_ops {
 namespace cuda {

@@ -187,10 +187,12 @@ def all_ops():
     target, weight = torch.randint(0, 32, (64,), device=DEVICE), torch.ones(32, device=DEVICE)
     head = torch.randn(32, 32, device=DEVICE)
     stats = torch.zeros(32, device=DEVICE), torch.ones(32, device=DEVICE)
+    valid = torch.arange(64, device=DEVICE) % 5 > 0
 
     def step(x):
         leaf = x.detach().requires_grad_()
-        y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf)
+        y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf, groups=3)
+        y = fused_ops.batch_norm(y, *stats, weight, None, True, activation="silu", valid=valid)
         loss = fused_ops.cross_entropy(y, target)
         loss = loss + fused_ops.cross_entropy(y, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
         loss = loss + fused_ops.linear_cross_entropy(y, head, target, chunk_rows=32)

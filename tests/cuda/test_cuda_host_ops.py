@@ -84,9 +84,7 @@ def test_samples_give_what_the_cpu_gives(op, emulated, monkeypatch, cuda_host):
     for sample in samples_of(op):
         cuda_host.cuda_host_launches()
         ours = gradients(function, sample)
-        k = sample.kwargs  # what the reference serves
-        served = k.get("valid") is None and k.get("groups", 1) == 1
-        assert (cuda_host.cuda_host_launches() > 0) == served, sample.name
+        assert cuda_host.cuda_host_launches() > 0, sample.name
         with monkeypatch.context() as patch:
             call_with(patch, torch.ops.fused_ops)
             theirs = gradients(function, sample)
