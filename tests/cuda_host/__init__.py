@@ -31,7 +31,7 @@ OPS = {  # the raw ops with kernels
         for kind in ("", "rows_")
         for direction in ("forward", "backward", "backward_")
     ],
-    "linear_cross_entropy": ["linear_cross_entropy_chunk_"],
+    "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
     "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write
