@@ -20,10 +20,23 @@ inline Activation activation_of(int64_t code) {
   return static_cast<Activation>(code);
 }
 
+// A batch cut into ghost batches: `count` of them with `size` entries each, the last with what is left.
+struct GhostBatches {
+  int64_t batch, size, count;
+
+  GhostBatches(int64_t batch, int64_t groups) : batch(batch) {
+    if (groups < 1) raise(kOp, ": groups must be at least 1, got ", groups);
+    size = std::max<int64_t>(1, batch / groups + (batch % groups != 0));
+    count = std::max<int64_t>(1, batch / size + (batch % size != 0));
+  }
+  int64_t entries(int64_t i) const { return std::min(size, batch - i * size); }
+};
+
 inline bool sign_is_enough(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
 
-// Which arguments an op has: those of plain calls, all, or those of an op that is given its statistics.
-enum class Form { plain, all, given };
+// Which arguments an op has: those of plain calls, all, those of an op that is given its statistics, or those of the
+// backward of a forward that kept its output.
+enum class Form { plain, all, given, kept };
 template <Form form>
 using FormOf = std::integral_constant<Form, form>;
 
@@ -70,16 +83,16 @@ struct ForwardArguments {
 };
 
 struct BackwardArguments {
-  Tensor grad_output, input;  // input: the forward's, or its output where `stored` is given
-  MaybeTensor weight, bias;   // (channels,)
-  Tensor statistics;          // float64 mean and invstd, (2, groups * channels)
+  Tensor grad_output, input;    // input: the forward's, or its output where that was kept
+  MaybeTensor weight, bias;     // (channels,)
+  Tensor statistics;            // float64 mean and invstd, (2, groups * channels)
+  MaybeTensor stored, offsets;  // of a forward that kept its output: batch_norm_keep's results
   bool training, need_input, need_params;
   int64_t correction, code;
   double slope;
   MaybeTensor residual, mask, valid;  // the forward's; the mask stands in for the residual
   int64_t groups;
-  MaybeTensor grad_residual;    // as input, written
-  MaybeTensor stored, offsets;  // of a forward that kept its output: batch_norm_keep's results
+  MaybeTensor grad_residual;  // as input, written
   Activation activation;
 
   explicit BackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::all>()) {}
@@ -90,24 +103,24 @@ struct BackwardArguments {
         weight(in.maybe_tensor()),
         bias(in.maybe_tensor()),
         statistics(in.tensor()),
+        stored(form == Form::kept ? MaybeTensor(in.tensor()) : MaybeTensor()),
+        offsets(form == Form::kept ? MaybeTensor(in.tensor()) : MaybeTensor()),
         training(form != Form::given && in.flag()),
         need_input(form != Form::given && in.flag()),
         need_params(form == Form::given || in.flag()),
         correction(form != Form::given ? in.integer() : 0),
         code(in.integer()),
         slope(in.number()),
-        residual(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
-        mask(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
+        residual(form == Form::all || form == Form::given ? in.maybe_tensor() : MaybeTensor()),
+        mask(form == Form::all || form == Form::given ? in.maybe_tensor() : MaybeTensor()),
         valid(form != Form::plain ? in.maybe_tensor() : MaybeTensor()),
-        groups(form == Form::all ? in.integer() : 1),
-        grad_residual(form == Form::all ? in.maybe_tensor() : MaybeTensor()),
-        stored(form == Form::all ? in.maybe_tensor() : MaybeTensor()),
-        offsets(form == Form::all ? in.maybe_tensor() : MaybeTensor()) {
-    in.check.next("grad_output", grad_output), in.check.next("input", input);
+        groups(form == Form::all || form == Form::kept ? in.integer() : 1),
+        grad_residual(form == Form::all ? in.maybe_tensor() : MaybeTensor()) {
+    in.check.next("grad_output", grad_output), in.check.next(form == Form::kept ? "output" : "input", input);
     in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("statistics", statistics);
+    in.check.next("stored", stored), in.check.next("offsets", offsets);
     in.check.next("residual", residual), in.check.next("mask", mask), in.check.next("valid", valid);
     in.check.next("grad_residual", grad_residual);
-    in.check.next("stored", stored), in.check.next("offsets", offsets);
     activation = activation_of(code);
   }
 };
@@ -118,6 +131,9 @@ struct PlainForwardArguments : ForwardArguments {
 };
 struct PlainBackwardArguments : BackwardArguments {
   explicit PlainBackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::plain>()) {}
+};
+struct KeepBackwardArguments : BackwardArguments {
+  explicit KeepBackwardArguments(Arguments& in) : BackwardArguments(in, FormOf<Form::kept>()) {}
 };
 
 // Those of the ops of a batch that is spread over processes, whose statistics are of all of it.
@@ -181,6 +197,9 @@ inline std::optional<ScalarType> check_parameters(
   }
   return found;
 }
+
+inline const void* at(const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : p; }
+inline void* at(void* p, int64_t bytes) { return p ? static_cast<char*>(p) + bytes : p; }
 
 // A tensor of the input's shape and dtype in the input's memory layout: itself, or a copy.
 inline MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor& input) {

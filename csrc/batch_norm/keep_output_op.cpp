@@ -279,12 +279,10 @@ void run_group(const Group& g, const Finish& finish) {
   if (writes) for_items(args.layout, items, [&](int64_t begin, int64_t end) { grads(args, begin, end); });
 }
 
-}  // namespace
-
-Gradients backward_from_output(const BackwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor> keep_backward(const KeepBackwardArguments& a) {
+  check_input(a.input);
+  check_parameters(a.input, {{"weight", &a.weight}, {"bias", &a.bias}});
   const Options options = options_of(a.code, a.slope);
-  if (a.residual || a.mask || a.grad_residual) raise(kOp, ": expected no residual and no mask beside a kept output");
-  if (!a.offsets) raise(kOp, ": expected offsets beside stored");
   const bool last = is_channels_last(a.input);
   const Tensor output = last ? a.input : dense(a.input);
   const Tensor grad_output = *matching("grad_output", a.grad_output, output);
@@ -351,9 +349,14 @@ Gradients backward_from_output(const BackwardArguments& a) {
     set_every_second(out.weight, params.data(), channels);
     set_every_second(out.bias, params.data() + 1, channels);
   }
-  return out;
+  return out.as_tuple();
 }
 
+}  // namespace
 }  // namespace fused_ops
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) { fused_ops::implement_struct<&fused_ops::keep>(m, "batch_norm_keep"); }
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+  using namespace fused_ops;
+  implement_struct<&fused_ops::keep>(m, "batch_norm_keep");
+  implement_struct<&fused_ops::keep_backward>(m, "batch_norm_keep_backward");
+}

@@ -77,8 +77,6 @@ inline void set_every_second(const Tensor& t, const double* from, int64_t n) {
 }
 
 inline double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
-inline const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
-inline void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
 // A tensor as the kernels see it, cut along the batch into ghost batches.
 struct View {
@@ -110,13 +108,12 @@ struct View {
 inline View view_of(const Tensor& t, bool channels_last, const MaybeTensor& valid, int64_t groups,
                     int64_t small_spatial = kSmallMaskedSpatial) {
   const int64_t batch = t.size(0), channels = t.size(1);
-  if (groups < 1) raise(kOp, ": groups must be at least 1, got ", groups);
   int64_t spatial = 1;
   for (int64_t d = 2; d < t.dim(); ++d) spatial *= t.size(d);
   View v{};
   v.channels = channels, v.repeat = 1, v.rows_per_batch = 1;
-  v.group_batch = std::max<int64_t>(1, batch / groups + (batch % groups != 0));
-  v.groups = std::max<int64_t>(1, batch / v.group_batch + (batch % v.group_batch != 0));
+  const GhostBatches ghosts(batch, groups);
+  v.group_batch = ghosts.size, v.groups = ghosts.count;
   v.layout = {batch, channels, spatial, nullptr};
   if (channels_last) {
     v.layout = {batch * spatial, channels, 1, nullptr}, v.rows_per_batch = spatial;
@@ -140,9 +137,6 @@ inline Gradients empty_gradients(const BackwardArguments& a, const Tensor& input
                        : empty(input, {&none, 1}, input.scalar_type()),
           empty(input, {count, 1}, type), empty(input, {count, 1}, type)};
 }
-
-// The backward of a forward that kept its output instead of its input (keep_output_op.cpp).
-Gradients backward_from_output(const BackwardArguments& a);
 
 // `rows` arrays of one accumulator a column: what the kernels multiply with and subtract.
 class Coefficients {

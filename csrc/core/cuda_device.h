@@ -14,8 +14,6 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
 #define FUSED_OPS_CUDA_LIBRARY fused_ops
 #define FUSED_OPS_CUDA_KEY CUDA
 #endif
-#define FUSED_OPS_STRINGIFY(x) #x
-#define FUSED_OPS_STRING(x) FUSED_OPS_STRINGIFY(x)
 // Registers a file's ops, once a file: none of them where the driver could launch no kernel of theirs.
 #define FUSED_OPS_LIBRARY_IMPL(library, key, m)                              \
   static void fused_ops_of_this_file(torch::stable::detail::StableLibrary&); \
@@ -23,8 +21,6 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
     if (fused_ops::cuda::driver_is_new_enough()) fused_ops_of_this_file(m);  \
   }                                                                          \
   static void fused_ops_of_this_file(torch::stable::detail::StableLibrary& m)
-// An op of the library that runs the plain-PyTorch reference (fused_ops/core/library.py).
-#define FUSED_OPS_REFERENCE_OP(name) FUSED_OPS_STRING(FUSED_OPS_CUDA_LIBRARY) "::" name "_reference"
 
 namespace fused_ops {
 namespace cuda {

@@ -29,6 +29,16 @@ __device__ inline void set(double& to, double x) { to = x; }
 __device__ inline void set(bfloat16_t& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void set(float16_t& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
+// Element i of an array whose type is known at run time alone.
+__device__ inline double number_at(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::float32: return static_cast<double>(static_cast<const float*>(p)[i]);
+    case DType::float64: return static_cast<const double*>(p)[i];
+    case DType::bfloat16: return static_cast<double>(to_acc(static_cast<const bfloat16_t*>(p)[i]));
+    default: return static_cast<double>(to_acc(static_cast<const float16_t*>(p)[i]));
+  }
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 // 2^x with a relative error of 2^-22; results below 2^-126 are 0.

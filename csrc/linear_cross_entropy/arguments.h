@@ -47,6 +47,14 @@ struct AddArguments {
   }
 };
 
+struct RescaleArguments {
+  Tensor grad, scale;
+
+  explicit RescaleArguments(Arguments& in) : grad(in.tensor()), scale(in.tensor()) {
+    in.check.next("grad", grad), in.check.next("scale", scale);
+  }
+};
+
 struct BufferArguments {
   Tensor like;
   int64_t rows, columns;

@@ -1,4 +1,4 @@
-// Checks, allocation and launch of the op between linear cross-entropy's matrix products on a GPU. Nothing here waits
+// Checks, allocation and launch of the ops beside linear cross-entropy's matrix products on a GPU. Nothing here waits
 // for the device; a target out of range is an error of the device.
 #include "cross_entropy/arguments_cuda.h"
 #include "linear_cross_entropy/arguments.h"
@@ -31,10 +31,20 @@ RowResults chunk(const ChunkArguments& a) {
   return outputs.all();
 }
 
+void rescale(const RescaleArguments& a) {
+  constexpr const char* kHere = "linear_cross_entropy_rescale_";
+  check_numel(kHere, "scale", a.scale, 1);
+  if (!a.grad.is_contiguous()) raise(kHere, ": grad must be contiguous");
+  const RescaleCall call{float_dtype(kHere, "grad", a.grad), a.grad.mutable_data_ptr(), a.grad.numel(),
+                         float_dtype(kHere, "scale", a.scale), a.scale.const_data_ptr()};
+  check_launch(kHere, linear_cross_entropy_rescale(call, OnDevice(a.grad).stream()));
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace fused_ops
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
   fused_ops::implement_struct<&fused_ops::cuda::chunk>(m, "linear_cross_entropy_chunk_");
+  fused_ops::implement_struct<&fused_ops::cuda::rescale>(m, "linear_cross_entropy_rescale_");
 }

@@ -36,6 +36,11 @@ def has_values(t: Tensor) -> bool:
     return t.device.type == "cpu" and not (is_fake(t) or is_batched(t) or dispatch_modes())
 
 
+def is_plain(t: Tensor) -> bool:
+    """Whether it is a tensor of values, on any device: no subclass, no fake one, no batch, and not traced."""
+    return type(t) is Tensor and not (is_fake(t) or is_batched(t) or dispatch_modes())
+
+
 def is_one(grad: Tensor) -> bool:
     """Whether it can be read, on the CPU and neither fake nor a batch of gradients nor traced, and is 1."""
     return type(grad) is Tensor and grad.is_cpu and not (is_batched(grad) or dispatch_modes()) and grad.item() == 1

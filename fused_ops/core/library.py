@@ -90,10 +90,6 @@ def register(
     reference = checked(name, names, reference, reads=True)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", checked(name, names, fake, reads=False), lib=_fragment)
-    if has_kernel(f"fused_ops::{name}", "CUDA"):
-        # What a CUDA kernel does not serve, it hands to the reference by this name.
-        _fragment.define(schema.replace(name, f"{name}_reference", 1))
-        _fragment.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     if native:
         _registered.append(name)
     return packet.default  # type: ignore[no-any-return]

@@ -86,9 +86,8 @@ def _errors(x, g, w, b, training, activation):
     y = truth["output"].to(ours["output"].dtype).double()
     stats = [torch.full_like(w, v) for v in (0.5, 2.0)]
     statistics = reference.forward(x, *stats, w, b, training)[1]
-    stored, offsets = reference.keep(y, x, w, b, None, code, slope, 1)
-    numbers = {"activation": code, "slope": slope, "stored": stored, "offsets": offsets}
-    rounded = reference.backward(g, y, w, b, statistics, training, **numbers)
+    kept = reference.keep(y, x, w, b, None, code, slope, 1)
+    rounded = reference.keep_backward(g, y, w, b, statistics, *kept, training, True, True, 0, code, slope, None, 1)
     spread = dict(zip(("grad_input", "grad_weight", "grad_bias"), rounded, strict=True))
     for name, value in ours.items():
         exact = truth[name]
@@ -136,8 +135,8 @@ def test_kernel_equals_reference(dtype, activation, layout, groups):
     )
     assert torch.equal(kept[0][0], kept[1][0]) and kept[0][0].numel() > 0
     found = [
-        f(g, y, w, b, statistics, stored=stored, offsets=offsets, **numbers)
-        for f, (stored, offsets) in zip((ops.batch_norm_backward, reference.backward), kept, strict=True)
+        f(g, y, w, b, statistics, *its, True, True, True, 0, code, slope, valid, groups)
+        for f, its in zip((ops.batch_norm_keep_backward, reference.keep_backward), kept, strict=True)
     ]
     for ours, want in zip(*found, strict=True):
         scale = float(want.abs().max())
@@ -330,5 +329,5 @@ def test_a_plain_backward_adds_no_zeros_of_the_input_s_size():
     upstream = torch.randn_like(y)
     with Seen() as seen:
         torch.autograd.grad(y, leaves, upstream)
-    assert "batch_norm_backward" in seen.names
+    assert "batch_norm_keep_backward" in seen.names
     assert not {"zeros", "zero_", "new_zeros", "zeros_like", "add", "add_"} & set(seen.names)

@@ -293,6 +293,10 @@ def test_raw_ops_reject_garbage():
     def backward(grad=x, statistics=statistics, **options):
         return ops.batch_norm_backward(grad, x, None, None, statistics, **options)
 
+    def keep_backward(stored, offsets, code=0):
+        numbers = True, True, True, 0, code, 0.0, None, 1
+        return ops.batch_norm_keep_backward(x, x, None, None, statistics, stored, offsets, *numbers)
+
     forward(activation=1, residual=x, mask=torch.empty(4, dtype=torch.uint8)), backward(grad_residual=x.clone())
     for bad in (
         lambda: forward(x[0]),
@@ -311,9 +315,10 @@ def test_raw_ops_reject_garbage():
         lambda: backward(grad_residual=x[:2]),
         lambda: backward(grad_residual=x.double()),
         lambda: backward(grad_residual=x.T.contiguous().T),
-        lambda: backward(stored=x[0]),
-        lambda: backward(stored=x[0, :0], offsets=torch.tensor([0, 7])),
-        lambda: backward(stored=x[0, :0], offsets=torch.zeros(2).long(), residual=x),
+        lambda: keep_backward(x[0], torch.zeros(2).long()),
+        lambda: keep_backward(x[0, :0], torch.tensor([0, 7])),
+        lambda: keep_backward(x[0, :0], torch.zeros(2)),
+        lambda: keep_backward(x[0, :0], torch.zeros(2).long(), code=4),
     ):
         with pytest.raises(RuntimeError):
             bad()

@@ -248,3 +248,122 @@ def test_one_value_a_channel_and_values_that_are_not_finite(kernels, layout):
     assert y[:, :2].isnan().all() and grads[0][:, :2].isnan().all()
     torch.testing.assert_close(y[:, 2], case.bias[2].expand(4, 40))
     assert invstd[2] == 1e-5**-0.5
+
+
+# ---- positions that do not count, and ghost batches: by the raw ops, which cut the batch
+
+PARTS = [
+    *(((9, 12), None), ((9, 12), last), ((130, 24), None), ((5, 3, 1), None), ((5, 3, 5), None), ((3, 2, 77), None)),
+    *(((4, 24, 3, 5), last), ((40, 3, 7, 7), None), ((2, 3, 8, 1025), None), ((600, 8, 9), last), ((7, 2, 4096), None)),
+]
+
+
+def parts_of(valid, case, groups, kind):
+    """Which positions count of a case: None if all do. Nothing depends on the others, whatever they are."""
+    if not valid:
+        return None
+    counted = torch.rand(case.x.shape[:1] + case.x.shape[2:]) < 0.6
+    size = reference.group_size(case.x.size(0), groups)
+    if case.x.size(0) > size:
+        counted[:size] = False  # nothing of the first ghost batch
+    for t in (case.x, case.grad, case.residual):
+        if t is not None:
+            t.masked_fill_(~counted.unsqueeze(1), float("nan"))
+    return counted if kind == torch.bool else counted.to(torch.uint8) * 3
+
+
+def call_parts(ops, case, training, activation, valid, groups):
+    """Everything that the two raw ops return or write."""
+    stats = [t.clone() for t in case.stats]
+    masked = reference.has_mask(case.residual, valid, activation)
+    mask = torch.empty(reference.mask_bytes(case.x), dtype=torch.uint8) if masked else None
+    grad_residual = None if case.residual is None else torch.empty_like(case.residual)
+    numbers = {"training": training, "correction": 0, "activation": activation, "slope": 0.3}
+    options = {**numbers, "residual": case.residual, "mask": mask, "valid": valid, "groups": groups}
+    parameters = case.weight, case.bias
+    y, statistics = ops["batch_norm_forward"](case.x, *stats, *parameters, **options)
+    grads = ops["batch_norm_backward"](
+        case.grad, case.x, *parameters, statistics, grad_residual=grad_residual, **options
+    )
+    names = ("output", "statistics", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
+    found = dict(zip(names, (y, statistics, *stats, *grads), strict=True))
+    return found | {"grad_residual": grad_residual, "mask": mask}
+
+
+def near(name, found, wanted):
+    """What a result may differ by: sums over the batch by more than one value."""
+    if name == "statistics":
+        return {"rtol": 1e-10 if wanted["output"].dtype == torch.float64 else 1e-6, "atol": 5e-7}
+    near = tolerance(found.dtype)
+    near["atol"] *= 40 if found.dim() == 1 else 4
+    return near
+
+
+def compare_parts(ops, case, *options):
+    found = call_parts(ops, case, *options)
+    wanted = call_parts(
+        {f"batch_norm_{f.__name__}": f for f in (reference.forward, reference.backward)}, case, *options
+    )
+    for name, ours in found.items():
+        if ours is None or ours.dtype == torch.uint8:
+            assert ours is None or torch.equal(ours, wanted[name])
+            continue
+        torch.testing.assert_close(
+            ours, wanted[name], equal_nan=True, msg=lambda m, n=name: f"{n}: {m}", **near(name, ours, wanted)
+        )
+    assert not found["output"].isnan().any() and not found["grad_input"].isnan().any()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "layout"), PARTS)
+def test_positions_that_do_not_count(host_ops, shape, layout, dtype):
+    for activation, residual, kind in ((NONE, False, torch.bool), (RELU, True, torch.uint8)):
+        case = Case(shape, dtype, layout, residual=residual)
+        valid = parts_of(True, case, 1, kind)
+        compare_parts(host_ops, case, True, activation, valid, 1)
+        found = compare_parts(host_ops, case, False, activation, valid, 1)
+        skipped = ~valid.bool().unsqueeze(1).expand(shape)
+        for name in ("output", "grad_input", *(["grad_residual"] if residual else [])):
+            assert not found[name][skipped].any(), name
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), PARTS)
+def test_ghost_batches(host_ops, cuda_host, shape, layout, valid, groups):
+    for dtype, activation, residual in (
+        (torch.float64, NONE, False),
+        (torch.float32, activations.SILU, True),
+        (torch.bfloat16, RELU, True),
+        (torch.float16, LEAKY, False),
+    ):
+        case = Case(
+            shape, dtype, layout, parameters=torch.float32 if dtype == torch.bfloat16 else None, residual=residual
+        )
+        counted = parts_of(valid, case, groups, torch.bool)
+        found = compare_parts(host_ops, case, True, activation, counted, groups)
+        cuda_host.cuda_host_launches()
+        call_parts(host_ops, case, True, activation, counted, groups)
+        count = reference.group_count(shape[0], groups)
+        assert 6 * count <= cuda_host.cuda_host_launches() <= 7 * count
+        for order in (1, 2):  # no bit depends on it
+            cuda_host.cuda_host_set_order(order)
+            again = call_parts(host_ops, case, True, activation, counted, groups)
+            cuda_host.cuda_host_set_order(0)
+            for name, value in found.items():
+                assert value is None or torch.equal(value.nan_to_num(), again[name].nan_to_num()), name
+
+
+def test_a_ghost_batch_is_a_batch_of_its_own(host_ops):
+    """The bits of a call for each, but for what is summed over them."""
+    case = Case((10, 16, 5, 5), torch.float32, residual=True)
+    whole = call_parts(host_ops, case, True, RELU, None, 3)
+    for i, begin in enumerate(range(0, 10, 4)):
+        part = Case((10, 16, 5, 5), torch.float32, residual=True)
+        for name in ("x", "grad", "residual"):
+            setattr(part, name, getattr(case, name)[begin : begin + 4])
+        alone = call_parts(host_ops, part, True, RELU, None, 1)
+        for name in ("output", "grad_input", "grad_residual"):
+            assert torch.equal(whole[name][begin : begin + 4], alone[name]), name
+        assert torch.equal(whole["statistics"][:, 16 * i : 16 * i + 16], alone["statistics"])

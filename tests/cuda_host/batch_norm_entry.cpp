@@ -9,7 +9,7 @@ namespace {
 // Batch, channels, spatial, channels_last; dtypes of input and parameters; activation, training, correction.
 template <class Call>
 void set_common(Call& c, const int64_t* n, const double* reals, void* const* parameters) {
-  c.shape = {n[0], n[1], n[2], n[3] != 0};
+  c.shape = {n[0], n[1], n[2], n[3] != 0, nullptr};
   c.dtype = static_cast<DType>(n[4]);
   c.parameters = {static_cast<DType>(n[5]), parameters[0], parameters[1], parameters[2], parameters[3]};
   c.activation = static_cast<Activation>(n[6]), c.training = n[7] != 0, c.correction = n[8];
@@ -20,7 +20,7 @@ void set_common(Call& c, const int64_t* n, const double* reals, void* const* par
 
 extern "C" {
 
-int64_t bn_scratch(const int64_t* n) { return cuda::batch_norm_scratch({n[0], n[1], n[2], n[3] != 0}); }
+int64_t bn_scratch(const int64_t* n) { return cuda::batch_norm_scratch({n[0], n[1], n[2], n[3] != 0, nullptr}); }
 
 int32_t bn_forward(const int64_t* n, const double* reals, void* const* parameters, const void* input,
                    const void* residual, void* output, uint8_t* mask, double* mean, double* invstd, void* new_mean,

@@ -251,6 +251,7 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>(((uint64_t{high} << 32) | low) >> (shift & 31));
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -203,6 +203,26 @@ def test_nothing_is_rescaled_silently(chunk_rows):
     torch.testing.assert_close(ours, tied(eager))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", [{"chunk_rows": 3}, {"max_memory_bytes": 2000}], ids=str)
+def test_an_upstream_gradient_is_multiplied_in_place(option, dtype):
+    """What the forward found is handed over, whatever the factor; a second backward is right all the same."""
+    tensors, target = draw(dtype)
+    (x, w, b) = leaves = [t.requires_grad_() for t in tensors]
+    loss = fused_ops.linear_cross_entropy(x, w, target, linear_bias=b, **option)
+    node = loss.grad_fn
+    while not hasattr(node, "gradients"):
+        node = node.next_functions[0][0]
+    places = [g.data_ptr() for g in node.gradients if g.numel()]
+    plain = [g.clone() for g in node.gradients if g.numel()]
+    for factor in (-3.0, 0.5, 1.0):
+        found = torch.autograd.grad(loss, leaves, torch.tensor(factor, dtype=loss.dtype), retain_graph=True)
+        assert ([g.data_ptr() for g in found] == places) == (factor == -3.0)
+        for mine, other in zip(found, plain, strict=True):
+            assert torch.equal(mine, other * factor)
+        assert node.gradients is None
+
+
 def test_a_gradient_changed_in_place_does_not_change_the_next():
     tensors, target = draw(torch.float64)
     leaves = [t.requires_grad_() for t in tensors]

@@ -8,7 +8,8 @@
 // still has what was read last: grad_x is written from the end), N e more for grad_residual. z is rebuilt, except that
 // relu and leaky_relu after a residual read the forward's bit of its sign, N / 8 twice; other activations after a
 // residual read that, 2 N e. Sums as the forward's: parts by the shape, merged in order; 16 bytes twice for a part of a
-// channel.
+// channel, 24 where positions may not count, which are N / channels more, twice. Three launches, a fourth where the
+// sums need the coefficients, and as many for each ghost batch.
 //
 // Stability: g - mean(g) and x - mean are formed before any scaling; sums are double. See docs/batch_norm.md.
 #include "batch_norm/cuda/channel.cuh"
@@ -36,7 +37,12 @@ __global__ void __launch_bounds__(kBlock) set_coefficients(BatchNormBackwardCall
   if (channel < c.shape.channels) set_affine<T>(c, Coefficients<acc_t<T>>(c.scratch, c.shape.channels), channel);
 }
 
-__device__ inline void keep_sums(double* to, const Pair& s) { to[0] = s.a, to[1] = s.b; }
+// A part's sums, and how many positions count where not all do.
+__device__ inline int64_t sums_each(const BatchNormShape& s) { return s.valid == nullptr ? 2 : 3; }
+__device__ inline void keep_sums(double* to, const Pair& s, const BatchNormShape& shape, double n) {
+  to[0] = s.a, to[1] = s.b;
+  if (shape.valid != nullptr) to[2] = n;
+}
 
 // A block a (part, channel), as plane_moments.
 template <class T, bool kFast, From kFrom>
@@ -56,13 +62,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   if (kFrom != From::gradient) scale = coefficients.scale[channel], shift = coefficients.shift[channel];
   PlaneWalk walk(s, channel, part, parts);
   Pair sums{0, 0};
+  int64_t n = 0;
   for (int64_t turns = quotient(walk.left + threadIdx.x + kAhead * kBlock - 1, kAhead * kBlock); turns > 0; --turns) {
     Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
     int have[kAhead];
-    unsigned bits[kAhead];
+    unsigned bits[kAhead], counted[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       have[k] = walk.have<kFast>(), bits[k] = 0;
+      counted[k] = kFast ? 0u : counted_bits(s.valid, walk.position, have[k]);
       raw[k] = load_raw<T, kFast>(x + walk.at(), have[k]), grad[k] = load_raw<T, kFast>(g + walk.at(), have[k]);
       if (added) extra[k] = load_raw<T, kFast>(residual + walk.at(), have[k]);
       if (masked && kFast) {
@@ -91,15 +99,18 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       product_t<T> sum = 0, dot = 0;
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
-        const bool there = kFast || i < have[k];
+        const bool there = kFast || (counted[k] >> i & 1u) != 0;
         const product_t<T> value = there ? h[i] : A(0), centered = there ? v[i] - mean : A(0);
         sum += value, dot += value * centered;
       }
       if (have[k] > 0) sums = sums + Pair{static_cast<double>(sum), static_cast<double>(dot)};
+      if constexpr (!kFast) n += __popc(counted[k]);
     }
   }
   sums = sum_group<kBlock>(sums);
-  if (threadIdx.x == 0) keep_sums(partials_of(c.scratch, s.channels) + 2 * (channel * parts + part), sums);
+  const double count = kFast ? 0.0 : sum_group<kBlock>(static_cast<double>(n));
+  double* to = partials_of(c.scratch, s.channels) + sums_each(s) * (channel * parts + part);
+  if (threadIdx.x == 0) keep_sums(to, sums, s, count);
 }
 
 // A block a (part of the rows, tile of columns), as column_moments.
@@ -134,6 +145,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) sum[i] = 0, dot[i] = 0;
   int pending = 0;
+  int64_t n = 0;
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
     Raw<T> raw[kRows], grad[kRows], extra[kRows];
     unsigned bits[kRows];
@@ -155,7 +167,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
         for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
       }
       unit_before<kFrom, A>(c, z, bits[k], h);
-      if (k >= rows) continue;
+      if (k >= rows || (!kFast && !row_counts(c.shape.valid, s.row_at(base, k)))) continue;
+      ++n;
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
         const product_t<T> value = h[i], centered = v[i] - mean[i];
@@ -176,9 +189,13 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     }
   }
   const double total = sum_columns(t.lanes, sums), product = sum_columns(t.lanes, dots);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) sums[i] = static_cast<double>(n);
+  const double count = kFast ? 0.0 : sum_columns(t.lanes, sums);
   const int64_t column = s.tile * t.lanes * kUnit + threadIdx.x;
+  double* to = partials_of(c.scratch, r.channels) + sums_each(c.shape) * (column * t.parts + s.part);
   if (static_cast<int>(threadIdx.x) < t.lanes * kUnit && column < r.length)
-    keep_sums(partials_of(c.scratch, r.channels) + 2 * (column * t.parts + s.part), {total, product});
+    keep_sums(to, {total, product}, c.shape, count);
 }
 
 // A group of threads a channel: the parameters' gradients and what every value of grad_x needs.
@@ -188,15 +205,27 @@ __global__ void __launch_bounds__(kBlock) finish_sums(BatchNormBackwardCall c, i
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
   const int64_t channels = c.shape.channels, channel = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kGroup;
   Pair all{0, 0};
-  const double* from = partials_of(c.scratch, channels) + 2 * channel * parts;
-  for (int64_t i = lane; channel < channels && i < parts; i += kGroup) all = all + Pair{from[2 * i], from[2 * i + 1]};
+  double n = 0;
+  const int64_t each = sums_each(c.shape), end = channel < channels ? parts : 0;
+  const double* from = partials_of(c.scratch, channels) + each * channel * parts;
+  for (int64_t i = lane; i < end; i += kGroup) {
+    all = all + Pair{from[each * i], from[each * i + 1]};
+    if (each == 3) n += from[each * i + 2];
+  }
   all = sum_group<kGroup>(all);
+  n = each == 3 ? sum_group<kGroup>(n) : static_cast<double>(c.shape.batch * c.shape.spatial);
   if (lane != 0 || channel >= channels) return;
-  const double n = static_cast<double>(c.shape.batch * c.shape.spatial), invstd = c.invstd[channel];
-  const double low = lost_of<A>(c.mean[channel]);
+  const double invstd = c.invstd[channel], low = lost_of<A>(c.mean[channel]);
   const double dot = all.b - low * all.a;  // around the exact mean
-  set_value(c.grad_weight, c.grad_dtype, channel, n > 0 ? dot * invstd : 0.0);
-  set_value(c.grad_bias, c.grad_dtype, channel, n > 0 ? all.a : 0.0);
+  const GhostBatch& g = c.ghost;
+  const double grad_weight = (n > 0 ? dot * invstd : 0.0) + (g.first ? 0.0 : g.carried[channel]);
+  const double grad_bias = (n > 0 ? all.a : 0.0) + (g.first ? 0.0 : g.carried[channels + channel]);
+  if (g.last) {
+    set_value(c.grad_weight, c.grad_dtype, channel, grad_weight);
+    set_value(c.grad_bias, c.grad_dtype, channel, grad_bias);
+  } else {
+    g.carried[channel] = grad_weight, g.carried[channels + channel] = grad_bias;
+  }
   const Coefficients<A> k(c.scratch, channels);
   set_affine<T>(c, k, channel);
   const double slope = dot * invstd * invstd / (n - static_cast<double>(c.correction));
@@ -241,6 +270,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     }
     unit_before<kFrom, A>(c, z, bits[k], h);
     if (!u.exists[k]) continue;
+    const unsigned counted = kFast ? 0u : counted_bits(c.shape.valid, u.position[k], u.have[k]);
+    if constexpr (!kFast) clear_uncounted(counted, h);
     if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + u.at[k], u.have[k], h);
     if (c.grad_input == nullptr) continue;
     if (centered) {
@@ -249,6 +280,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     }
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) h[i] *= scale[k];
+    if constexpr (!kFast) clear_uncounted(counted, h);
     store_unit<T, kFast>(static_cast<T*>(c.grad_input) + u.at[k], u.have[k], h);
   }
 }
@@ -302,6 +334,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       }
       unit_before<kFrom, A>(c, z, bits[k], h);
       if (k >= rows) continue;
+      const unsigned counted = kFast || row_counts(c.shape.valid, s.row_at(base, k)) ? (1u << kUnit) - 1u : 0u;
+      if constexpr (!kFast) clear_uncounted(counted, h);
       if (c.grad_residual != nullptr) store_unit<T, kFast>(static_cast<T*>(c.grad_residual) + at, s.have, h);
       if (c.grad_input == nullptr) continue;
       if (centered) {
@@ -310,6 +344,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       }
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) h[i] *= scale[i];
+      if constexpr (!kFast) clear_uncounted(counted, h);
       store_unit<T, kFast>(static_cast<T*>(c.grad_input) + at, s.have, h);
     }
   }
@@ -323,7 +358,7 @@ int32_t backward(const BatchNormBackwardCall& call, void* stream) {
   const Rows r = rows_of(c.shape);
   const int64_t channels = c.shape.channels, each = partials_each(c.shape);
   const bool some = r.rows * r.units > 0, sums = (c.training && c.grad_input != nullptr) || c.grad_weight != nullptr;
-  const bool fast = fast_walk(r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
+  const bool fast = fast_walk(c.shape, r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
   const From from = c.activation == Activation::none || c.mask != nullptr     ? From::gradient
                     : light_activation(c.activation) && c.residual == nullptr ? From::light
                                                                               : From::any;

@@ -73,14 +73,7 @@ struct All {
 // ---- parameters and coefficients
 
 __device__ inline double value_at(const void* p, DType dtype, int64_t i, double missing) {
-  if (p == nullptr) return missing;
-  switch (dtype) {
-    case DType::float32: return static_cast<double>(static_cast<const float*>(p)[i]);
-    case DType::float64: return static_cast<const double*>(p)[i];
-    case DType::bfloat16: return static_cast<double>(to_acc(static_cast<const bfloat16_t*>(p)[i]));
-    case DType::float16: return static_cast<double>(to_acc(static_cast<const float16_t*>(p)[i]));
-  }
-  return missing;
+  return p == nullptr ? missing : number_at(p, dtype, i);
 }
 __device__ inline void set_value(void* p, DType dtype, int64_t i, double value) {
   if (p == nullptr) return;

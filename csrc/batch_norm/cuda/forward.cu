@@ -4,9 +4,10 @@
 //
 // Memory, with N values of e bytes: statistics N e, output 2 N e (x, of which the second-level cache still has what was
 // read last: the output is written from the end), N e more with a residual, N / 8 where the backward wants the sign of
-// z. A channel's values are cut into parts by the shape alone, a block each, so that few channels or a small batch
-// still fill the chip; a warp or a block a channel merges the parts in order: no float atomics, the same bits always. A
-// part of a channel costs 24 bytes twice.
+// z, N / channels twice where positions may not count. Three launches, and as many for each further ghost batch, which
+// is a slice of the batch as it lies in memory. A channel's values are cut into parts by the shape alone, a block each,
+// so that few channels or a small batch still fill the chip; a warp or a block a channel merges the parts in order: no
+// float atomics, the same bits always. A part of a channel costs 24 bytes twice.
 //
 // Stability: some values at a time around the first of them, from there in double around a shift; shifts are merged
 // around the mean of all (Chan et al., all at once). x - mean comes before any scaling. See docs/batch_norm.md.
@@ -36,10 +37,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || !kFast ? 2 : 4)
     constexpr bool kFull = decltype(full)::value;
     Raw<T> raw[kAhead];
     int have[kAhead];
+    unsigned counted[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       have[k] = kFull ? kUnit : walk.have<kFast>();
       raw[k] = load_raw<T, kFast>(x + (kFull ? walk.offset : walk.at()), have[k]);
+      if constexpr (!kFast) counted[k] = counted_bits(s.valid, walk.position, have[k]);
       walk.advance();
     }
 #pragma unroll
@@ -48,7 +51,13 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || !kFast ? 2 : 4)
       int count = 0;
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) unpack_raw<T>(raw[k + i], v + i * kUnit), count += have[k + i];
-      if constexpr (kFull) {
+      if constexpr (!kFast) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) bits |= counted[k + i] << (i * kUnit);
+        count = replace_uncounted<kTogether * kUnit>(bits, v);
+        if (count > 0) sums.template add<kTogether * kUnit>(v, count, n == 0, All{});
+      } else if constexpr (kFull) {
         sums.template add<kTogether * kUnit>(v, kTogether * kUnit, n == 0, All{});
       } else if (count > 0) {
         const auto there = [&](int i) { return i % kUnit < have[k + i / kUnit]; };
@@ -74,6 +83,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
   constexpr int kRows = 2 * kUnitsOf<T, 1>;
   const Spot s(r, t, blockIdx.x);
   const T* x = static_cast<const T*>(c.input) + s.first;
+  const uint8_t* valid = kFast ? nullptr : c.shape.valid;
+  const bool masked = valid != nullptr;
   Shifted<A, A> sums[kUnit];
   int64_t n = 0;
   for (int64_t base = s.begin; base < s.end; base += kRows * s.step) {
@@ -83,8 +94,20 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
     A v[kRows][kUnit], column[kRows];
 #pragma unroll
     for (int k = 0; k < kRows; ++k) unpack_raw<T>(raw[k], v[k]);
-    const int rows = s.rows_at(base, kRows);
-    if (rows == kRows) {
+    int rows = s.rows_at(base, kRows);
+    if (masked) {
+      unsigned bits = 0;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) bits |= k < rows && row_counts(valid, s.row_at(base, k)) ? 1u << k : 0u;
+      rows = __popc(bits);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) column[k] = v[k][i];
+        replace_uncounted<kRows>(bits, column);
+        if (rows > 0) sums[i].template add<kRows>(column, rows, n == 0, All{});
+      }
+    } else if (rows == kRows) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
 #pragma unroll
@@ -102,11 +125,14 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
     n += rows;
   }
   __shared__ double means[kBlock];
-  const double count = static_cast<double>(n), all = static_cast<double>(s.end - s.begin);
-  double v[kUnit];
+  const double count = static_cast<double>(n);
+  double v[kUnit], all = static_cast<double>(s.end - s.begin);
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) v[k] = count;
+  if (masked) all = sum_columns(t.lanes, v);
 #pragma unroll
   for (int k = 0; k < kUnit; ++k) v[k] = sums[k].total(count);
-  const double mean = sum_columns(t.lanes, v) / all;
+  const double sum_of_all = sum_columns(t.lanes, v), mean = all > 0 ? sum_of_all / all : 0.0;
   means[threadIdx.x] = mean;
   __syncthreads();
 #pragma unroll
@@ -143,15 +169,21 @@ __global__ void __launch_bounds__(kBlock) finish_statistics(BatchNormForwardCall
     });
   }
   if (lane != 0 || channel >= channels) return;
-  double mean = value_at(p.running_mean, p.dtype, channel, 0), variance = value_at(p.running_var, p.dtype, channel, 1);
+  const GhostBatch& g = c.ghost;
+  double mean = g.first ? value_at(p.running_mean, p.dtype, channel, 0) : g.carried[channel];
+  double variance = g.first ? value_at(p.running_var, p.dtype, channel, 1) : g.carried[channels + channel];
   if (c.training) {
     const double old_mean = mean, old_variance = variance;
     mean = all.n > 0 ? all.mean : kNaN<double>;
     variance = all.n > 0 ? all.m2 / (all.n - static_cast<double>(c.correction)) : kNaN<double>;
     const double fresh = all.n > 0 ? c.momentum : 0, kept = all.n > 0 ? 1 - c.momentum : 1;
-    set_value(c.new_mean, p.dtype, channel, all.n > 0 ? fresh * mean + kept * old_mean : old_mean);
-    set_value(c.new_var, p.dtype, channel,
-              all.n > 0 ? fresh * (all.m2 / (all.n - 1)) + kept * old_variance : old_variance);
+    const double new_mean = all.n > 0 ? fresh * mean + kept * old_mean : old_mean;
+    const double new_variance = all.n > 0 ? fresh * (all.m2 / (all.n - 1)) + kept * old_variance : old_variance;
+    if (g.last) {
+      set_value(c.new_mean, p.dtype, channel, new_mean), set_value(c.new_var, p.dtype, channel, new_variance);
+    } else {
+      g.carried[channel] = new_mean, g.carried[channels + channel] = new_variance;
+    }
   }
   const double invstd = 1.0 / sqrt(variance + c.eps);
   c.mean[channel] = mean, c.invstd[channel] = invstd;
@@ -207,6 +239,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2
     const unsigned bits = activate_unit<T, kLight, kResidual>(c, u.have[k], z);
     if (!u.exists[k]) continue;
     if (kResidual && c.mask != nullptr) c.mask[u.index[k]] = static_cast<uint8_t>(bits);
+    if constexpr (!kFast) clear_uncounted(counted_bits(c.shape.valid, u.position[k], u.have[k]), z);
     store_unit<T, kFast>(static_cast<T*>(c.output) + u.at[k], u.have[k], z);
   }
 }
@@ -247,6 +280,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1
       for (int i = 0; i < kUnit; ++i) z[i] = (z[i] - mean[i]) * scale[i] + (kResidual ? shift[i] + more[i] : shift[i]);
       const unsigned bits = activate_unit<T, kLight, kResidual>(c, s.have, z);
       if (kResidual && c.mask != nullptr) writer.store(r, c.mask, s.row_at(base, k), k < rows, bits);
+      if (!kFast && !row_counts(c.shape.valid, s.row_at(base, k))) clear_uncounted(0u, z);
       if (k < rows) store_unit<T, kFast>(y + s.row_at(base, k) * r.length, s.have, z);
     }
   }
@@ -273,7 +307,7 @@ int32_t forward(const BatchNormForwardCall& c, void* stream) {
   Launcher launch(stream);
   const Rows r = rows_of(c.shape);
   const int64_t channels = c.shape.channels, each = partials_each(c.shape);
-  const bool columns = sums_columns(r), fast = fast_walk(r, {c.input, c.residual, c.output});
+  const bool columns = sums_columns(r), fast = fast_walk(c.shape, r, {c.input, c.residual, c.output});
   const Tiles sums = tiles_of(r, kColumnBlocks);
   if (c.training && r.rows * r.units > 0) {
     FUSED_OPS_WITH_BOOL(fast && (columns || c.shape.spatial % kUnit == 0), kFast, {

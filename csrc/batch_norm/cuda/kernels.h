@@ -10,7 +10,15 @@ namespace cuda {
 struct BatchNormShape {
   int64_t batch, channels, spatial;
   bool channels_last;
+  const uint8_t* valid;                               // (batch, spatial), nonzero where a position counts, or null
   int64_t values() const { return batch * spatial; }  // of one channel
+};
+
+// Which of a batch's ghost batches a call is, whose calls follow each other on one stream. Running statistics, and the
+// gradients of the parameters, are doubles in `carried` from one to the next and rounded by the last.
+struct GhostBatch {
+  bool first = true, last = true;
+  double* carried = nullptr;  // (2, channels); null where there is one ghost batch
 };
 
 // Parameters and running statistics: (channels,) of one dtype, or null.
@@ -33,7 +41,8 @@ struct BatchNormForwardCall {
   uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm/kernels.h
   double *mean, *invstd;         // (channels,)
   void *new_mean, *new_var;      // (channels,) of the parameters' dtype, or null
-  double* scratch;               // batch_norm_scratch(...) doubles
+  GhostBatch ghost;
+  double* scratch;  // batch_norm_scratch(...) doubles
 };
 
 struct BatchNormBackwardCall {
@@ -50,7 +59,8 @@ struct BatchNormBackwardCall {
   void *grad_input, *grad_residual;            // as shape, or null
   DType grad_dtype;                            // of the two below
   void *grad_weight, *grad_bias;               // (channels,), or both null
-  double* scratch;                             // batch_norm_scratch(...) doubles
+  GhostBatch ghost;
+  double* scratch;  // batch_norm_scratch(...) doubles
 };
 
 int64_t batch_norm_scratch(const BatchNormShape& shape);

@@ -34,7 +34,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return b ? (a + b - 1) / b : 0; 
 //
 // plane: (batch * channels, spatial), one channel a row. column: value k of a row is of channel k / side. Channels last
 // are (batch * spatial, channels), side 1; planes of some sizes are (batch, channels * spatial), side = spatial, since
-// then all rows are aligned as the tensor is, whatever the size of a plane.
+// then all rows are aligned as the tensor is, whatever the size of a plane. Where positions may not count (`valid`),
+// they are planes all the same: of columns, a whole row counts or does not.
 enum class Walk { plane, column };
 
 struct Rows {
@@ -42,19 +43,21 @@ struct Rows {
   bool plane_mask;              // of columns: the mask's rows are the planes
   int64_t rows, length, units;  // units of a row
   int64_t channels, side;
-  int64_t turn_rows, turn_units, turn_channels;  // how far kBlock units are: so many rows and units; rows mod channels
+  int64_t turn_rows, turn_units;        // how far kBlock units are: so many rows and units,
+  int64_t turn_entries, turn_channels;  // and those rows by, and modulo, the channels
 };
 
 inline Rows rows_of(const BatchNormShape& s) {
-  Rows r{Walk::plane, false, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial, 0, 0, 0};
+  Rows r{Walk::plane, false, s.batch * s.channels, s.spatial, 0, s.channels, s.spatial, 0, 0, 0, 0};
   const bool small = s.spatial <= kSmallPlaneValues;
   if (s.channels_last || s.spatial == 1)
     r.walk = Walk::column, r.rows = s.batch * s.spatial, r.length = s.channels, r.side = 1;
-  else if (small || (s.spatial % kUnit != 0 && s.spatial <= kMiddlePlaneValues && s.batch >= kColumnPlanes))
+  else if (s.valid == nullptr &&
+           (small || (s.spatial % kUnit != 0 && s.spatial <= kMiddlePlaneValues && s.batch >= kColumnPlanes)))
     r.walk = Walk::column, r.rows = s.batch, r.length = s.channels * s.spatial, r.plane_mask = !small;
   r.units = ceil_div(r.length, kUnit);
   if (r.units > 0) r.turn_rows = kBlock / r.units, r.turn_units = kBlock % r.units;
-  if (r.channels > 0) r.turn_channels = r.turn_rows % r.channels;
+  if (r.channels > 0) r.turn_entries = r.turn_rows / r.channels, r.turn_channels = r.turn_rows % r.channels;
   return r;
 }
 
@@ -150,21 +153,50 @@ __device__ inline void store_unit(T* p, int have, const acc_t<T>* v) {
     if (k < have) set(p[k], v[k]);
 }
 
-// Whether every unit is whole and aligned in these tensors, of which some may be null.
-inline bool fast_walk(const Rows& r, std::initializer_list<const void*> tensors) {
-  bool fast = r.length % kUnit == 0;
+// Whether every unit is whole, counts, and is aligned in these tensors, of which some may be null.
+inline bool fast_walk(const BatchNormShape& s, const Rows& r, std::initializer_list<const void*> tensors) {
+  bool fast = r.length % kUnit == 0 && s.valid == nullptr;
   for (const void* p : tensors) fast = fast && (reinterpret_cast<uintptr_t>(p) & 15u) == 0;
   return fast;
 }
 
+// ---- positions that count, a bit each: in kernels that are not kFast alone
+
+__device__ inline unsigned counted_bits(const uint8_t* valid, int64_t position, int have) {
+  if (valid == nullptr) return (1u << have) - 1u;
+  unsigned bits = 0;
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) bits |= k < have && valid[position + k] != 0 ? 1u << k : 0u;
+  return bits;
+}
+__device__ inline bool row_counts(const uint8_t* valid, int64_t row) { return valid == nullptr || valid[row] != 0; }
+
+// 0 where a position does not count.
+template <class A>
+__device__ inline void clear_uncounted(unsigned bits, A* v) {
+#pragma unroll
+  for (int k = 0; k < kUnit; ++k) v[k] = (bits >> k) & 1u ? v[k] : A(0);
+}
+// The first value that counts in the place of those that do not, around which those add nothing. Returns how many do.
+template <int kCount, class A>
+__device__ inline int replace_uncounted(unsigned bits, A* v) {
+  A first = v[0];
+#pragma unroll
+  for (int k = kCount - 1; k >= 0; --k) first = (bits >> k) & 1u ? v[k] : first;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) v[k] = (bits >> k) & 1u ? v[k] : first;
+  return __popc(bits);
+}
+
 // ---- planes
 
-// The units of one channel in a part, kBlock apart: `offset` is of the tensor.
+// The units of one channel in a part, kBlock apart: `offset` is of the tensor, `position` of (batch, spatial).
 struct PlaneWalk {
   int64_t offset, left;  // left: units of the part from this one on
   int64_t unit, units;
   int64_t step, step_unit, jump, origin;
   int64_t byte, step_byte, jump_byte;  // of a mask whose rows are the planes
+  int64_t position, step_position, jump_position;
   int64_t spatial;
 
   __device__ PlaneWalk(const BatchNormShape& s, int64_t channel, int64_t part, int64_t parts) : spatial(s.spatial) {
@@ -179,10 +211,12 @@ struct PlaneWalk {
     jump = stride - units * kUnit;
     byte = (b * s.channels + channel) * units + unit;
     step_byte = rows * s.channels * units + step_unit, jump_byte = (s.channels - 1) * units;
+    position = b * s.spatial + unit * kUnit, step_position = rows * s.spatial + step_unit * kUnit;
+    jump_position = s.spatial - units * kUnit;
   }
   __device__ void advance() {
-    left -= kBlock, unit += step_unit, offset += step, byte += step_byte;
-    if (unit >= units) unit -= units, offset += jump, byte += jump_byte;
+    left -= kBlock, unit += step_unit, offset += step, byte += step_byte, position += step_position;
+    if (unit >= units) unit -= units, offset += jump, byte += jump_byte, position += jump_position;
   }
   // The unit's values, 0 behind the end; and where to load it, something else behind the end.
   template <bool kFast>
@@ -197,24 +231,24 @@ struct PlaneWalk {
 // The units of a block that writes: kAhead of a thread, kBlock apart.
 template <int kAhead>
 struct PlaneUnits {
-  int64_t index[kAhead], at[kAhead], channel[kAhead];
+  int64_t index[kAhead], at[kAhead], channel[kAhead], position[kAhead];
   int have[kAhead];
   bool exists[kAhead];  // else it is the first of all
 
   __device__ PlaneUnits(const Rows& r, int64_t block) {
     const int64_t total = r.rows * r.units;
     int64_t i = block * kAhead * kBlock + threadIdx.x, row = quotient(i, r.units), unit = i - row * r.units;
-    int64_t c = row - quotient(row, r.channels) * r.channels;
+    int64_t b = quotient(row, r.channels), c = row - b * r.channels;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       exists[k] = i < total;
       const int64_t first = exists[k] ? unit * kUnit : 0, left = r.length - first;
       index[k] = exists[k] ? i : 0, channel[k] = exists[k] ? c : 0;
-      at[k] = exists[k] ? row * r.length + first : 0;
+      at[k] = exists[k] ? row * r.length + first : 0, position[k] = exists[k] ? b * r.length + first : 0;
       have[k] = left < kUnit ? static_cast<int>(left) : kUnit;
-      i += kBlock, row += r.turn_rows, unit += r.turn_units, c += r.turn_channels;
+      i += kBlock, row += r.turn_rows, unit += r.turn_units, b += r.turn_entries, c += r.turn_channels;
       if (unit >= r.units) unit -= r.units, ++row, ++c;
-      if (c >= r.channels) c -= r.channels;
+      if (c >= r.channels) c -= r.channels, ++b;
     }
   }
 };

@@ -288,11 +288,18 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) f
   keep_sum(c, sum);
 }
 
+// Where there are more blocks than kRowBlocks: a block adds up kBlock of their sums, so that forward_total has few.
+__global__ void __launch_bounds__(kBlock) fold_sums(const double* sums, int64_t blocks, double* folded) {
+  const int64_t b = int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  const LossSum sum = sum_group<kBlock>(b < blocks ? LossSum{sums[2 * b], sums[2 * b + 1]} : LossSum{0, 0});
+  if (threadIdx.x == 0) folded[2 * blockIdx.x] = sum.sum, folded[2 * blockIdx.x + 1] = sum.count;
+}
+
 // One block: the sums of `blocks` blocks, in a fixed order.
 template <class T>
-__global__ void __launch_bounds__(kBlock) forward_total(ForwardCall c, int64_t blocks) {
+__global__ void __launch_bounds__(kBlock) forward_total(ForwardCall c, const double* sums, int64_t blocks) {
   LossSum mine{0, 0};
-  for (int64_t b = threadIdx.x; b < blocks; b += kBlock) mine = mine + LossSum{c.scratch[2 * b], c.scratch[2 * b + 1]};
+  for (int64_t b = threadIdx.x; b < blocks; b += kBlock) mine = mine + LossSum{sums[2 * b], sums[2 * b + 1]};
   const LossSum sum = sum_group<kBlock>(mine);
   if (threadIdx.x != 0) return;
   *c.total = sum.count;
@@ -327,15 +334,22 @@ int32_t forward(const ForwardCall& c, void* stream) {
   } else {
     run(forward_rows<T, kBlock>, 1);
   }
-  launch(forward_total<T>, 1, kBlock, c, blocks);
+  const double* sums = c.scratch;
+  if (blocks > kRowBlocks) {
+    double* folded = c.scratch + 2 * blocks;
+    launch(fold_sums, ceil_div(blocks, kBlock), kBlock, sums, blocks, folded);
+    sums = folded, blocks = ceil_div(blocks, kBlock);
+  }
+  launch(forward_total<T>, 1, kBlock, c, sums, blocks);
   return launch.error();
 }
 
 }  // namespace
 
 int64_t forward_scratch(DType dtype, const RowLayout& layout) {
-  const int64_t pieces = pieces_of(dtype, layout).count;
-  return 2 * (std::max(kRowBlocks, ceil_div(layout.rows(), kBlock)) + (pieces > 1 ? layout.rows() * pieces : 0));
+  const int64_t pieces = pieces_of(dtype, layout).count, blocks = ceil_div(layout.rows(), kBlock);
+  if (blocks > kRowBlocks && pieces == 1) return 2 * (blocks + ceil_div(blocks, kBlock));
+  return 2 * (kRowBlocks + (pieces > 1 ? layout.rows() * pieces : 0));
 }
 
 int32_t cross_entropy_forward(const ForwardCall& call, void* stream) {

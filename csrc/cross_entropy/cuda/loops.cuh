@@ -57,9 +57,10 @@ __device__ inline Words load_at(const T* p, unsigned offset) {
 template <int kCount>
 using Count = std::integral_constant<int, kCount>;
 
-// One thread's share of n adjacent elements at x, of at least one vector. Calls visit(words, first, Count) for several
-// vectors at a time, `first` being the index of the first one's first element and the others kGroup vectors apart;
-// elements behind the end are `filler`. All loads of a call are independent: no bound is checked between them.
+// One thread's share of n adjacent elements at x. Calls visit(words, first, Count) for several vectors at a time,
+// `first` being the index of the first one's first element and the others kGroup vectors apart; elements behind the end
+// are `filler`. All loads of a call are independent: no bound is checked between them. A vector that is not whole is
+// read element by element: the piece of a long row may be shorter than one, and behind it there may be no memory.
 template <class T, int kGroup, bool kMisaligned, class Visit>
 __device__ inline void walk_share(const T* x, int n, int lane, acc_t<T> filler, const Visit& visit) {
   constexpr int kV = kVector<T>, kU = sizeof(T) == 8 ? 2 : 4, kSpan = kGroup * kV, kStep = kSpan * kU;
@@ -76,7 +77,7 @@ __device__ inline void walk_share(const T* x, int n, int lane, acc_t<T> filler, 
 #pragma unroll
   for (int u = 0; u < kU; ++u) {
     const int at = first + u * kSpan;
-    if (u * kSpan < left) words[u] = load_at<T, kMisaligned>(x + (at + kV <= n ? at : 0), offset);
+    if (at + kV <= n) words[u] = load_at<T, kMisaligned>(x + at, offset);
   }
 #pragma unroll
   for (int u = 0; u < kU; ++u) {

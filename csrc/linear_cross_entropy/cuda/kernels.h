@@ -12,6 +12,17 @@ struct LinearChunkCall {
   double* scratch;  // linear_chunk_scratch(...) doubles
 };
 
+// grad *= scale.
+struct RescaleCall {
+  DType dtype;
+  void* grad;  // (count,), dense
+  int64_t count;
+  DType scale_dtype;
+  const void* scale;  // one value
+};
+
+int32_t linear_cross_entropy_rescale(const RescaleCall& call, void* stream);
+
 int64_t linear_chunk_scratch(const LinearCrossEntropyChunk& args);
 int32_t linear_cross_entropy_chunk(const LinearChunkCall& call, void* stream);
 

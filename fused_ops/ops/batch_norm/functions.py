@@ -57,8 +57,7 @@ _BACKWARD = (
     "bool need_input=True, bool need_params=True, int correction=0, int activation=0, float slope=0.0"
 )
 _BACKWARD_OPTIONS = (
-    "Tensor? residual=None, Tensor? mask=None, Tensor? valid=None, int groups=1, "
-    "Tensor(a!)? grad_residual=None, Tensor? stored=None, Tensor? offsets=None"
+    "Tensor? residual=None, Tensor? mask=None, Tensor? valid=None, int groups=1, Tensor(a!)? grad_residual=None"
 )
 _GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 _forward_op: Any = register(

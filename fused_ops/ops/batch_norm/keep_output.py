@@ -32,6 +32,21 @@ _keep_op: Any = register(
 )
 
 
+def _fake_backward(
+    grad_output: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return functions._fake_backward(grad_output, output, weight, bias, statistics, *rest[2:8])
+
+
+_keep_backward_op: Any = register(
+    "batch_norm_keep_backward(Tensor grad_output, Tensor output, Tensor? weight, Tensor? bias, Tensor statistics, "
+    "Tensor stored, Tensor offsets, bool training, bool need_input, bool need_params, int correction, int activation, "
+    "float slope, Tensor? valid, int groups) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    reference.keep_backward,
+    _fake_backward,
+)
+
+
 class _StandIn(FusedFunction):
     """A tensor of one value, expanded to the input's shape, with the input's place in the graph but not its memory."""
 
@@ -103,8 +118,8 @@ class BatchNormKeptOutputFunction(FusedFunction):
             grad_input, _none, grad_weight, grad_bias = functions.gradients(grad_output, saved, o, needs)
             return grad_input, None, None, None, grad_weight, grad_bias, *(None,) * 9
         numbers = o.training, need_input, need_weight or need_bias, o.correction, o.activation, o.slope
-        rest = None, None, valid, o.groups, None, stored, offsets
-        found = functions._backward_op(grad_output, output, weight, bias, statistics, *numbers, *rest)
+        tensors = output, weight, bias, statistics, stored, offsets
+        found = _keep_backward_op(grad_output, *tensors, *numbers, valid, o.groups)
         wanted = [g if n else None for g, n in zip(found, (need_input, need_weight, need_bias), strict=True)]
         return wanted[0], None, None, None, *wanted[1:], *(None,) * 9
 

@@ -190,8 +190,6 @@ class BackwardArguments(NamedTuple):
     valid: Tensor | None = None
     groups: int = 1
     grad_residual: Tensor | None = None
-    stored: Tensor | None = None
-    offsets: Tensor | None = None
 
 
 def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -268,8 +266,6 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias, empty where not needed, in one step; writes ``grad_residual``."""
     a = BackwardArguments(*arguments, **named)
-    if a.stored is not None:
-        return _backward_from_output(a)
     input = a.input
     groups = a.groups if a.training else 1
     positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
@@ -285,8 +281,9 @@ def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         total, dot = h.sum(dims, keepdim=True), (h * centered).sum(dims, keepdim=True)
         grad = h
         if a.training and n:
-            grad = torch.where(keep, h - total / n - centered * (dot * inv.square() / (n - a.correction)), 0.0)
-        inputs.append(grad * scale)
+            grad = h - total / n - centered * (dot * inv.square() / (n - a.correction))
+        grad = grad * scale
+        inputs.append(grad if a.valid is None else torch.where(keep, grad, 0.0))
         befores.append(h)
         sums.append(total.flatten())
         dots.append((dot * inv if n else dot).flatten())
@@ -423,21 +420,35 @@ def before(grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor, activ
     return grad
 
 
-def _backward_from_output(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward`` where ``input`` is the forward's output, from which x is rebuilt."""
-    y, weight, bias, activation, slope = a.input, a.weight, a.bias, a.activation, a.slope
-    assert a.stored is not None
-    x = rebuild(y, weight, bias, a.statistics, a.stored, activation, slope, a.groups)
-    mean, invstd = by_row(a.statistics, x, a.groups)
+def keep_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    stored: Tensor,
+    offsets: Tensor,
+    training: bool,
+    need_input: bool,
+    need_params: bool,
+    correction: int,
+    activation: int,
+    slope: float,
+    valid: Tensor | None,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward`` from the forward's output, from which x is rebuilt."""
+    y = output
+    x = rebuild(y, weight, bias, statistics, stored, activation, slope, groups)
+    mean, invstd = by_row(statistics, x, groups)
     z = (x - mean) * invstd
     z = z if weight is None else z * per_channel(weight.double(), z)
     z = z if bias is None else z + per_channel(bias.double(), z)
-    h = before(a.grad_output, y, z, stored_mask(y, weight, bias, activation, slope), activation, slope)
-    grad_input, *grads = backward(
-        *a._replace(grad_output=h, input=x, activation=activations.NONE, slope=0.0, stored=None)
-    )
+    h = before(grad_output, y, z, stored_mask(y, weight, bias, activation, slope), activation, slope)
+    tensors = h, x, weight, bias, statistics
+    grad_input, *grads = backward(*tensors, training, need_input, need_params, correction, valid=valid, groups=groups)
     kind = param_dtype(y, weight, bias)
-    to = empty_output(y).copy_(grad_input) if a.need_input else y.new_empty(0)
+    to = empty_output(y).copy_(grad_input) if need_input else y.new_empty(0)
     return to, grads[0].to(kind), grads[1].to(kind)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.core.function import FusedFunction, checked_saved, has_values, save
+from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
+from fused_ops.ops.linear_cross_entropy.by_rows import rescale_op
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -90,8 +91,10 @@ class LinearCrossEntropySumFunction(FusedFunction):
         if gradients is None:  # a second backward through a graph that was retained
             settings = Settings.of(ctx.o, ctx.z_loss, ctx.cut)
             gradients = _sum_op(ctx.where)(*tensors, row_scale, *settings, ctx.needs, False, *ctx.where)[1:]
-        if has_values(grad_loss) and float(grad_loss) == 1.0:
-            ctx.gradients = None
+        if is_plain(grad_loss):
+            ctx.gradients = None  # handed over, scaled where they lie: a new tensor would be as large as the weight
+            for g in () if is_one(grad_loss) else (g for g, n in zip(gradients, need, strict=True) if n):
+                rescale_op(g, grad_loss)
             return *(g if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
         return *((g * grad_loss).to(g.dtype) if n else None for g, n in zip(gradients, need, strict=True)), *none[5:]
 

@@ -38,6 +38,11 @@ def logits(head: Head, classes: int) -> Tensor:
     return z if z.size(1) == classes else z.view(z.size(0), classes, z.size(1) // classes)
 
 
+def rescale_(grad: Tensor, scale: Tensor) -> None:
+    """Multiplies a gradient by the upstream one."""
+    grad.mul_(scale)
+
+
 def chunk_(
     logits: Tensor,
     indices: Tensor | None,
