@@ -33,11 +33,11 @@ test: $(STAMP)
 test-all: test
 	$(PYTEST) -m slow $(TESTS)
 
-# What the tests of other people's models and of the examples need besides; without it they are skipped, with the reason.
+# What the tests of other people's models, of the examples and of the recipes need besides; without it they are skipped, with the reason.
 models:
-	$(MAKE) EXTRAS=dev,models,examples $(STAMP)
-	$(BIN)/python -c "import sklearn, transformers" 2>/dev/null || \
-	  $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[models,examples]'
+	$(MAKE) EXTRAS=dev,recipes,examples $(STAMP)
+	$(BIN)/python -c "import lightning, onnxscript, peft, sklearn" 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[recipes,examples]'
 	$(MAKE) $(LIBRARIES)/.installed
 
 # torchvision is built for one torch, and transformers cannot be imported where it is installed beside another. Its models

@@ -1,4 +1,23 @@
-"""Fused cross-entropy and batch normalisation for PyTorch, with hand-derived, gradchecked backward passes."""
+"""Fused cross-entropy, linear cross-entropy and batch norm for PyTorch, with hand-derived, gradchecked backward passes.
+
+A model, in place; the training loop stays as it is:
+    convert(model, loss=criterion)   its batch norms, losses and head become those of this package
+    report(model)                    what was replaced, and what has run
+    revert(model)                    all of it back to PyTorch's
+    patch()                          in its ``with`` block torch.nn.functional's functions are those below
+    fold(model)                      a batch norm in evaluation mode becomes a part of the layer before it
+
+Functions, as those of torch.nn.functional, and more:
+    cross_entropy                    CrossEntropyOutput with return_outputs=True
+    linear_cross_entropy             of a linear head, whose logits are never all in memory
+    batch_norm                       with the addition and the activation behind it
+
+Modules, with the state_dict of torch.nn's:
+    CrossEntropyLoss, LinearCrossEntropyLoss
+    BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d, SyncBatchNorm
+
+Tools to prove gradients right are in fused_ops.testing. On the command line: python -m fused_ops info | check | demo
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
-    parser = _Parser(prog="python -m fused_ops", description=fused_ops.__doc__)
+    parser = _Parser(prog="python -m fused_ops", description=(fused_ops.__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the walk-through: every gradient by hand, checked, fused, trained")
     about = commands.add_parser("info", help="versions, the library, and what serves each op on each device")

@@ -16,8 +16,9 @@ from torch.compiler import is_compiling
 from fused_ops.core.hooks import plain
 from fused_ops.core.torch_private import any_global_hook
 from fused_ops.ops.batch_norm import modules as ours
+from fused_ops.ops.batch_norm.activations import ActivationName
 
-Activation = tuple[str, float]  # its name and its slope or alpha
+Activation = tuple[ActivationName, float]  # its name and its slope or alpha
 
 RUNS = "_fused_ops_runs"  # in the __dict__ of a batch norm: how often it ran with what, e.g. {"add, relu": 3}
 NORMS: dict[type[nn.Module], Callable[[Any, Tensor], bool] | None] = dict.fromkeys(  # that take what follows them, and

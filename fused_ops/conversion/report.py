@@ -118,6 +118,9 @@ class Report:
     def __str__(self) -> str:
         return _as_text(self)
 
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.replaced)} replaced, {len(self.left)} left alone, {len(self.fused)} ran fused>"
+
     def _parts(self) -> list[RenderableType]:
         from rich.text import Text
 
@@ -180,6 +183,9 @@ class GraphReport:
 
     def __str__(self) -> str:
         return _as_text(self)
+
+    def __repr__(self) -> str:
+        return f"<GraphReport: {len(records.GRAPHS)} graphs>"
 
 
 def _graph_parts(index: int, graph: records.GraphRecord) -> list[RenderableType]:

@@ -20,6 +20,7 @@ def programs():
                 yield pytest.param(found.group(1), id=name)
 
 
+WANT_TORCHVISION = {"torchvision", "timm", "segmentation_models_pytorch"}
 # Beside any torch (benchmarks/torchvision_without_ops.py).
 WITH_TORCHVISION = """
 import runpy
@@ -37,9 +38,8 @@ def imported(text):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.partition(".")[0])
-    if "Trainer" in text:
-        names.add("accelerate")
-    return names
+    names |= {"accelerate"} if "Trainer" in text else set()
+    return names | {"onnx", "onnxscript"} if "torch.onnx.export" in text else names
 
 
 @pytest.mark.parametrize("text", list(programs()))
@@ -48,5 +48,9 @@ def test_a_program_runs(text, run_python, tmp_path):
     if absent := sorted(name for name in packages if not is_installed(name)):
         pytest.skip(f"without {', '.join(absent)}")
     (tmp_path / "program.py").write_text(text, encoding="utf-8")
-    command = ("-c", WITH_TORCHVISION) if packages & {"torchvision", "timm"} else ("program.py",)
+    command = ("program.py",)
+    if packages & WANT_TORCHVISION:
+        command = ("-c", WITH_TORCHVISION)
+    elif "init_process_group" in text:
+        command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "program.py")
     run_python(*command, cwd=tmp_path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ActivationName = Literal["relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid", "hardswish"]
 NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, TANH, SIGMOID, HARDSWISH = range(9)
 CODES: dict[str | None, int] = {
     None: NONE,

@@ -12,6 +12,7 @@ from fused_ops.core.checks import as_int64
 from fused_ops.core.graph import in_graph, left_to_pytorch, no_script
 from fused_ops.core.torch_private import graph_task_id, is_tracing, transforms_active
 from fused_ops.ops.batch_norm import activations, arguments, dtensors, functions, graph, keep_output
+from fused_ops.ops.batch_norm.activations import ActivationName
 from fused_ops.ops.batch_norm.arguments import (
     Way,
     check_kinds,
@@ -45,7 +46,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     correction: int = 0,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     residual: Tensor | None = None,
     negative_slope: float = 0.01,
     alpha: float = 1.0,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from typing_extensions import Unpack
 
 from fused_ops.core.graph import fx_leaf, refuse_script
 from fused_ops.distributed.collectives import check_group, default_group
+from fused_ops.ops.batch_norm.activations import ActivationName
 from fused_ops.ops.batch_norm.api import _with_statistics, batch_norm, recomputing, write_running
 from fused_ops.ops.batch_norm.arguments import check_keeps_output, code_of, several_ranks
 
@@ -28,11 +30,28 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+class BatchNormOptions(TypedDict, total=False):
+    """What the modules take by keyword beyond PyTorch's, for type checkers, where a signature does not repeat it."""
+
+    correction: int
+    activation: ActivationName | None
+    negative_slope: float
+    alpha: float
+    groups: int
+    frozen: bool
+    inplace_activated: bool
+
+
+def _bias(bias: bool) -> dict[str, Any]:
+    """PyTorch's argument of that name, which the batch norms of its older versions do not have."""
+    return {} if bias else {"bias": bias}
+
+
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the modules add to PyTorch's: the options of ``batch_norm``, and statistics that count once."""
 
     correction: int
-    activation: str | None
+    activation: ActivationName | None
     groups: int
     frozen: bool
     negative_slope: float
@@ -42,20 +61,40 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __init__(
         self,
-        *args: Any,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         correction: int = 0,
-        activation: str | None = None,
+        activation: ActivationName | None = None,
         negative_slope: float = 0.01,
         alpha: float = 1.0,
         groups: int = 1,
         frozen: bool = False,
         inplace_activated: bool = False,
-        **kwargs: Any,
     ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **_bias(bias))
+        self._set(correction, activation, negative_slope, alpha, groups, frozen, inplace_activated)
+
+    def _set(
+        self,
+        correction: int = 0,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        groups: int = 1,
+        frozen: bool = False,
+        inplace_activated: bool = False,
+    ) -> None:
+        """The options that are ours, checked."""
         code = code_of(activation)
         if inplace_activated:
             check_keeps_output(activation, code, alpha if activation == "elu" else negative_slope, None)
-        super().__init__(*args, **kwargs)
         if groups > 1 and self.momentum is None:
             raise ValueError("BatchNorm: groups needs a momentum; a cumulative average takes one batch at a time")
         self.correction, self.activation, self.groups, self.frozen = correction, activation, groups, frozen
@@ -79,7 +118,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None = None,
         valid: Tensor | None = None,
         *,
-        activation: tuple[str, float] | None = None,
+        activation: tuple[ActivationName, float] | None = None,
     ) -> Tensor:
         """The normalised input; see ``fused_ops.batch_norm``.
 
@@ -205,7 +244,14 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` on (batch, channels) or (batch, channels, length).
 
     Args:
-        *args: As of ``torch.nn.BatchNorm1d``: num_features, eps, momentum, affine, track_running_stats.
+        num_features: Channels of the input.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None: they are the mean of all batches'.
+        affine: Whether there are weight and bias.
+        track_running_stats: Whether there are running statistics.
+        device: Of the parameters and buffers.
+        dtype: Likewise.
+        bias: Whether there is a bias beside the weight; False where torch.nn.BatchNorm1d has the argument.
         correction: See ``fused_ops.batch_norm``, as for the others.
         activation: What is applied last.
         negative_slope: Of leaky_relu.
@@ -213,7 +259,6 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         groups: Ghost batches.
         frozen: Use the running statistics in training too, and leave them as they are.
         inplace_activated: Keep the output for the backward instead of the input.
-        **kwargs: As of ``torch.nn.BatchNorm1d``.
 
     Raises:
         ValueError: an unknown activation, ``inplace_activated`` with one that cannot be inverted, an input of the
@@ -245,8 +290,8 @@ class SyncBatchNorm(_FusedBatchNorm):
             an ordinary batch norm.
         device: Of the parameters and buffers.
         dtype: Likewise.
-        activation: What is applied last.
-        **options: correction, negative_slope, alpha, frozen and inplace_activated, as of ``BatchNorm1d``.
+        bias: Whether there is a bias beside the weight.
+        **options: activation, correction, negative_slope, alpha, frozen and inplace_activated, as of ``BatchNorm1d``.
 
     Raises:
         ValueError: an unknown activation, ``groups``, an input of fewer than two dimensions, or one value per channel
@@ -270,14 +315,14 @@ class SyncBatchNorm(_FusedBatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str | None = None,
-        **options: Any,
+        bias: bool = True,
+        **options: Unpack[BatchNormOptions],
     ) -> None:
         if options.pop("groups", 1) != 1:
             raise ValueError("SyncBatchNorm: expected groups to be 1, as a ghost batch is a part of one rank's batch")
         check_group("SyncBatchNorm", "process_group", process_group)
         numbers = num_features, eps, momentum, affine, track_running_stats
-        super().__init__(*numbers, device=device, dtype=dtype, activation=activation, **options)
+        super().__init__(*numbers, device=device, dtype=dtype, bias=bias, **options)
         self.synchronised, self.process_group = True, process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -285,19 +330,39 @@ class SyncBatchNorm(_FusedBatchNorm):
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
-class LazyBatchNorm1d(_FusedBatchNorm, nn.LazyBatchNorm1d):
+class _LazyFusedBatchNorm(_FusedBatchNorm):
+    """Without num_features; what it becomes has it."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        **options: Unpack[BatchNormOptions],
+    ) -> None:
+        pytorchs: Any = super(_FusedBatchNorm, self)
+        pytorchs.__init__(eps, momentum, affine, track_running_stats, device, dtype, **_bias(bias))
+        self._set(**options)
+
+
+class LazyBatchNorm1d(_LazyFusedBatchNorm, nn.LazyBatchNorm1d):
     """``BatchNorm1d`` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_FusedBatchNorm, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyFusedBatchNorm, nn.LazyBatchNorm2d):
     """``BatchNorm2d`` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_FusedBatchNorm, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyFusedBatchNorm, nn.LazyBatchNorm3d):
     """``BatchNorm3d`` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm3d

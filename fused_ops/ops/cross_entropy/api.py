@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
+from typing_extensions import Unpack
 
 from fused_ops.core.graph import in_graph, needs_formulas, no_script
 from fused_ops.core.torch_private import has_torch_function, legacy_reduction, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.cross_entropy import dtensors, functions, graph, rows_reference
-from fused_ops.ops.cross_entropy.arguments import Numbers, check_ignore_index, check_places, index_door, prepare
-from fused_ops.ops.cross_entropy.reduction import Reduction, reduced_loss
+from fused_ops.ops.cross_entropy.arguments import (
+    CrossEntropyOptions,
+    Empty,
+    Numbers,
+    ReductionName,
+    Target,
+    check_ignore_index,
+    check_places,
+    index_door,
+    prepare,
+)
+from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput, Reduction, reduced_loss
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.cross_entropy.shards import Ranks, check_ranks
 
@@ -50,7 +61,7 @@ def _check_inplace(input: Tensor) -> None:
         )
 
 
-def _of_dtensors(input: Tensor, target: Any, options: dict[str, Any]) -> Any:
+def _of_dtensors(input: Tensor, target: Any, options: dict[str, Any]) -> Tensor | CrossEntropyOutput:
     """The call of what this rank holds, and the DTensors of that."""
     size_average, reduce = options.pop("size_average"), options.pop("reduce")
     if size_average is not None or reduce is not None:
@@ -59,18 +70,60 @@ def _of_dtensors(input: Tensor, target: Any, options: dict[str, Any]) -> Any:
         _check_inplace(input)
     part, logits = dtensors.spread(input, target, options)
     result = cross_entropy(part, logits.target(target), **logits.options(options))
-    return logits.result(result, options["reduction"])
+    return logits.result(result, options["reduction"])  # type: ignore[no-any-return]
 
 
-@no_script
+@overload
 def cross_entropy(
     input: Tensor,
-    target: Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | float],
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_outputs: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_outputs: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_outputs: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor | CrossEntropyOutput: ...
+@no_script
+def cross_entropy(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     z_loss: float = 0.0,
@@ -79,7 +132,7 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     class_mask: Tensor | None = None,
-    empty: str = "nan",
+    empty: Empty = "nan",
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
     return_outputs: bool = False,
@@ -87,7 +140,7 @@ def cross_entropy(
     class_start: int | None = None,
     classes: int | None = None,
     row_group: Any = None,
-) -> Any:
+) -> Tensor | CrossEntropyOutput:
     """Cross-entropy between logits and a target: ``torch.nn.functional.cross_entropy``, and more.
 
     Args:
@@ -225,7 +278,8 @@ def cross_entropy(
             "row_group": row_group,
         }
         if overridden:
-            return handle_torch_function(cross_entropy, (input, target, weight), input, target, **given, **own)
+            function: Any = cross_entropy
+            return handle_torch_function(function, (input, target, weight), input, target, **given, **own)  # type: ignore[no-any-return]
         return _of_dtensors(input, target, {**given, **own})
     if alone:
         indices = index_door(input, target, ignore_index, reduction)
@@ -234,7 +288,7 @@ def cross_entropy(
                 _check_inplace(input)
             return index_loss(input, indices, ignore_index, reduction, inplace_backward)
     if size_average is not None or reduce is not None:
-        reduction = legacy_reduction(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)  # type: ignore[assignment]
     if inplace_backward and isinstance(input, Tensor):
         _check_inplace(input)
     ranks = None

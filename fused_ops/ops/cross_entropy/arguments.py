@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,33 @@ from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_i
 _REAL: Any = (numbers.Real, torch.SymFloat, torch.SymInt)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Target: TypeAlias = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | float]
+ReductionName = Literal["none", "mean", "sum"]
+Empty = Literal["nan", "zero", "raise"]
+
+
+class LossOptions(TypedDict, total=False):
+    """What both losses take by keyword alone, for the overloads of type checkers."""
+
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+    token_weight: Tensor | None
+    normalizer: Tensor | float | None
+    class_mask: Tensor | None
+    empty: Empty
+    loss_dtype: torch.dtype | None
+    class_group: Any
+    class_start: int | None
+    classes: int | None
+    row_group: Any
+
+
+class CrossEntropyOptions(LossOptions, total=False):
+    """What cross_entropy takes besides; ``return_outputs`` is apart, as it says what is returned."""
+
+    inplace_backward: bool
 
 
 class Numbers(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_ops.core.graph import fx_leaf, refuse_script
 from fused_ops.ops.cross_entropy.api import cross_entropy
+from fused_ops.ops.cross_entropy.arguments import Empty, ReductionName, Target
 
 _ADDED: dict[str, Any] = {
     "z_loss": 0.0,
@@ -19,6 +20,7 @@ _ADDED: dict[str, Any] = {
     "inplace_backward": False,
     "return_outputs": False,
 }
+_PASSED_ON = ("reduction", *_ADDED)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -57,14 +59,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         label_smoothing: float = 0.0,
         *,
         z_loss: float = 0.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         class_mask: Tensor | None = None,
-        empty: str = "nan",
+        empty: Empty = "nan",
         loss_dtype: torch.dtype | None = None,
         inplace_backward: bool = False,
         return_outputs: bool = False,
@@ -91,7 +93,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def forward(
         self,
         input: Tensor,
-        target: Any,
+        target: Target,
         *,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
@@ -108,13 +110,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             leaf = fx_leaf(self, input, target, token_weight=token_weight, normalizer=normalizer)
             if leaf is not None:
                 return leaf
-        options = {name: getattr(self, name) for name in _ADDED}
+        options = {name: getattr(self, name) for name in _PASSED_ON}
         return cross_entropy(
             input,
             target,
             self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             token_weight=token_weight,
             normalizer=normalizer,

@@ -41,6 +41,17 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor  # of softmax(logits), in nats
     z_loss: Tensor  # the part of the loss that z_loss adds
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={_shown(value)}" for name, value in zip(self._fields, self, strict=True))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Tensor | None) -> str:
+    """A scalar with its value, what there is of each row by its dtype and shape."""
+    if value is None or value.dim() == 0:
+        return repr(value)
+    return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+
 
 class Reduction(NamedTuple):
     """What becomes of the rows' losses, as given."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
+from typing_extensions import Unpack
 
 from fused_ops.core.checks import check_tensors
 from fused_ops.core.graph import needs_formulas, no_script
 from fused_ops.core.torch_private import forward_ad, has_torch_function, transforms_active
 from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.cross_entropy.api import index_loss, rows
-from fused_ops.ops.cross_entropy.arguments import Call, Numbers, prepare, target_tensors
+from fused_ops.ops.cross_entropy.arguments import Call, Empty, Numbers, ReductionName, Target, prepare, target_tensors
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.cross_entropy.reduction import (
     CrossEntropyOutput,
@@ -28,6 +29,7 @@ from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows
 from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, find_place
 from fused_ops.ops.linear_cross_entropy import by_shards, dtensors, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
+    LinearCallOptions,
     at_least_one,
     checked_ignore_index,
     flat,
@@ -68,15 +70,42 @@ def _is_sum(call: Call, head: Head, reduction: Reduction, spread: bool) -> int:
     return sum(1 << i for i, t in enumerate(head) if t is not None and t.requires_grad)
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    return_outputs: Literal[False] = False,
+    **more: Unpack[LinearCallOptions],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    return_outputs: Literal[True],
+    **more: Unpack[LinearCallOptions],
+) -> CrossEntropyOutput: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    return_outputs: bool,
+    **more: Unpack[LinearCallOptions],
+) -> Tensor | CrossEntropyOutput: ...
 @no_script
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Any,
+    target: Target,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
@@ -86,7 +115,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     class_mask: Tensor | None = None,
-    empty: str = "nan",
+    empty: Empty = "nan",
     loss_dtype: torch.dtype | None = None,
     shift: bool = False,
     lora: tuple[Tensor, Tensor, float] | None = None,
@@ -98,7 +127,7 @@ def linear_cross_entropy(
     classes: int | None = None,
     row_group: Any = None,
     sequence_parallel: bool = False,
-) -> Any:
+) -> Tensor | CrossEntropyOutput:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
     A drop-in for ``torch.nn.functional.linear_cross_entropy``. Of the logits one chunk of rows exists at a time.
@@ -207,6 +236,7 @@ def linear_cross_entropy(
         and is_small(input, linear_weight, linear_bias, target)
     ):
         ignored = -100 if ignore_index is None else ignore_index
+        assert isinstance(target, Tensor)
         small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
         if small is not None:
             return small
@@ -241,9 +271,10 @@ def linear_cross_entropy(
         }
         if overridden:
             tensors = (input, linear_weight, linear_bias, target)
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **everything)
+            function: Any = linear_cross_entropy
+            return handle_torch_function(function, tensors, input, linear_weight, target, **everything)  # type: ignore[no-any-return]
         parts, mine, logits = dtensors.spread(input, linear_weight, target, everything)
-        return logits.result(linear_cross_entropy(*parts, **mine), reduction)
+        return logits.result(linear_cross_entropy(*parts, **mine), reduction)  # type: ignore[no-any-return]
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
         *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
@@ -282,12 +313,12 @@ def linear_cross_entropy(
     spread = None
     if ranks is not None:
         head, spread, wanted = _with_ranks(call, head, wanted, math.prod(shape.lead) if sequence_parallel else None)
-    result = _run(call, head, shape.classes, cut, wanted, spread)
+    result: Any = _run(call, head, shape.classes, cut, wanted, spread)
     if reduction != "none" and not return_outputs:
-        return result
+        return result  # type: ignore[no-any-return]
     row_shape = shape.rows(False)
     if not return_outputs:
-        return result.reshape(row_shape)
+        return result.reshape(row_shape)  # type: ignore[no-any-return]
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(row_shape) for t in result))
 
 

@@ -11,8 +11,24 @@ from torch import Tensor
 from fused_ops.core.checks import as_int64, as_integer
 from fused_ops.core.function import autocast_enabled
 from fused_ops.distributed import collectives
-from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES
+from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES, LossOptions, ReductionName
 from fused_ops.ops.linear_cross_entropy.reference import Head
+
+
+class LinearCallOptions(LossOptions, total=False):
+    """What linear_cross_entropy takes by keyword, for the overloads of type checkers; ``return_outputs`` is apart."""
+
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: ReductionName
+    ignore_index: int | None
+    label_smoothing: float
+    options: Any
+    shift: bool
+    lora: tuple[Tensor, Tensor, float] | None
+    chunk_rows: int | None
+    max_memory_bytes: int | None
+    sequence_parallel: bool
 
 
 class LowRank(NamedTuple):

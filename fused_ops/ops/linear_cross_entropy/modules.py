@@ -7,21 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_ops.core.graph import fx_leaf, refuse_script
 from fused_ops.core.torch_private import WeightedLoss
+from fused_ops.ops.cross_entropy.arguments import Empty, ReductionName, Target
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
+from fused_ops.ops.linear_cross_entropy.arguments import LinearCallOptions
 
-_MODULE_OPTIONS = {
-    "z_loss",
-    "logit_scale",
-    "softcap",
-    "empty",
-    "loss_dtype",
-    "shift",
-    "chunk_rows",
-    "max_memory_bytes",
-    "return_outputs",
+# The options of a call that a module holds besides PyTorch's, at their defaults.
+_ADDED: dict[str, Any] = {
+    "z_loss": 0.0,
+    "logit_scale": 1.0,
+    "softcap": None,
+    "empty": "nan",
+    "loss_dtype": None,
+    "shift": False,
+    "chunk_rows": None,
+    "max_memory_bytes": None,
+    "return_outputs": False,
 }
 
 
@@ -40,7 +44,15 @@ class LinearCrossEntropyLoss(WeightedLoss):
         ignore_index: Class index whose rows do not count.
         label_smoothing: In [0, 1].
         options: ``torch.nn.LinearCrossEntropyOptions``, accepted and not needed.
-        **more: Other keyword arguments of ``linear_cross_entropy`` that are numbers, the same for every call.
+        z_loss: As of ``linear_cross_entropy``, in every call, like the others.
+        logit_scale: Multiplies the logits.
+        softcap: Bounds them.
+        empty: ``"nan"``, ``"zero"`` or ``"raise"`` where nothing counts.
+        loss_dtype: Of the loss.
+        shift: Each position's target is that of the next one.
+        chunk_rows: Rows whose logits exist at once.
+        max_memory_bytes: What a call may take beyond inputs and gradients.
+        return_outputs: Returns a ``CrossEntropyOutput``.
     """
 
     def __init__(
@@ -52,27 +64,36 @@ class LinearCrossEntropyLoss(WeightedLoss):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: Any = None,
-        **more: Any,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        empty: Empty = "nan",
+        loss_dtype: torch.dtype | None = None,
+        shift: bool = False,
+        chunk_rows: int | None = None,
+        max_memory_bytes: int | None = None,
+        return_outputs: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if label_smoothing < 0 or label_smoothing > 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
-        unknown = sorted(set(more) - _MODULE_OPTIONS)
-        if unknown:
-            raise TypeError(f"LinearCrossEntropyLoss: expected options among {sorted(_MODULE_OPTIONS)}, got {unknown}")
         super().__init__(weight=weight, size_average=None, reduce=None, reduction=reduction)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
-        self.ignore_index, self.label_smoothing, self.options, self.more = ignore_index, label_smoothing, options, more
+        self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, options
+        self.z_loss, self.logit_scale, self.softcap = z_loss, logit_scale, softcap
+        self.empty, self.loss_dtype, self.shift = empty, loss_dtype, shift
+        self.chunk_rows, self.max_memory_bytes = chunk_rows, max_memory_bytes
+        self.return_outputs = return_outputs
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, target: Any, **options: Any) -> Any:
+    def forward(self, input: Tensor, target: Target, **options: Unpack[LinearCallOptions]) -> Any:
         """The loss.
 
         Args:
@@ -92,23 +113,16 @@ class LinearCrossEntropyLoss(WeightedLoss):
             "label_smoothing": self.label_smoothing,
             "options": self.options,
             "linear_bias": None if bias is None else bias.reshape(shape),
+            **{name: getattr(self, name) for name in _ADDED},
         }
         linear_weight = self.linear.weight.reshape(*shape, self.linear.in_features)
-        return linear_cross_entropy(input, linear_weight, target, **{**settled, **self.more, **options})
+        return linear_cross_entropy(input, linear_weight, target, **{**settled, **options})
 
     def __prepare_scriptable__(self) -> None:
         refuse_script(self)
 
     def extra_repr(self) -> str:
-        """The options."""
-        shown = {
-            "in_features": self.linear.in_features,
-            "num_classes": self.num_classes,
-            "out_features": self.out_features,
-            "bias": self.linear.bias is not None,
-            "reduction": self.reduction,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            **self.more,
-        }
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+        """The sizes, and the options that are not the defaults; the layer shows whether it has a bias."""
+        shown = {"out_features": (), "reduction": "mean", "ignore_index": None, "label_smoothing": 0.0, **_ADDED}
+        changed = [f"{k}={getattr(self, k)!r}" for k, default in shown.items() if getattr(self, k) != default]
+        return ", ".join([f"in_features={self.linear.in_features}", f"num_classes={self.num_classes}", *changed])
