@@ -249,15 +249,18 @@ def all_reduce_s(ranks: int, size: float) -> float:
     return 2 * ALPHA_S * math.ceil(math.log2(ranks)) + BETA_S * 2 * (ranks - 1) / ranks * size
 
 
-def model(rows: int = 8192, part: int = 56) -> str:
-    """The alpha-beta model of a loss: one gather of ``part`` bytes a row beside three all-reduces of 4."""
+def model(rows: int = 8192, part: int = 7 * 8, maxima: int = 3 * 8, sums: int = 9 * 8) -> str:
+    """The alpha-beta model of a loss: what each form sends of a row in bytes, beside three all-reduces of 4."""
     found = []
-    for ranks in (2, 4, 8, 16, 64, 256, 1024):
-        ours, theirs = gather_s(ranks, part * rows), 3 * all_reduce_s(ranks, 4 * rows)
-        received = part * (ranks - 1), 3 * 4 * 2 * (ranks - 1) / ranks
-        found.append((ranks, *(f"{b:.0f}" for b in received), *(f"{1e6 * t:.0f} us" for t in (ours, theirs))))
-    columns = "ranks", "bytes a row received: gather", "three all-reduces", "time: gather", "three all-reduces"
-    return tables.markdown(columns, found)
+    for ranks in (2, 4, 8, 16, 32, 64, 256, 1024):
+        times = gather_s(ranks, part * rows), sum(all_reduce_s(ranks, size * rows) for size in (maxima, sums))
+        times = *times, 3 * all_reduce_s(ranks, 4 * rows)
+        received = part * (ranks - 1), *((size * 2 * (ranks - 1) / ranks) for size in (maxima + sums, 3 * 4))
+        shown = [f"{size:.0f} B, {1e6 * time:.0f} us" for size, time in zip(received, times, strict=True)]
+        ours = int(ranks >= collectives.MANY_RANKS)
+        shown[ours] = f"**{shown[ours]}**"
+        found.append((ranks, *shown))
+    return tables.markdown(("ranks", "one gather", "maxima and sums", "three all-reduces of 4 bytes"), found)
 
 
 def write(page: Path, found: dict[str, Any]) -> None:

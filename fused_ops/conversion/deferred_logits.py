@@ -16,6 +16,7 @@ from torch.overrides import resolve_name
 
 from fused_ops.conversion.records import HeadRecord
 from fused_ops.core.torch_private import refuse_data_pointer, tree_leaves, tree_map_only
+from fused_ops.distributed.dtensor import any_dtensor, are_placements, placements_of_logits
 from fused_ops.distributed.fsdp import is_pre_backward_hook
 
 _CONVERT = "convert without loss, or fused_ops.revert the model"
@@ -189,6 +190,45 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
 
+class SpreadLogits(DeferredLogits):
+    """The same of DTensors, a head whose classes are divided over a mesh: it can be asked what a DTensor can.
+
+    Once computed they are a DTensor, whose ``F.cross_entropy`` is PyTorch's: inside of ``loss_parallel()`` alone.
+    """
+
+    @property
+    def device_mesh(self) -> Any:
+        """Of the head."""
+        weight: Any = self._state.head.weight
+        return weight.device_mesh
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """Where the logits are, or would be; log_softmax moves them as DTensor likes."""
+        state = self._state
+        if state.real is not None or state.carried.sign:
+            return tuple(self._real("placements").placements)
+        return placements_of_logits(state.head.weight, 1 if state.moved else state.twin.dim() - 1)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **options: Any) -> Any:
+        """These, where they would be there already; else the logits."""
+        same_mesh = device_mesh is None or device_mesh == self.device_mesh
+        if same_mesh and placements is not None and are_placements(placements, self.placements, self.dim()):
+            return self
+        return self._real("redistribute").redistribute(device_mesh, placements, **options)
+
+    def to_local(self, **options: Any) -> Any:
+        """The logits of this rank's classes."""
+        return self._real("to_local").to_local(**options)
+
+    def full_tensor(self, **options: Any) -> Any:
+        """The logits of all classes."""
+        return self._real("full_tensor").full_tensor(**options)
+
+    def _real(self, name: str) -> Any:
+        return self._state.settle(f"DTensor.{name} used them")
+
+
 def _handled(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function can do without the logits; NotImplemented if it needs them."""
     deferred = [a for a in args[:2] if isinstance(a, DeferredLogits)]
@@ -208,9 +248,8 @@ class _Defer(torch.autograd.Function):
         ctx.state = state
         ctx.set_materialize_grads(False)
         twin, device = state.twin, state.head.input.device
-        logits = Tensor._make_wrapper_subclass(
-            DeferredLogits, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=device
-        )
+        kind = SpreadLogits if any_dtensor(state.head.weight) else DeferredLogits
+        logits = Tensor._make_wrapper_subclass(kind, twin.shape, strides=twin.stride(), dtype=twin.dtype, device=device)
         refuse_data_pointer(logits)
         return logits
 
@@ -262,6 +301,7 @@ def version_of(tensor: Tensor) -> int:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether its memory was given back, as sharding does with a weight."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
     return tensor.numel() > 0 and tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0
 
 

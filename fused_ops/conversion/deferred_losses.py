@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.conversion.deferred_logits import ALWAYS, AS_IT_IS, DeferredLogits, consume, version_of
+from fused_ops.conversion.deferred_logits import (
+    ALWAYS,
+    AS_IT_IS,
+    DeferredLogits,
+    SpreadLogits,
+    consume,
+    version_of,
+)
+from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.cross_entropy.api import cross_entropy
 from fused_ops.ops.cross_entropy.shards import Ranks
 from fused_ops.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -38,6 +46,10 @@ def _loss(logits: DeferredLogits, target: Tensor, **options: Any) -> Any:
     return result
 
 
+def _is_target(logits: DeferredLogits, target: Any) -> bool:
+    return type(target) is Tensor or (isinstance(logits, SpreadLogits) and any_dtensor(target))
+
+
 def _are_indices(logits: DeferredLogits, target: Tensor) -> bool:
     lead = logits._state.head.input.shape[:-1]
     return not target.is_floating_point() and target.shape == lead and (len(lead) == 1 or logits._state.moved)
@@ -61,7 +73,7 @@ def _cross_entropy(
         options.pop(name, None) for name in Ranks._fields
     ]  # over which classes or rows are spread: not of a whole head
     other = legacy or any(value is not None for value in ranks)
-    if other or not isinstance(logits, DeferredLogits) or type(target) is not Tensor or logits._state.carried.sign:
+    if other or not isinstance(logits, DeferredLogits) or not _is_target(logits, target) or logits._state.carried.sign:
         return NotImplemented
     state = logits._state
     carries = state.carried != AS_IT_IS
@@ -90,7 +102,7 @@ def _nll_loss(
     reduction: str = "mean",
 ) -> Any:
     legacy = size_average is not None or reduce is not None
-    if legacy or not isinstance(log_probabilities, DeferredLogits) or type(target) is not Tensor:
+    if legacy or not isinstance(log_probabilities, DeferredLogits) or not _is_target(log_probabilities, target):
         return NotImplemented
     state = log_probabilities._state
     if state.carried.sign != 1 or not _are_indices(log_probabilities, target):
@@ -103,9 +115,11 @@ def _nll_loss(
 
 
 def _last_dimension(logits: Any, dim: Any) -> bool:
-    if not isinstance(logits, DeferredLogits) or type(dim) is not int or not torch.is_grad_enabled():
+    if not isinstance(logits, DeferredLogits) or isinstance(logits, SpreadLogits) or type(dim) is not int:
         return False
     n = logits._state.twin.dim()
+    if not torch.is_grad_enabled():
+        return False
     return dim % n == n - 1 and not logits._state.moved and logits._state.carried.sign != 0
 
 

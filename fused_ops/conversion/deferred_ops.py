@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.conversion.deferred_logits import AS_IT_IS, HANDLERS, DeferredLogits, Needed
+from fused_ops.conversion.deferred_logits import AS_IT_IS, HANDLERS, DeferredLogits, Needed, SpreadLogits
 
 _HALF = (torch.bfloat16, torch.float16)
 _PRIME = 1_000_003  # a size of the last dimension that no other has
@@ -193,7 +193,7 @@ def _tanh(func: Any, logits: DeferredLogits, **more: Any) -> Any:
 
 def _add(func: Any, logits: Any, other: Any, **more: Any) -> Any:
     """A bias, or LoRA's low-rank term."""
-    if more:
+    if more or isinstance(logits, SpreadLogits) or isinstance(other, SpreadLogits):
         return NotImplemented
     if isinstance(logits, DeferredLogits) and isinstance(other, DeferredLogits):
         return _add_low_rank(func, logits, other)

@@ -25,7 +25,8 @@ from fused_ops.core.torch_private import (
     is_tracing,
     transforms_active,
 )
-from fused_ops.distributed.fsdp import before_it_is_freed, has_only_its_hooks, source_of
+from fused_ops.distributed.dtensor import any_dtensor, why_not_a_colwise_head
+from fused_ops.distributed.fsdp import before_it_is_freed, has_only_hooks_of_parallelism, source_of
 from fused_ops.ops.linear_cross_entropy.plan import SMALL_BYTES
 
 _FREED = "fully_shard frees its weight after the forward (reshard_after_forward)"
@@ -78,11 +79,12 @@ def _tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> HeadTensors:
 
 def _why_now(head: HeadLinear, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
     """Why the logits are computed at once; empty if they need not be."""
-    if type(input) is not Tensor:
+    spread = any_dtensor(input)
+    if type(input) is not Tensor and not spread:
         return "its input is a subclass of Tensor, or is being traced"
     if not torch.is_grad_enabled():
         return "gradients were off"
-    if hooked(head) and not has_only_its_hooks(head):
+    if hooked(head) and not has_only_hooks_of_parallelism(head):
         return "the module has hooks"
     if any_global_hook():
         return "there are hooks of all modules"
@@ -90,9 +92,12 @@ def _why_now(head: HeadLinear, input: Tensor, weight: Tensor | None, bias: Tenso
         return "a tracer, a transform of torch.func or forward-mode AD was active"
     if weight is None:  # and must not be computed twice
         return "its weight is computed from other parameters"
-    if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+    if spread:
+        if why := why_not_a_colwise_head(input, weight, bias):
+            return why
+    elif type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
         return "its weight is a subclass of Tensor"
-    if type(weight) is Tensor and weight._is_view():
+    if not isinstance(weight, nn.Parameter) and weight._is_view():
         return "its weight is a view of another tensor"
     return _why_not_worth_it(input, weight, bias)
 

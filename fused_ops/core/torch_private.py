@@ -141,6 +141,17 @@ def sharding_states() -> tuple[Any, ...] | None:
     return tuple(state for state in (reference() for reference in list(known.values())) if isinstance(state, kind))
 
 
+_PLACING = ("ColwiseParallel._prepare_input_fn", "ColwiseParallel._prepare_output_fn")
+
+
+def is_colwise_hook(hook: Any) -> bool:
+    """Whether it is one that ColwiseParallel gave a module, through distribute_module: it moves whole tensors alone."""
+    if getattr(hook, "__module__", "") != "torch.distributed.tensor._api":
+        return False
+    held = [getattr(cell.cell_contents, "func", None) for cell in getattr(hook, "__closure__", None) or ()]
+    return any(getattr(function, "__qualname__", "") in _PLACING for function in held)
+
+
 def _unknown_group(name: str) -> Any:
     raise RuntimeError(f"fused_ops: no process group {name!r} was used in this process yet; expected one that was")
 

@@ -154,3 +154,31 @@ def check_mesh(op: str, values: list[tuple[str, Any]]) -> None:
             )
     if mesh.get_coordinate() is None:
         raise RuntimeError(f"{op}: expected a mesh that this rank is in, got {name} on {mesh}")
+
+
+def why_not_a_colwise_head(input: Any, weight: Any, bias: Any) -> str:
+    """Why a linear layer of DTensors is not one whose classes alone are divided; empty where it is."""
+    if not (any_dtensor(input) and any_dtensor(weight) and (bias is None or any_dtensor(bias))):
+        return "some of its tensors are DTensors, and others are not"
+    mesh, placements = weight.device_mesh, weight.placements
+    if input.device_mesh != mesh or (bias is not None and (bias.device_mesh, bias.placements) != (mesh, placements)):
+        return "its tensors are DTensors that are not placed alike"
+    if not all(p.is_replicate() for p in input.placements):
+        return "its input is divided over a mesh"
+    if not all(p.is_replicate() or (type(p).__name__ == "Shard" and p.is_shard(0)) for p in placements):
+        return "its weight is divided by features"
+    return ""
+
+
+def placements_of_logits(weight: Any, dim: int) -> tuple[Any, ...]:
+    """Of the logits of such a layer, which have the classes at ``dim``."""
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(dim) if p.is_shard() else p for p in weight.placements)
+
+
+def are_placements(given: Any, placements: tuple[Any, ...], dims: int) -> bool:
+    """Whether they say the same of a tensor of that many dimensions, counted from either end."""
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(p.dim % dims) if type(p) is Shard else p for p in given) == placements

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops.core.torch_private import sharding_states
+from fused_ops.core.torch_private import is_colwise_hook, sharding_states
 
 
 def _is_its(state: Any, hook: Any) -> bool:
@@ -27,13 +27,13 @@ def is_pre_backward_hook(hook: Any) -> bool:
     return any(state is owner for state in sharding_states() or ())
 
 
-def has_only_its_hooks(module: nn.Module) -> bool:
-    """Whether the hooks of a module are fully_shard's alone."""
+def has_only_hooks_of_parallelism(module: nn.Module) -> bool:
+    """Whether the hooks of a module are fully_shard's and ColwiseParallel's alone."""
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     states = sharding_states() or ()
     forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return all(any(_is_its(state, hook) for state in states) for hook in forward)
+    return all(is_colwise_hook(hook) or any(_is_its(state, hook) for state in states) for hook in forward)
 
 
 def source_of(weight: Tensor) -> tuple[Tensor | None, tuple[nn.Module, ...] | None]:
@@ -66,4 +66,4 @@ def before_it_is_freed(modules: tuple[nn.Module, ...], act: Callable[[], Any]) -
     handles = [module.register_forward_hook(hook, prepend=True, always_call=True) for module in modules]
 
 
-__all__ = ["before_it_is_freed", "has_only_its_hooks", "is_pre_backward_hook", "source_of"]
+__all__ = ["before_it_is_freed", "has_only_hooks_of_parallelism", "is_pre_backward_hook", "source_of"]

@@ -6,6 +6,7 @@ formulas and with PyTorch where it has the case.
 
 import itertools
 from contextlib import nullcontext
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import fused_ops
+from fused_ops.conversion import head
 from tests.distributed.shard_cases import near, raises
 
 CASES = {}
@@ -589,6 +591,86 @@ def models_on_two_dimensions_of_the_mesh(rank, world):
     for way in ("patch", "patch, sequence", "head", "head, sequence"):
         for mine, right in zip(trained(way, mesh, True), trained(way, None, True), strict=True):
             near(mine, right, 1e-10, way)
+
+
+def deferred_head(mesh, converted=True, **layouts):
+    torch.manual_seed(5)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 15)).double()
+    net.report = fused_ops.convert(net, loss=F.cross_entropy) if converted else None
+    if mesh is not None:
+        plan = {"2": ColwiseParallel(use_local_output=False, **layouts)}
+        parallelize_module(net, mesh["b"] if mesh.ndim > 1 else mesh, plan)
+        if mesh.ndim > 1:
+            fully_shard(net, mesh=mesh["a"])
+    return net
+
+
+LOSSES = {
+    "alone": lambda logits, t: F.cross_entropy(logits.flatten(0, 1), t.flatten(), ignore_index=3),
+    "options": lambda logits, t: fused_ops.cross_entropy(logits.transpose(1, 2) * 0.5, t, z_loss=0.1),
+    "smoothed": lambda logits, t: F.cross_entropy(logits.view(-1, 15), t.view(-1), label_smoothing=0.1),
+    "shifted": lambda logits, t: F.cross_entropy(logits[:, :-1].flatten(0, 1), t[:, 1:].flatten()),
+    "by log_softmax": lambda logits, t: F.nll_loss(logits.flatten(0, 1).log_softmax(-1), t.flatten()),
+    "used before": lambda logits, t: logits.square().mean() + F.cross_entropy(logits.flatten(0, 1), t.flatten()),
+    "used after": lambda logits, t: F.cross_entropy(logits.flatten(0, 1), t.flatten()) + logits.square().mean(),
+}
+
+
+@case
+def deferred_heads(rank, world):
+    """A head that ColwiseParallel divides leaves its logits to the loss; what else uses them has them as DTensors."""
+    meshes = [mesh_of(world)] if world == 2 else [mesh_of(world), mesh_of(2, world // 2)]
+    x, target = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(0, 15, (4, 3))
+    for mesh, (name, loss), inside in itertools.product(meshes, LOSSES.items(), (False, True)):
+        if name == "used before" and not inside:
+            continue  # of DTensors that are there PyTorch's cross_entropy is for loss_parallel() alone
+        net, alone = deferred_head(mesh), deferred_head(None, converted=False)
+        with mock.patch.object(head, "SMALL_BYTES", 0):
+            logits = net(x)
+        labels = spread(target, logits.device_mesh, [R]) if inside else target
+        with loss_parallel() if inside else nullcontext():
+            found, expected = loss(logits, labels), loss(alone(x), target)
+            found.backward()
+        expected.backward()
+        assert isinstance(found, DTensor) and logits.placements == (S(2),)
+        near(found.full_tensor().detach(), expected.detach(), 1e-12, name)
+        for mine, right in zip(net.parameters(), alone.parameters(), strict=True):
+            near(whole(mine.grad), right.grad, 1e-12, (name, inside))
+        computed = "used" in name
+        assert (logits._state.real is not None) == computed, name
+        assert ("logits never computed for 1 losses" in str(net.report)) != (name == "used before"), str(net.report)
+
+
+USES = (
+    *(lambda y: y.to_local(), lambda y: y.full_tensor(), lambda y: y.argmax(-1), lambda y: y + 1, lambda y: y.sum(-1)),
+    *(lambda y: y.redistribute(placements=[R]), lambda y: y.redistribute(placements=[S(-1)]), lambda y: y[0]),
+    *(lambda y: y.transpose(1, 2), lambda y: y.log_softmax(-1), lambda y: y.detach(), lambda y: y.exp()),
+)
+
+
+@case
+def deferred_heads_are_dtensors_to_all_else(rank, world):
+    mesh, x = mesh_of(world), torch.randn(4, 3, 6, dtype=torch.float64)
+    with mock.patch.object(head, "SMALL_BYTES", 0):
+        for i, use in enumerate(USES):
+            found, right = (use(deferred_head(mesh, converted)(x)) for converted in (True, False))
+            assert getattr(found, "placements", None) == getattr(right, "placements", None), i
+            near(whole_of_any(found).detach(), whole_of_any(right).detach(), 0, i)
+        for net in (deferred_head(mesh, output_layouts=R), deferred_head(mesh)):
+            net[2].register_forward_hook(lambda *_: None)
+            assert type(net(x)) is DTensor  # as somebody else's hook may look at them
+        assert type(deferred_head(mesh, output_layouts=R)(x)) is DTensor
+        with torch.no_grad():
+            assert type(deferred_head(mesh)(x)) is DTensor
+        net = deferred_head(mesh)
+        logits = net(x)
+        with torch.no_grad():
+            net[2].weight.mul_(2)
+        raises(RuntimeError, "changed in place", logits.sum)
+
+
+def whole_of_any(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @case

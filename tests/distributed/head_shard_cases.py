@@ -478,7 +478,7 @@ def memory(rank, world):
 
 @case
 def what_many_ranks_do(rank, world):
-    """The cases once more with what reduces in the place of what gathers; its sums have the same bits on all ranks too."""
+    """The cases once more with what reduces in the place of what gathers: the same bits on all ranks as well."""
     cases = (
         options_and_targets,
         sums_in_the_forward,

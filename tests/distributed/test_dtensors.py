@@ -26,6 +26,8 @@ CASES = [
     "heads_on_two_dimensions_of_the_mesh",
     "models",
     "models_on_two_dimensions_of_the_mesh",
+    "deferred_heads",
+    "deferred_heads_are_dtensors_to_all_else",
     "heads_in_autocast",
     "compiled_heads",
     "batch_norms",

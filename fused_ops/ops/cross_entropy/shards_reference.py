@@ -188,7 +188,8 @@ def merge(gathered: Tensor, a: RowArgs, o: RowOptions) -> Merged:
 
 
 def _named(parts: Sequence[Tensor]) -> Part:
-    return Part(*parts, *parts[:1] * (PARTS - len(parts)))  # those that are not there are not read
+    missing = (parts[0],) * (PARTS - len(parts))  # which nobody reads
+    return Part(*parts, *missing)
 
 
 def _finished(
@@ -250,8 +251,8 @@ def summands(part: Tensor, top: Tensor, a: RowArgs, o: RowOptions) -> Tensor:
     """Of a rank's part that of which the sum over all ranks is wanted, (9, *rows).
 
     With H the maximum over all ranks and ``over = lse_k - H``: exp(over), less 1 if H is of this rank, which would hide
-    the rest; whether it is; exp(over) if the target is not of this rank, log p_t,k and ``over`` if it is; nll as far as it
-    is relative to H; mass; the target's weight; and exp(over) (entropy_k - over).
+    the rest; whether it is; exp(over) if the target is not of this rank, log p_t,k and ``over`` if it is; nll as if H
+    were lse; mass; the target's weight; and exp(over) (entropy_k - over).
     """
     p = _named(part.unbind(0))
     over, is_top = (p.high - top[0]) + p.low, p.high == top[0]
