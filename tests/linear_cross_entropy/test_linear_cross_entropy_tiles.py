@@ -1,17 +1,19 @@
 """Linear cross-entropy in tiles of classes: the logits in the memory of the weight's gradient."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.utils._pytree import tree_flatten
 
 import fused_ops
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.by_rows import BIAS, INPUT, WEIGHT, Plan
-from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose
+from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose, default_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -255,8 +257,32 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
         several = itemsize == 2 and plan.chunk_rows < rows
         bytes_used = plan.chunk_rows * sizes.row_bytes + (4 * 512 * 32000 if several else 0)
     least = 128 * rows * itemsize + (6 * 512 * rows if rows < 8192 else 0)
-    if in_tiles:
-        default = 0.03 * logits if rows >= 8192 else 37_000_000
-        assert bytes_used <= max(default if allowed is None else allowed, least)
-    elif itemsize == 4:
-        assert bytes_used <= max(0.03 * logits if allowed is None else allowed, 1 << 25)
+    enough = 256 * sizes.row_bytes if itemsize == 4 else 470 * sizes.row_bytes + 4 * 512 * 32000  # for fast products
+    default = max(0.03 * logits, min(enough, logits))
+    if in_tiles or itemsize == 4 or allowed is None:
+        assert bytes_used <= max(default if allowed is None else allowed, least if in_tiles else sizes.row_bytes)
+
+
+@pytest.mark.parametrize("in_tiles", [True, False])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("rows", "features", "classes"), [(1024, 512, 32000), (2048, 768, 50257), (8192, 512, 32000), (1024, 2048, 128256)]
+)
+def test_default_plans_have_fast_products(rows, features, classes, itemsize, in_tiles):
+    """Every row's logits once, in chunks of enough rows or all of them in the memory that grad_weight will have."""
+    plan = choose(Sizes(rows, features, classes, 1, itemsize), INPUT | WEIGHT, in_tiles, None, None)
+    if plan.tile_classes:
+        assert in_tiles and features + plan.kept_rows >= rows
+    else:
+        assert plan.chunk_rows >= min(rows, 256 if itemsize == 4 else 400)
+
+
+def test_the_page_says_what_the_default_takes():
+    page = (ROOT / "docs" / "linear_cross_entropy.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) x (\d+) x (\d+) \| ([\d.]+) % .* \| ([\d.]+) % ", page, re.MULTILINE)
+    assert len(rows) == 4
+    for *shape, wide, narrow in rows:
+        for itemsize, percent in ((4, wide), (2, narrow)):
+            sizes = Sizes(*map(int, shape), 1, itemsize)
+            share = 100 * default_bytes(sizes, INPUT | WEIGHT, True) / (sizes.rows * sizes.row_bytes)
+            assert abs(share - float(percent)) <= 0.51, (shape, itemsize, share)

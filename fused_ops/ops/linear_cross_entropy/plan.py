@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,12 @@ from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
-_SHARE = 0.03  # of the logits, which a call may take by default
-_ROWS_BYTES = 1 << 25  # ... or this, where chunks of so many bytes make the products faster
-_KEPT_BYTES = 36_000_000  # ... or this, where it holds all the rows that grad_weight has no room for
+_SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
+_NEAR = 3 / 32  # what fast products may lose, of the time of those in one piece
+_TILES_LOSS = 0.1  # of float32: logits are written once and read three times, each time from memory
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
-_MANY_ROWS = 8192  # with so many, the share is enough for fast products
 
 
 class Cut(NamedTuple):
@@ -52,6 +52,21 @@ class Sizes(NamedTuple):
         """Of one row's logits."""
         return max(self.classes * self.positions * self.itemsize, 1)
 
+    @property
+    def beyond(self) -> int:
+        """Rows whose logits do not fit into grad_weight's memory."""
+        return max(self.rows - self.features, 0)
+
+    def sum_bytes(self, needs: int) -> int:
+        """Of the sum in float32 that a 16-bit weight's gradient needs, if it comes in chunks of rows."""
+        return 2 * self.row_bytes * self.features if self.itemsize == 2 and needs & WEIGHT else 0
+
+    def lost_rows(self, needs: int) -> int:
+        """Rows whose products take the time that each chunk of rows costs besides its own."""
+        if self.itemsize > 2:
+            return 24
+        return 44 if needs & WEIGHT else 11
+
 
 class _Choice(NamedTuple):
     cost: float  # estimated time over that of the three products in one piece
@@ -60,18 +75,17 @@ class _Choice(NamedTuple):
 
 def _in_rows(sizes: Sizes, needs: int, memory: int) -> _Choice | None:
     """Chunks of rows. Small ones make slow products; 16-bit weights' gradients need a sum in float32 beside them."""
-    narrow = sizes.itemsize == 2
-    total = 4 * sizes.row_bytes // sizes.itemsize * sizes.features if narrow and needs & WEIGHT else 0
-    rows = sizes.rows if memory >= sizes.rows * sizes.row_bytes else (memory - total) // sizes.row_bytes
+    whole = memory >= sizes.rows * sizes.row_bytes
+    rows = sizes.rows if whole else (memory - sizes.sum_bytes(needs)) // sizes.row_bytes
     if rows < 1:
         return None
     rows = -(-sizes.rows // -(-sizes.rows // rows)) or 1  # chunks of one size
-    return _Choice(1 + ((44 if total else 11) if narrow else 24) / rows, Plan(sizes.classes, rows, needs))
+    return _Choice(1 + sizes.lost_rows(needs) / rows, Plan(sizes.classes, rows, needs))
 
 
 def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
     """Tiles of classes; rows that are not kept have their logits computed twice."""
-    beyond = max(sizes.rows - sizes.features, 0)
+    beyond, least = sizes.beyond, 1 if sizes.itemsize == 2 else 1 + _TILES_LOSS
     tile_row = max(sizes.rows * sizes.itemsize, 1)
     tile = min(_TILE_CLASSES, max(memory // 2 // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
     left = max(memory - tile * tile_row, 0)
@@ -82,8 +96,17 @@ def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
         kept = min(beyond, max(left - beyond * sums, 0) // max(sizes.row_bytes - sums, 1))
         if 2 * beyond * sums > left and chunk >= _FEWEST_ROWS:  # or found in a first pass by rows
             tile = min(_TILE_CLASSES, max(memory // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
-            return _Choice(1 + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
-    return _Choice(1 + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
+            return _Choice(least + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
+    return _Choice(least + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
+
+
+def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
+    """The least memory with which the products lose no more than _NEAR, but the share in any case."""
+    logits, enough = sizes.rows * sizes.row_bytes, math.ceil(sizes.lost_rows(needs) / _NEAR)
+    found = [logits, enough * sizes.row_bytes + sizes.sum_bytes(needs)]
+    if in_tiles:  # all rows kept, and a tile
+        found.append(sizes.beyond * sizes.row_bytes + _TILE_CLASSES * sizes.rows * sizes.itemsize)
+    return max(int(_SHARE * logits), min(found))
 
 
 def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max_memory_bytes: int | None) -> Plan:
@@ -98,17 +121,12 @@ def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max
     """
     if chunk_rows is not None:
         return Plan(sizes.classes, chunk_rows, needs)
-    share = int(_SHARE * sizes.rows * sizes.row_bytes)
-    for_rows = max_memory_bytes or (share if sizes.rows >= _MANY_ROWS else max(share, _ROWS_BYTES))
-    rows = _in_rows(sizes, needs, for_rows)
-    if not in_tiles or not needs & WEIGHT:
-        if rows is None:  # as few bytes as may be
-            return Plan(sizes.classes, max(1, for_rows // sizes.row_bytes if max_memory_bytes is None else 1), needs)
-        return rows.plan
-    tiles = _in_tiles(sizes, needs, max_memory_bytes or share)
-    if max_memory_bytes is None and share < _KEPT_BYTES:
-        all_kept = _in_tiles(sizes, needs, _KEPT_BYTES)
-        tiles = all_kept if all_kept.cost == 1 else tiles
+    in_tiles = in_tiles and bool(needs & WEIGHT)
+    memory = max_memory_bytes or default_bytes(sizes, needs, in_tiles)
+    rows = _in_rows(sizes, needs, memory)
+    if not in_tiles:
+        return rows.plan if rows is not None else Plan(sizes.classes, 1, needs)  # as few bytes as may be
+    tiles = _in_tiles(sizes, needs, memory)
     return rows.plan if rows is not None and rows.cost < tiles.cost else tiles.plan
 
 

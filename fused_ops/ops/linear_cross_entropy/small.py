@@ -136,6 +136,11 @@ def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> b
     )
 
 
+def are_plain(*options: Any) -> bool:
+    """Whether the tensors among the options are of no subclass and on the CPU."""
+    return all(not isinstance(t, Tensor) or (type(t) in _ORDINARY and t.is_cpu) for t in options)
+
+
 def small_loss(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor | None:
