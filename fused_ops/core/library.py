@@ -54,7 +54,7 @@ def _load_cuda() -> str | None:
         if has_kernel("fused_ops::cross_entropy_forward", "CUDA"):
             return None
     except OSError as error:
-        why = str(error)
+        why = str(error.__cause__ or error)  # torch names the file alone
     why = f"the CUDA kernels could not be loaded: {why}"
     _warn(f"{why}; on a GPU every op runs on its plain-PyTorch reference, right but slower")
     return why

@@ -1,11 +1,18 @@
-"""The memory format of what the ops return: channels_last for a channels_last input, else contiguous."""
+"""The memory format of what the ops return, channels_last for a channels_last input, else contiguous; and the pieces
+of a tensor in which plain PyTorch works, so that what it makes on the way is small.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_ops.core.torch_private import transforms_active
+
+# Elements of a piece: on the CPU what stays in the cache, elsewhere what makes a launch of a kernel worth its while.
+_CPU_PIECE, _PIECE = 1 << 18, 1 << 24
 
 
 def is_channels_last(input: Tensor) -> bool:
@@ -66,3 +73,34 @@ def empty_output(input: Tensor, alone: bool = False) -> Tensor:
     if last and input.dim() in _CHANNELS_LAST:
         return torch.empty_like(input, memory_format=_CHANNELS_LAST[input.dim()])
     return torch.empty_like(input) if last else input.new_empty(input.shape)
+
+
+class Piece(NamedTuple):
+    """Some of the batch, and of the first dimension behind that of the classes or channels."""
+
+    all: tuple[slice, ...]  # of a tensor with the classes or channels
+    row: tuple[slice, ...]  # of one without
+
+    def of(self, values: Tensor | None, input: Tensor) -> Tensor | None:
+        """The piece's values of those of an input: of its dimensions, or with one value for each row."""
+        return None if values is None else values[self.all if values.dim() == input.dim() else self.row]
+
+
+def piece_elements(input: Tensor) -> int:
+    """How many elements a piece should have on the input's device."""
+    return _CPU_PIECE if input.device.type == "cpu" else _PIECE
+
+
+def pieces(input: Tensor) -> list[Piece]:
+    """An input (batch, classes or channels, ...) in pieces, in order; a single row, (classes,), is one."""
+    if input.dim() < 2 or input.numel() <= piece_elements(input):
+        return [Piece((), ())]
+    batch, one = input.size(0), input.numel() // input.size(0)
+    step = max(piece_elements(input) // one, 1)
+    rows = [slice(begin, min(begin + step, batch)) for begin in range(0, batch, step)]
+    if one <= piece_elements(input) or input.dim() == 2:
+        return [Piece((part,), (part,)) for part in rows]
+    length = input.size(2)
+    step = max(piece_elements(input) // (one // length), 1)
+    inner = [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
+    return [Piece((part, slice(None), i), (part, i)) for part in rows for i in inner]

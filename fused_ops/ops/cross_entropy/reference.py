@@ -4,6 +4,9 @@ For one row of logits x and its target t::
 
     lse  = log sum_j exp(x_j)         loss = lse - x_t
     p_j  = exp(x_j - lse)             grad_x_j = (p_j - [j == t]) * grad_loss
+
+Logits of 16 and 32 bits are computed in float32, piece by piece, so that a device without kernels needs little more
+memory than the results.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import empty_output, pieces
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -53,20 +56,23 @@ def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) ->
     dim = class_dim(input)
     valid, safe = split_targets(input, target, ignore_index)
     _check_range(target, valid, input.size(dim))
-    x = input.to(acc_dtype(input.dtype))
     total = valid.sum(dtype=torch.float64)
-    if input.size(dim) == 0:
-        rows, lse = valid.double() * 0, valid.double() * 0
-    else:
-        top = x.amax(dim, keepdim=True).double()
-        lse = (top + (x.double() - top).exp().sum(dim, keepdim=True).log()).squeeze(dim)
-        picked = x.gather(dim, safe.unsqueeze(dim)).squeeze(dim).double()
-        rows = torch.where(valid, lse - picked, 0.0)
-        lse = torch.where(valid, lse, 0.0)
+    lse, picked = (torch.zeros_like(target, dtype=torch.float64) for _ in range(2))
+    for piece in pieces(input) if input.numel() else ():
+        x = input[piece.all].to(acc_dtype(input.dtype))
+        lse[piece.row] = log_sum_exp(x, x.log_softmax(dim), dim)
+        picked[piece.row] = x.gather(dim, safe[piece.row].unsqueeze(dim)).squeeze(dim).double()
+    rows = torch.where(valid, lse - picked, 0.0)
+    lse = torch.where(valid, lse, 0.0)
     loss = rows if reduction == NONE else rows.sum()
     if reduction == MEAN:
         loss = loss / total
     return loss.to(input.dtype), lse, total
+
+
+def log_sum_exp(x: Tensor, log_p: Tensor, dim: int) -> Tensor:
+    """In float64, from the log-softmax, of which the largest is minus the logarithm of a sum between 1 and classes."""
+    return x.amax(dim).double() - log_p.amax(dim).double()
 
 
 def row_scale(grad_loss: Tensor, total: Tensor, valid: Tensor, reduction: int) -> Tensor:
@@ -78,24 +84,32 @@ def row_scale(grad_loss: Tensor, total: Tensor, valid: Tensor, reduction: int) -
 def backward(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> Tensor:
-    """The gradient with respect to the logits, in one step from the saved log-sum-exp."""
-    dim = class_dim(input)
+    """The gradient with respect to the logits. The softmax is found anew, which is no more work than from ``lse``."""
+    return _backward_to(empty_output(input), grad_loss, input, target, total, ignore_index, reduction)
+
+
+def _backward_to(
+    grad: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: int
+) -> Tensor:
+    """``backward``, written to ``grad``, which may be the logits."""
+    dim, dtype = class_dim(input), acc_dtype(input.dtype)
     valid, safe = split_targets(input, target, ignore_index)
-    if input.size(dim) == 0:
-        return empty_output(input).zero_()
-    p = (input.double() - lse.unsqueeze(dim)).exp()
-    p = p / p.sum(dim, keepdim=True)  # what a double cannot hold beside a large lse
-    p = p.scatter_add(dim, safe.unsqueeze(dim), -torch.ones_like(p).narrow(dim, 0, 1))
-    scale = row_scale(grad_loss.double(), total, valid, reduction).unsqueeze(dim)
-    grad = torch.where(valid.unsqueeze(dim), p * scale, 0.0)
-    return empty_output(input).copy_(grad)
+    scale = row_scale(grad_loss.double(), total, valid, reduction).to(dtype)
+    minus_one = torch.full((), -1.0, dtype=dtype, device=input.device)
+    for piece in pieces(input) if input.numel() else ():
+        p = input[piece.all].softmax(dim, dtype=dtype)
+        here, keep = (t[piece.row].unsqueeze(dim) for t in (safe, valid))
+        p.scatter_add_(dim, here, minus_one.expand(here.shape))
+        p.mul_(scale[piece.row].unsqueeze(dim)).masked_fill_(~keep, 0.0)
+        grad[piece.all] = p
+    return grad
 
 
 def backward_(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> None:
     """``backward``, written over the logits."""
-    input.copy_(backward(grad_loss, input, target, lse, total, ignore_index, reduction))
+    _backward_to(input, grad_loss, input, target, total, ignore_index, reduction)
 
 
 def with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:

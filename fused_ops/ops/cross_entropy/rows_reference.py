@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
+from fused_ops.core.memory_format import Piece, empty_output, pieces
+from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts, log_sum_exp
 
 
 class RowOptions(NamedTuple):
@@ -233,7 +233,22 @@ def forward(
     """
     a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
     _check_range(a, o.ignore_index)
-    return _results(_Row(a, o, torch.float64))
+    found: tuple[Tensor, ...] = ()
+    for piece in (cut := pieces(input)):
+        results = _results(_Row(_piece_of(a, piece), o, acc_dtype(input.dtype)))
+        if len(cut) == 1:
+            return results
+        found = found or tuple(r.new_empty(rows_shape(input) if r.numel() else (0,)) for r in results)
+        for whole, part in zip(found, results, strict=True):
+            if part.numel():
+                whole[piece.row] = part
+    return found  # type: ignore[return-value]
+
+
+def _piece_of(a: RowArgs, piece: Piece) -> RowArgs:
+    mask = a.class_mask if a.class_mask is None or a.class_mask.dim() == 1 else piece.of(a.class_mask, a.input)
+    indices, probabilities = (piece.of(t, a.input) for t in (a.indices, a.probabilities))
+    return RowArgs(a.input[piece.all], indices, probabilities, a.weight, mask)
 
 
 def formulas(a: RowArgs, o: RowOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +263,9 @@ def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     q, count = row.q(), row.valid.double()
     lse = count * 0
     if input.size(dim):  # NaN where no class is left, and beside an infinite logit
-        lse = torch.where(row.log_p.amax(dim).isnan(), math.nan, row.u.logsumexp(dim))
+        lse = log_sum_exp(row.u, row.log_p, dim)
+        if row.u.requires_grad or row.u.dtype == torch.float64:  # an even derivative where several are largest
+            lse = torch.where(row.log_p.amax(dim).isnan(), math.nan, row.u.logsumexp(dim).double())
     nll = row.dot(q, -row.log_p)
     one = indices is not None and probabilities is None
     log_probability = row.of_index(row.log_p) if one else torch.zeros_like(nll)
@@ -262,10 +279,11 @@ def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         # 0 * inf of a class index is NaN, as in PyTorch
         nll = torch.where((share == 0) & ~(log_probability > -math.inf), math.nan, nll) if one else nll
     empty, no_index = input.new_empty(0, dtype=torch.float64), input.new_empty(0, dtype=torch.int64)
+    nll, mass, target_weight = nll.double(), mass.double(), target_weight.double()
     if not o.statistics:
         return nll, torch.where(row.valid, lse, 0.0), mass, target_weight, empty, no_index, empty.clone()
     p, log_p = row.neg_entropy_terms()
-    entropy = -(p * log_p).sum(dim)
+    entropy, log_probability = -(p * log_p).sum(dim).double(), log_probability.double()
     prediction = row.u.argmax(dim) if input.size(dim) else torch.zeros_like(nll, dtype=torch.int64)
     return nll, lse, mass, target_weight, entropy, prediction, log_probability
 
@@ -365,7 +383,15 @@ def backward(
     o = RowOptions(*options)  # type: ignore[arg-type]
     _check_range(a, o.ignore_index)
     g = RowGrads(grad_nll, grad_lse, grad_entropy, grad_target_log_probability)
-    return empty_output(input).copy_(grad_input(g, a, o, torch.float64))
+    return backward_to(empty_output(input), g, a, o)
+
+
+def backward_to(grad: Tensor, g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
+    """The gradient with respect to the logits, written to ``grad``, which may be the logits."""
+    for piece in pieces(a.input):
+        g_piece = RowGrads(*(piece.of(t, a.input) for t in g))
+        grad[piece.all] = grad_input(g_piece, _piece_of(a, piece), o, acc_dtype(a.input.dtype)).to(grad.dtype)
+    return grad
 
 
 def over_logits(backward: Callable[..., Tensor]) -> Callable[..., None]:

@@ -99,7 +99,7 @@ class Gradients:
         if not wide:
             torch.mm(left, right, out=total) if first else total.addmm_(left, right)
             return
-        if total.is_cuda:  # cuBLAS adds to a float32 matrix itself
+        if total.is_cuda and torch.version.hip is None:  # cuBLAS adds to a float32 matrix itself; ROCm's does not
             if first:
                 torch.mm(left, right, out_dtype=torch.float32, out=total)
             else:

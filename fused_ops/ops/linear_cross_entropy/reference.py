@@ -59,7 +59,7 @@ def chunk_(
         grad_lse = None if z_loss == 0 else torch.where(row_scale == 0, 0.0, 2 * z_loss * results[1] * row_scale)
         a = RowArgs(logits, indices, probabilities, weight, class_mask)
         g = RowGrads(row_scale, grad_lse, None, None)
-        logits.copy_(rows.grad_input(g, a, RowOptions(*options), torch.float64))  # type: ignore[arg-type]
+        rows.backward_to(logits, g, a, RowOptions(*options))  # type: ignore[arg-type]
     return results
 
 
