@@ -22,6 +22,7 @@ _MODULE_OPTIONS = {
     "chunk_rows",
     "max_memory_bytes",
     "return_outputs",
+    "compact",
 }
 
 
