@@ -56,6 +56,38 @@ struct LossSum {
 __device__ inline LossSum shuffled(LossSum v, int lanes) { return {shuffled(v.sum, lanes), shuffled(v.count, lanes)}; }
 __device__ inline LossSum operator+(const LossSum& a, const LossSum& b) { return {a.sum + b.sum, a.count + b.count}; }
 
+// A sum of many terms to far more digits than float has, and without float64 arithmetic, which takes 64 times as long
+// on many GPUs: `low` adds up what the additions to `high` round off (Knuth's two-sum) and what the products round off.
+// Of double it is the plain sum.
+template <class A>
+struct LongSum {
+  A high = 0, low = 0;
+
+  __device__ void add(A term) {
+    if constexpr (std::is_same_v<A, double>) {
+      high += term;
+    } else {
+      const float sum = high + term, added = sum - high;
+      low += (high - (sum - added)) + (term - added);
+      high = sum;
+    }
+  }
+  __device__ void add_product(A a, A b) {
+    if constexpr (std::is_same_v<A, double>) {
+      high += a * b;
+    } else {
+      const float product = __fmul_rn(a, b);  // never joined to the addition, whose loss is taken of this very term
+      add(product);
+      low += fmaf(a, b, -product);
+    }
+  }
+  // An infinite sum is its `high`: what was rounded off is then inf - inf.
+  __device__ double value() const {
+    const double exact = static_cast<double>(high) + static_cast<double>(low);
+    return high - high == A(0) ? exact : static_cast<double>(high);
+  }
+};
+
 // What sums of many terms are kept in: float would lose digits that float32 results have.
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, float>, double, acc_t<T>>;

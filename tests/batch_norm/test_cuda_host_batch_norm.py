@@ -367,3 +367,22 @@ def test_a_ghost_batch_is_a_batch_of_its_own(host_ops):
         for name in ("output", "grad_input", "grad_residual"):
             assert torch.equal(whole[name][begin : begin + 4], alone[name]), name
         assert torch.equal(whole["statistics"][:, 16 * i : 16 * i + 16], alone["statistics"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "layout"), [((4096, 8), None), ((8, 4, 2048), None), ((8, 16, 512), last)])
+def test_sums_of_gradients_keep_what_float_would_round_off(kernels, shape, layout, dtype):
+    """Large gradients that cancel in pairs a step apart, and small ones: a float's sum is wrong in every digit."""
+    case = Case(shape, dtype, layout)
+    size, rest = 1 << 20, case.grad.clone()
+    for part, sign in ((case.grad[: shape[0] // 2], 1), (case.grad[shape[0] // 2 :], -1)):
+        part.copy_(part + sign * size)
+    _, (_, _, grad_weight, grad_bias) = run(kernels, case)
+    x, grad = case.x.double(), case.grad.double()
+    dims = [d for d in range(x.dim()) if d != 1]
+    xhat = (x - x.mean(dims, keepdim=True)) * (x.var(dims, keepdim=True, unbiased=False) + 1e-5).rsqrt()
+    eps = torch.finfo(dtype).eps
+    exact = grad.sum(dims)
+    torch.testing.assert_close(grad_bias.double(), exact, rtol=2 * eps, atol=1e-4 * rest.double().abs().max())
+    weight = (grad * xhat).sum(dims)
+    torch.testing.assert_close(grad_weight.double(), weight, rtol=8 * eps, atol=size * x.numel() * 2**-40)

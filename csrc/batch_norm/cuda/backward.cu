@@ -11,17 +11,14 @@
 // channel, 24 where positions may not count, which are N / channels more, twice. Three launches, a fourth where the
 // sums need the coefficients, and as many for each ghost batch.
 //
-// Stability: g - mean(g) and x - mean are formed before any scaling; sums are double. See docs/batch_norm.md.
+// Stability: g - mean(g) and x - mean are formed before any scaling. A thread's sums are pairs of floats, to which
+// 16-bit values come eight (planes) or some rows (columns) at a time; threads' sums are double. See docs/batch_norm.md.
 #include "batch_norm/cuda/channel.cuh"
 #include "batch_norm/cuda/gradient.cuh"
 
 namespace fused_ops {
 namespace cuda {
 namespace {
-
-// Products of eight values are added in this: a float32 gradient has digits that float would lose.
-template <class T>
-using product_t = std::conditional_t<std::is_same_v<T, float>, double, acc_t<T>>;
 
 template <class T>
 __device__ inline void set_affine(const BatchNormBackwardCall& c, const Coefficients<acc_t<T>>& k, int64_t channel) {
@@ -61,7 +58,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   A scale = 0, shift = 0;
   if (kFrom != From::gradient) scale = coefficients.scale[channel], shift = coefficients.shift[channel];
   PlaneWalk walk(s, channel, part, parts);
-  Pair sums{0, 0};
+  LongSum<A> sums, dots;
   int64_t n = 0;
   for (int64_t turns = quotient(walk.left + threadIdx.x + kAhead * kBlock - 1, kAhead * kBlock); turns > 0; --turns) {
     Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
@@ -96,21 +93,24 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
         for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean) * scale + (added ? shift + z[i] : shift);
       }
       unit_before<kFrom, A>(c, z, bits[k], h);
-      product_t<T> sum = 0, dot = 0;
+      A sum = 0, dot = 0;  // of 16-bit values
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
-        const bool there = kFast || (counted[k] >> i & 1u) != 0;
-        const product_t<T> value = there ? h[i] : A(0), centered = there ? v[i] - mean : A(0);
-        sum += value, dot += value * centered;
+        const bool there = kFast ? have[k] > 0 : (counted[k] >> i & 1u) != 0;
+        const A value = there ? h[i] : A(0), centered = there ? v[i] - mean : A(0);
+        if constexpr (sizeof(T) == 2)
+          sum += value, dot += value * centered;
+        else
+          sums.add(value), dots.add_product(value, centered);
       }
-      if (have[k] > 0) sums = sums + Pair{static_cast<double>(sum), static_cast<double>(dot)};
+      if constexpr (sizeof(T) == 2) sums.add(sum), dots.add(dot);
       if constexpr (!kFast) n += __popc(counted[k]);
     }
   }
-  sums = sum_group<kBlock>(sums);
+  const Pair all = sum_group<kBlock>(Pair{sums.value(), dots.value()});
   const double count = kFast ? 0.0 : sum_group<kBlock>(static_cast<double>(n));
   double* to = partials_of(c.scratch, s.channels) + sums_each(s) * (channel * parts + part);
-  if (threadIdx.x == 0) keep_sums(to, sums, s, count);
+  if (threadIdx.x == 0) keep_sums(to, all, s, count);
 }
 
 // A block a (part of the rows, tile of columns), as column_moments.
@@ -138,9 +138,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     load_columns<kFast>(coefficients.scale, r, s, channel, scale);
     load_columns<kFast>(coefficients.shift, r, s, channel, shift);
   }
-  double sums[kUnit], dots[kUnit];
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) sums[i] = 0, dots[i] = 0;
+  LongSum<A> sums[kUnit], dots[kUnit];
   A sum[kUnit], dot[kUnit];  // of kFold rows of 16-bit values
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) sum[i] = 0, dot[i] = 0;
@@ -171,27 +169,32 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       ++n;
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
-        const product_t<T> value = h[i], centered = v[i] - mean[i];
+        const A centered = v[i] - mean[i];
         if constexpr (sizeof(T) == 2)
-          sum[i] += value, dot[i] += value * centered;
+          sum[i] += h[i], dot[i] += h[i] * centered;
         else
-          sums[i] += value, dots[i] += value * centered;
+          sums[i].add(h[i]), dots[i].add_product(h[i], centered);
       }
     }
     pending += kRows;
     if (sizeof(T) == 2 && (pending == kFold || base + kRows * s.step >= s.end)) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
-        sums[i] += static_cast<double>(sum[i]), dots[i] += static_cast<double>(dot[i]);
+        sums[i].add(sum[i]), dots[i].add(dot[i]);
         sum[i] = 0, dot[i] = 0;
       }
       pending = 0;
     }
   }
-  const double total = sum_columns(t.lanes, sums), product = sum_columns(t.lanes, dots);
+  double share[kUnit];
+  const auto over_threads = [&](const auto& of) {
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) sums[i] = static_cast<double>(n);
-  const double count = kFast ? 0.0 : sum_columns(t.lanes, sums);
+    for (int i = 0; i < kUnit; ++i) share[i] = of(i);
+    return sum_columns(t.lanes, share);
+  };
+  const double total = over_threads([&](int i) { return sums[i].value(); });
+  const double product = over_threads([&](int i) { return dots[i].value(); });
+  const double count = kFast ? 0.0 : over_threads([&](int) { return static_cast<double>(n); });
   const int64_t column = s.tile * t.lanes * kUnit + threadIdx.x;
   double* to = partials_of(c.scratch, r.channels) + sums_each(c.shape) * (column * t.parts + s.part);
   if (static_cast<int>(threadIdx.x) < t.lanes * kUnit && column < r.length)

@@ -30,6 +30,7 @@ from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, 
 from fused_ops.ops.linear_cross_entropy import by_shards, dtensors, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (
     LinearCallOptions,
+    PerRow,
     at_least_one,
     checked_ignore_index,
     flat,
@@ -40,7 +41,7 @@ from fused_ops.ops.linear_cross_entropy.arguments import (
     with_all_rows,
 )
 from fused_ops.ops.linear_cross_entropy.by_shards import Spread
-from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
+from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum, with_main_grad
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
 from fused_ops.ops.linear_cross_entropy.small import are_plain, is_small, small_loss
@@ -127,6 +128,8 @@ def linear_cross_entropy(
     classes: int | None = None,
     row_group: Any = None,
     sequence_parallel: bool = False,
+    compact: bool = False,
+    main_grad: Tensor | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
@@ -174,17 +177,22 @@ def linear_cross_entropy(
         sequence_parallel: ``input`` has this rank's entries of its first dimension, any number of them, in the order of
             the ranks of ``class_group``. ``target``, ``token_weight`` and what else has a value per row, and the
             results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
+        compact: Leaves ignored rows out of the matrix products on a GPU too, which the call then waits for, as it has
+            to know their number. For class indices that are reduced; without effect while compiling or tracing.
+        main_grad: float32 (float64 for such weights), of the shape of ``linear_weight``, whose gradient the backward
+            adds to it; ``linear_weight.grad`` stays as it is.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
 
     Raises:
         ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1; ``sequence_parallel`` without
-            ``class_group``, or with a target of another number of rows than the ranks have together.
+            ``class_group``, or with a target of another number of rows than the ranks have together; ``compact`` with
+            another target than class indices, without reduction, with ``return_outputs`` or ``sequence_parallel``.
         RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
             with class probabilities; ``shift`` with another target than class indices.
         IndexError: a class index outside [0, classes).
-        NotImplementedError: ``input`` is not floating-point.
+        NotImplementedError: ``input`` is not floating-point; ``main_grad`` beside DTensors.
         TypeError: something that must be a tensor or a number is none.
 
     Note:
@@ -218,6 +226,8 @@ def linear_cross_entropy(
         and max_memory_bytes is None
         and one_process
         and not sequence_parallel
+        and not compact
+        and main_grad is None
         and (ignore_index is None or (type(ignore_index) is int and -_LARGE < ignore_index < _LARGE))
         and not torch.compiler.is_compiling()
         and is_small(input, linear_weight, linear_bias, target)
@@ -287,16 +297,20 @@ def linear_cross_entropy(
             "classes": classes,
             "row_group": row_group,
             "sequence_parallel": sequence_parallel,
+            "compact": compact,
+            "main_grad": main_grad,
         }
         if overridden:
             tensors = (input, linear_weight, linear_bias, target)
             function: Any = linear_cross_entropy
             return handle_torch_function(function, tensors, input, linear_weight, target, **everything)  # type: ignore[no-any-return]
+        if main_grad is not None:
+            raise NotImplementedError("linear_cross_entropy: main_grad is not supported with DTensors")
         parts, mine, logits = dtensors.spread(input, linear_weight, target, everything)
         return logits.result(linear_cross_entropy(*parts, **mine), reduction)  # type: ignore[no-any-return]
     named: list[tuple[str, Any]] = [
         *(("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), *target_tensors(target)),
-        *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight)),
+        *(("weight", weight), ("class_mask", class_mask), ("token_weight", token_weight), ("main_grad", main_grad)),
         *((f"lora[{i}]", value) for i, value in enumerate(lora if isinstance(lora, (tuple, list)) else ())),
     ]
     check_tensors("linear_cross_entropy", named)
@@ -311,7 +325,8 @@ def linear_cross_entropy(
     shape = shapes(input, linear_weight, linear_bias)
     if sequence_parallel:
         shape = with_all_rows(shape, input, target)
-    head = head_of(input, linear_weight, linear_bias, lora, shape, class_group if sequence_parallel else None)
+    matrix = linear_weight if main_grad is None else with_main_grad(linear_weight, main_grad)
+    head = head_of(input, matrix, linear_bias, lora, shape, class_group if sequence_parallel else None)
     some = class_group is not None
     found = flat_target(target, shape, ignore_index, some)
     cut = Cut(
@@ -319,12 +334,23 @@ def linear_cross_entropy(
         at_least_one("chunk_rows", chunk_rows),
         at_least_one("max_memory_bytes", max_memory_bytes),
     )
-    stand_in = head.input.new_empty(()).expand(shape.with_classes(shape.classes, True))  # the logits' shape and dtype
+    ignored = checked_ignore_index(ignore_index)
     if class_mask is not None and isinstance(class_mask, Tensor) and class_mask.dim() > 1:
         class_mask = flat("class_mask", class_mask, shape, shape.classes)
     if token_weight is not None:
         token_weight = flat("token_weight", token_weight, shape, None)
-    ignored = checked_ignore_index(ignore_index)
+    if compact:
+        if reduction == "none" or return_outputs or sequence_parallel:
+            raise ValueError(
+                "linear_cross_entropy: compact=True is for a reduced loss, expected neither reduction='none' nor "
+                "return_outputs nor sequence_parallel"
+            )
+        per_row = PerRow(head, found, token_weight, class_mask)
+        if not torch.compiler.is_compiling():
+            per_row = per_row.without_ignored(ignored)
+        head, found, token_weight, class_mask = per_row
+        shape = shape._replace(lead=(head.input.size(0),))
+    stand_in = head.input.new_empty(()).expand(shape.with_classes(shape.classes, True))  # the logits' shape and dtype
     given = Numbers(ignored, label_smoothing, z_loss, logit_scale, softcap)
     call = prepare(stand_in, found, weight, class_mask, token_weight, given, loss_dtype, some)
     if call.args.input.dtype != head.input.dtype:  # float64 class probabilities or weights

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.checks import as_int64, as_integer
-from fused_ops.core.function import autocast_enabled
+from fused_ops.core.function import autocast_enabled, is_plain
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES, LossOptions, ReductionName
+from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 
@@ -29,6 +30,8 @@ class LinearCallOptions(LossOptions, total=False):
     chunk_rows: int | None
     max_memory_bytes: int | None
     sequence_parallel: bool
+    compact: bool
+    main_grad: Tensor | None
 
 
 class LowRank(NamedTuple):
@@ -203,6 +206,45 @@ def shifted(input: Tensor, target: Any, ignore_index: int | None) -> tuple[Tenso
 def _holds(dtype: torch.dtype, value: int) -> bool:
     limits = torch.iinfo(dtype)
     return limits.min <= value <= limits.max
+
+
+def check_main_grad(main_grad: object, linear_weight: Tensor) -> None:
+    """Raises unless a weight's gradient can be added to it: in float32 at least, of the weight's shape and device."""
+    if not isinstance(main_grad, Tensor):
+        raise TypeError(f"linear_cross_entropy(): argument 'main_grad' must be Tensor, not {type(main_grad).__name__}")
+    wanted = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
+    if main_grad.dtype != wanted or main_grad.shape != linear_weight.shape or main_grad.device != linear_weight.device:
+        raise RuntimeError(
+            f"linear_cross_entropy: expected main_grad of shape {list(linear_weight.shape)}, dtype {wanted} and on "
+            f"{linear_weight.device}, got {list(main_grad.shape)}, {main_grad.dtype} and {main_grad.device}"
+        )
+    if main_grad.requires_grad:
+        raise RuntimeError("linear_cross_entropy: expected main_grad not to require grad, as the backward writes it")
+
+
+class PerRow(NamedTuple):
+    """What of a call has a value, or a row of a matrix, for each row."""
+
+    head: Head
+    target: Any
+    token_weight: Any
+    class_mask: Any  # that of all rows has one dimension
+
+    def without_ignored(self, ignore_index: int) -> PerRow:
+        """The rows that count. Waits for a GPU, which has to say how many they are."""
+        target, head, mask = self.target, self.head, self.class_mask
+        if not isinstance(target, Tensor) or target.dtype not in INDEX_DTYPES:
+            raise ValueError(
+                "linear_cross_entropy: compact=True is for class indices, expected target to be a tensor of them"
+            )
+        if not is_plain(target):
+            return self
+        counted = counts(target, ignore_index)
+        kept = (counted if counted.dim() == 1 else counted.any(1)).nonzero().squeeze(1)
+        low = None if head.low_input is None else head.low_input[kept]
+        weights = self.token_weight[kept] if isinstance(self.token_weight, Tensor) else self.token_weight
+        mask = mask[kept] if isinstance(mask, Tensor) and mask.dim() > 1 else mask
+        return PerRow(head._replace(input=head.input[kept], low_input=low), target[kept], weights, mask)
 
 
 def at_least_one(name: str, value: object) -> int | None:

@@ -13,6 +13,7 @@ from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
+from fused_ops.ops.linear_cross_entropy.arguments import check_main_grad
 from fused_ops.ops.linear_cross_entropy.by_rows import rescale_op
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
 from fused_ops.ops.linear_cross_entropy.plan import Cut
@@ -112,6 +113,33 @@ def _rows_of(o: RowOptions, cut: Cut, where: tuple[Any, ...], *tensors: Tensor |
     else:
         found = LinearCrossEntropyRowsFunction.apply(*tensors, *o, *cut)
     return found[:7]
+
+
+class MainGradFunction(FusedFunction):
+    """The weight, whose gradient is added to a tensor of the caller's instead of ``.grad``."""
+
+    @staticmethod
+    def forward(linear_weight: Tensor, main_grad: Tensor) -> Tensor:
+        return linear_weight.view_as(linear_weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.main_grad = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
+        if grad is not None:
+            if torch.is_grad_enabled() or transforms_active():
+                raise RuntimeError("linear_cross_entropy: main_grad is for a plain backward, without create_graph")
+            ctx.main_grad.add_(grad)
+        return None, None
+
+
+def with_main_grad(linear_weight: Tensor, main_grad: object) -> Tensor:
+    """The weight for a call that adds its gradient to ``main_grad``, which is checked."""
+    check_main_grad(main_grad, linear_weight)
+    return MainGradFunction.apply(linear_weight, main_grad)  # type: ignore[no-any-return]
 
 
 def linear_rows(head: Head, cut: Cut, where: tuple[Any, ...], a: RowArgs, o: RowOptions) -> tuple[Tensor, ...]:

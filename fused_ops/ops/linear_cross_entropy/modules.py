@@ -26,6 +26,7 @@ _ADDED: dict[str, Any] = {
     "chunk_rows": None,
     "max_memory_bytes": None,
     "return_outputs": False,
+    "compact": False,
 }
 
 
@@ -53,6 +54,7 @@ class LinearCrossEntropyLoss(WeightedLoss):
         chunk_rows: Rows whose logits exist at once.
         max_memory_bytes: What a call may take beyond inputs and gradients.
         return_outputs: Returns a ``CrossEntropyOutput``.
+        compact: Leaves ignored rows out of the products on a GPU too.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LinearCrossEntropyLoss(WeightedLoss):
         chunk_rows: int | None = None,
         max_memory_bytes: int | None = None,
         return_outputs: bool = False,
+        compact: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
@@ -89,7 +92,7 @@ class LinearCrossEntropyLoss(WeightedLoss):
         self.z_loss, self.logit_scale, self.softcap = z_loss, logit_scale, softcap
         self.empty, self.loss_dtype, self.shift = empty, loss_dtype, shift
         self.chunk_rows, self.max_memory_bytes = chunk_rows, max_memory_bytes
-        self.return_outputs = return_outputs
+        self.return_outputs, self.compact = return_outputs, compact
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
