@@ -236,8 +236,7 @@ def linear_cross_entropy(
         and is_small(input, linear_weight, linear_bias, target)
     ):
         ignored = -100 if ignore_index is None else ignore_index
-        assert isinstance(target, Tensor)
-        small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)
+        small = small_loss(input, linear_weight, linear_bias, target, ignored, reduction)  # type: ignore[arg-type]
         if small is not None:
             return small
     overridden = not torch.compiler.is_compiling() and has_torch_function(input, linear_weight, linear_bias, target)
