@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,29 +13,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from . import heads, pages, results, targets
+from . import heads, pages, results
 from .harness import COMPILE, COPY, OURS, TRUTH
 from .results import Row, Tables
-from .tables import IN_PLACE, by_default, milliseconds, most_threads
+from .tables import IN_PLACE, by_default, most_threads
 
+# Colours that colour-blind readers tell apart (Okabe and Ito's), for what is in one figure together.
 COLOURS = {
-    TRUTH: "#8a8a8a",
-    COMPILE: "#e0a030",
-    "jax": "#7b61a8",
-    OURS: "#1f6fb4",
-    IN_PLACE: "#2a9d6f",
+    TRUTH: "#999999",
+    COMPILE: "#e69f00",
+    "jax": "#882255",
+    OURS: "#0072b2",
+    IN_PLACE: "#009e73",
+    f"{OURS} in 3 %": "#56b4e9",
     f"{OURS} + compile": "#123f66",
-    "F.linear_cross_entropy": "#b5651d",
-    "cut-cross-entropy": "#a03060",
-    "liger-kernel": "#c25b8f",
-    "flash-attn": "#7b61a8",
-    "quack-kernels": "#5c8a3a",
+    "F.linear_cross_entropy": "#d55e00",
+    "cut-cross-entropy": "#f0e442",
+    "liger-kernel": "#cc79a7",
+    "flash-attn": "#882255",
+    "quack-kernels": "#117733",
     "apex": "#8c7a5b",
-    f"{OURS} in 3 %": "#74a9d8",
-    "three products": "#404040",
     COPY: "#000000",
 }
+_LINE = "#444444"  # of what bars are compared with
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -43,6 +46,10 @@ _STYLE = {
     "grid.color": "#e4e4e4",
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "legend.fontsize": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "figure.constrained_layout.use": True,
     "savefig.dpi": 140,
 }
 
@@ -85,75 +92,62 @@ def _plots(tables: Tables) -> dict[str, Callable[[], Figure | None]]:
 
 
 def speedup_bars(timings: list[Row], op: str) -> Figure | None:
-    """Horizontal bars of the speed-up over eager, 1x marked, targets as black ticks."""
+    """Horizontal bars of the speed-up over eager, the largest of ours first."""
     mine = [r for r in timings if r["op"] == op and r["part"] != pages.PART]
     rows = [r for r in mine if not r["sweep"] and r["direction"] in ("both", "step")]
     rows += [r for r in mine if r["case"].endswith(" eval")]
     most = max((r["threads"] for r in rows), default=1)
     rows = [r for r in most_threads(rows) if r["provider"] != COPY]
-    names = list(dict.fromkeys(r["case"] for r in rows))
+    index = {(r["case"], r["provider"]): r for r in rows}
+    names = sorted({r["case"]: 0 for r in rows}, key=lambda name: -index.get((name, OURS), {}).get(_RATIO, 0))
     providers = [p for p in COLOURS if p != TRUTH and any(r["provider"] == p and r["status"] == "ok" for r in rows)]
     if not names or not providers:
         return None
-    index = {(r["case"], r["provider"]): r for r in rows}
-    goals = _goals(op, str(rows[0]["device"]))
     step = len(providers) + 0.8
     figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.165 * step * len(names)))
     for i, name in enumerate(names):
         for j, provider in enumerate(providers):
-            y = i * step + j
-            _bar(axes, y, index.get((name, provider)), provider)
-            goal = goals.get((name, provider))
-            if goal:
-                axes.plot([goal, goal], [y - 0.45, y + 0.45], color="black", lw=1.6, solid_capstyle="butt", zorder=3)
-    axes.axvline(1, color="#c03030", lw=1.2, zorder=2)
-    axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))])
-    axes.set_yticklabels([_with_eager(name, index.get((name, TRUTH))) for name in names])
+            _bar(axes, i * step + j, index.get((name, provider)), provider)
+    axes.axvline(1, color=_LINE, lw=1.2, zorder=2)
+    axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))], names, fontsize=8)
     axes.set_ylim(len(names) * step - 0.6, -0.9)
-    _speed_axis(axes, [r["speedup_vs_eager"] for r in rows if "speedup_vs_eager" in r], list(goals.values()))
+    _speed_axis(axes, [r[_RATIO] for r in rows if _RATIO in r])
     axes.grid(axis="y", visible=False)
     what = "one training step" if op == "training" else "forward + backward (eval: forward)"
-    title = f"{op.replace('_', ' ')}: speed-up over eager\n{what}, {most} threads (cases of microseconds: 1)"
-    axes.set_title(title, loc="left", fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
-    handles.append(axes.plot([], [], color="#c03030", lw=1.2, label="1x = eager")[0])
-    if goals:
-        handles.append(axes.plot([], [], color="black", lw=1.6, label="target")[0])
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(handles), fontsize=8)
+    where = f"{what}, {most} threads (1 where it takes microseconds)"
+    axes.set_title(f"{op.replace('_', ' ')}: how many times faster than eager\n{where}")
+    _legend(figure, {p: COLOURS[p] for p in providers})
     return figure
 
 
-def _goals(op: str, device: str) -> dict[tuple[str, str], float]:
-    found = [v for v in targets.all_targets(device) if isinstance(v, targets.SpeedTarget)]
-    return {(t.case, t.provider): t.minimum for t in found if t.op == op and t.rival == TRUTH}
+_RATIO = "speedup_vs_eager"
 
 
 def _bar(axes: Axes, y: float, row: Row | None, provider: str) -> None:
     if row is None:
         return
-    if row["status"] != "ok" or "speedup_vs_eager" not in row:
-        axes.text(
-            1.03, y, f"{provider}: {str(row['status']).split(':')[0]}", va="center", fontsize=6.5, color="#777777"
-        )
+    if row["status"] != "ok" or _RATIO not in row:
+        text = f" {provider}: {str(row['status']).split(':')[0]}"
+        axes.text(1, y, text, va="center", fontsize=6.5, color="#777777")
         return
-    value = row["speedup_vs_eager"]
+    value = row[_RATIO]
     axes.barh(y, value - 1, left=1, height=0.86, color=COLOURS[provider])
-    edge = value * 1.02 if value >= 1 else value / 1.02
-    axes.text(edge, y, f"{value:.2f}x" if value < 10 else f"{value:.0f}x", va="center", fontsize=6.5,
-              ha="left" if value >= 1 else "right")  # fmt: skip
+    text = f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+    axes.text(value, y, f" {text} ", va="center", fontsize=6.5, ha="left" if value >= 1 else "right")
 
 
-def _with_eager(name: str, eager: Row | None) -> str:
-    known = eager is not None and eager["status"] == "ok"
-    return f"{name}\neager {milliseconds(eager['ms'])}" if known and eager is not None else name
+def _legend(figure: Figure, colours: dict[str, str]) -> None:
+    """Under the figure, what its colours are."""
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncol=4)
 
 
-def _speed_axis(axes: Axes, values: list[float], goals: list[float]) -> None:
+def _speed_axis(axes: Axes, values: list[float]) -> None:
     axes.set_xscale("log")
-    low, high = min([*values, 0.8]), max([*values, *goals, 2.0])
-    axes.set_xlim(low / 1.35, high * 1.25)
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50) if low / 1.35 <= t <= high * 1.25]
-    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    low, high = min([*values, 0.8]) / 1.35, max([*values, 2.0]) * 1.25
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50) if low <= t <= high]
+    axes.set_xticks(ticks, ["eager" if t == 1 else f"{t:g}x" for t in ticks])
     axes.minorticks_off()
 
 
@@ -183,14 +177,12 @@ def sweep_lines(timings: list[Row], op: str, sweep: str) -> Figure | None:
         left.fill_between(
             sizes, per_element("p20_ms"), per_element("p80_ms"), color=COLOURS[provider], alpha=0.15, lw=0
         )
-    word = sweep.split()[0]
+    word, dtype = re.fullmatch(r"(.*?)((?: b?float\d+)?)", sweep).groups()
     _log_log(left, word, "ns per element (median, band p20 to p80)")
-    left.set_title(f"{op.replace('_', ' ')}, forward + backward: time against {sweep}", loc="left", fontsize=10)
+    left.set_title(f"{op.replace('_', ' ')}{dtype}: time of forward + backward")
     if heavy:
         _memory_lines(columns[0][1], rows, word)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(labels), fontsize=8)
-    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return figure
 
 
@@ -205,12 +197,17 @@ def _memory_lines(axes: Axes, rows: list[Row], word: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(word)
     axes.set_ylabel("peak extra memory / input")
-    axes.set_title("memory", loc="left", fontsize=10)
+    axes.set_title("memory")
 
 
 def _log_log(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
 
@@ -237,7 +234,7 @@ def model_bars(timings: list[Row]) -> Figure | None:
             axes.barh(i + 0.2, after, 0.38, color=COLOURS[OURS])
             axes.text(before, i - 0.2, f" {before:.0f}", va="center", fontsize=8, color="#555555")
             axes.text(after, i + 0.2, f" {after:.0f}", va="center", fontsize=8, color=COLOURS[OURS], weight="bold")
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.tick_params(length=0)
         axes.set_xticks([])
@@ -245,10 +242,7 @@ def model_bars(timings: list[Row]) -> Figure | None:
         axes.spines["bottom"].set_visible(False)
         axes.margins(x=0.12)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
-    colours = {"PyTorch": "#b9bec4", "after fused_ops.convert(model, loss=criterion)": COLOURS[OURS]}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncol=2, fontsize=9)
-    figure.tight_layout()
+    _legend(figure, {"PyTorch": "#b9bec4", "after fused_ops.convert(model, loss=criterion)": COLOURS[OURS]})
     return figure
 
 
@@ -278,13 +272,12 @@ def memory_bars(timings: list[Row]) -> Figure | None:
                 axes.barh(i * step + j, value, height=0.86, color=COLOURS[provider])
                 axes.text(value + 0.03, i * step + j, f"{value:.2f}", va="center", fontsize=6.5)
     axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))])
-    axes.set_yticklabels([f"{op}\n{case}" for op, case in names])
+    axes.set_yticklabels([f"{op}\n{case}" for op, case in names], fontsize=8)
     axes.set_ylim(len(names) * step - 0.6, -0.9)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("inputs (1 = one more tensor of the input's size)")
-    axes.set_title("peak extra memory of forward + backward", loc="left", fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=len(handles), fontsize=8)
+    axes.set_xlabel("tensors of the input's size")
+    axes.set_title("peak memory of forward + backward, beyond the inputs")
+    _legend(figure, {p: COLOURS[p] for p in providers})
     return figure
 
 
@@ -292,29 +285,26 @@ def head_memory(timings: list[Row]) -> Figure | None:
     """Memory of linear cross-entropy beyond inputs and gradients, in percent of the logits."""
     mine = [r for r in timings if r["op"] == "linear_cross_entropy" and not r["sweep"] and r["direction"] == "both"]
     shares = {(r["case"], r["provider"]): heads.of_logits(r) for r in mine}
-    known = {key: 100 * share for key, share in shares.items() if share is not None}
+    known = {key: 100 * share for key, share in shares.items() if share is not None and key[1] in COLOURS}
     shown = {provider for _, provider in known}
     names, providers = list(dict.fromkeys(case for case, _ in known)), [p for p in _order(mine) if p in shown - {COPY}]
     if not names:
         return None
     step = len(providers) + 0.8
-    height = 0.9 + 0.165 * step * len(names)
-    figure, axes = plt.subplots(figsize=(8.4, height))
-    figure.subplots_adjust(bottom=0.5 / height)  # room for the label above the legend
+    figure, axes = plt.subplots(figsize=(8.4, 1.3 + 0.165 * step * len(names)))
     for (case, provider), share in known.items():
         y = names.index(case) * step + providers.index(provider)
         axes.barh(y, share, height=0.86, color=COLOURS[provider])
         axes.text(max(share, 1) * 1.03, y, f"{share:.1f}", va="center", fontsize=6.5)
-    axes.axvline(3, color="#c03030", lw=1.2)
     axes.set_xscale("log")
-    axes.set_xlim(left=1)
+    axes.set_xlim(1, 1.3 * max(known.values()))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g} %"))
     axes.set_yticks([i * step + (len(providers) - 1) / 2 for i in range(len(names))], names)
     axes.set_ylim(len(names) * step - 0.6, -0.9)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("% of the logits' bytes, beyond inputs and gradients (red: 3 %)")
-    axes.set_title("linear cross entropy: peak memory of forward + backward", loc="left", fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p], label=p) for p in providers]
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
+    axes.set_xlabel("of the logits' bytes")
+    axes.set_title("linear cross entropy: peak memory of forward + backward, beyond inputs and gradients")
+    _legend(figure, {p: COLOURS[p] for p in providers})
     return figure
 
 
@@ -330,9 +320,9 @@ def error_chart(rows: list[Row]) -> Figure | None:
     for axes, dtype in zip(panels[0], dtypes, strict=True):
         for y, key in enumerate(quantities):
             _error_dots(axes, y, [r for r in rows if (r["op"], r["case"], r["quantity"], r["dtype"]) == (*key, dtype)])
-        axes.axvline(_EPS[dtype] / 2, color="#c03030", lw=1, ls=":")
+        axes.axvline(_EPS[dtype] / 2, color=_LINE, lw=1, ls=":")
         axes.set_xscale("log")
-        axes.set_title(dtype, fontsize=9, loc="left")
+        axes.set_title(dtype)
         axes.set_xlabel("||error|| / ||truth||", fontsize=8)
     first = panels[0][0]
     first.set_yticks(range(len(quantities)), [f"{op}, {case}: {q}" for op, case, q in quantities], fontsize=7.5)
@@ -340,16 +330,15 @@ def error_chart(rows: list[Row]) -> Figure | None:
     handles = [
         first.plot([], [], "o", color=COLOURS[TRUTH], ms=6, label="eager")[0],
         first.plot([], [], "o", color=COLOURS[OURS], ms=4, label="fused_ops")[0],
-        first.plot([], [], ":", color="#c03030", lw=1, label="half a unit in the last place of 1")[0],
+        first.plot([], [], ":", color=_LINE, lw=1, label="half a unit in the last place of 1")[0],
     ]
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncol=3)
     figure.suptitle(
         "error against the truth (several dots: memory layouts; an error of zero has none)",
         x=0.01,
         ha="left",
         fontsize=10,
     )
-    figure.tight_layout()
     return figure
 
 

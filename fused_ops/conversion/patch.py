@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -30,6 +30,9 @@ _OURS: dict[str, tuple[Callable[..., Any], int, frozenset[str]]] = {
 }
 
 
+Name = Literal["batch_norm", "cross_entropy", "linear_cross_entropy"]
+
+
 class patch(TorchFunctionMode):
     """Inside ``with fused_ops.patch():`` the functional ops of PyTorch that this package has are this package's.
 
@@ -51,7 +54,7 @@ class patch(TorchFunctionMode):
         so the backward belongs inside the block as well.
     """
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: Name) -> None:
         super().__init__()
         unknown = [name for name in names if name not in _OURS]
         if unknown:

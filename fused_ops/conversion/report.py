@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import jit, nn
 
@@ -144,6 +144,10 @@ class Report:
         return lines or ["ran: nothing that is counted yet"]
 
 
+@overload
+def report(model: nn.Module) -> Report: ...
+@overload
+def report(model: None = None) -> GraphReport: ...
 def report(model: nn.Module | None = None) -> Report | GraphReport:
     """What has been converted in a model and what of it has run so far, or what the Dynamo backend has fused.
 

@@ -36,6 +36,7 @@ sync = fused_ops.SyncBatchNorm(4, activation=None, frozen=True)
 criteria = fused_ops.CrossEntropyLoss(reduction="none"), fused_ops.LinearCrossEntropyLoss(5, 9, softcap=30.0)
 with fused_ops.patch("cross_entropy"):
     print(fused_ops.convert(model, loss=nn.CrossEntropyLoss()), fused_ops.report(model))
+ran: int = len(fused_ops.report(model).fused)
 paths: list[str] = fused_ops.revert(model)
 folded: nn.Module = fused_ops.fold(model.eval())
 """
@@ -57,6 +58,8 @@ WRONG = [
     'fused_ops.CrossEntropyLoss(reduction="avg")',
     "fused_ops.LinearCrossEntropyLoss(5, 9, soft_cap=30.0)",
     "fused_ops.convert(model, head=3)",
+    "fused_ops.report().fused",
+    'fused_ops.patch("crossentropy")',
 ]
 
 

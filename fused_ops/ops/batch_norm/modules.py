@@ -251,7 +251,7 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         track_running_stats: Whether there are running statistics.
         device: Of the parameters and buffers.
         dtype: Likewise.
-        bias: Whether there is a bias beside the weight; False where torch.nn.BatchNorm1d has the argument.
+        bias: Whether there is a bias beside the weight; False needs a torch whose BatchNorm1d takes the argument.
         correction: See ``fused_ops.batch_norm``, as for the others.
         activation: What is applied last.
         negative_slope: Of leaky_relu.

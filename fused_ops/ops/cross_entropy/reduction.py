@@ -46,11 +46,11 @@ class CrossEntropyOutput(NamedTuple):
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _shown(value: Tensor | None) -> str:
-    """A scalar with its value, what there is of each row by its dtype and shape."""
-    if value is None or value.dim() == 0:
-        return repr(value)
-    return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+def _shown(value: Any) -> str:
+    """A tensor of each row by its dtype and shape, all else as it is."""
+    if isinstance(value, Tensor) and value.dim():
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+    return repr(value)
 
 
 class Reduction(NamedTuple):
