@@ -138,3 +138,32 @@ def test_reprs_are_short():
     model(torch.randn(3, 4))
     assert repr(report) == "<Report: 2 replaced, 0 left alone, 1 ran fused>"
     assert repr(fused_ops.report()).startswith("<GraphReport: ")
+
+
+KINDS = [name for name in fused_ops.__all__ if inspect.isclass(getattr(fused_ops, name)) and hasattr(torch.nn, name)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_module_is_built_as_pytorchs(name):
+    """Its arguments by their names, order and defaults; what is this package's comes by keyword alone."""
+    theirs, ours = (inspect.signature(getattr(package, name).__init__).parameters for package in (torch.nn, fused_ops))
+    for parameter in theirs.values():
+        found = ours[parameter.name]
+        assert (found.kind, found.default) == (parameter.kind, parameter.default)
+    positional = [[p.name for p in of.values() if p.kind is p.POSITIONAL_OR_KEYWORD] for of in (theirs, ours)]
+    assert positional[0] == positional[1]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "Norm" in name])
+def test_a_batch_norm_without_bias(name):
+    kind = getattr(torch.nn, name)
+    if "bias" not in inspect.signature(kind.__init__).parameters:
+        pytest.skip("this torch has no batch norm without bias")
+    sizes = () if name.startswith("Lazy") else (3,)
+    norm = getattr(fused_ops, name)(*sizes, bias=False, activation="relu")
+    x = torch.randn(4, 3, *{"2d": (5, 5), "3d": (5, 5, 5)}.get(name[-2:], ()))
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True).relu()
+    torch.testing.assert_close(norm(x), expected)
+    assert norm.bias is None and norm.weight is not None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'activaton'"):
+        getattr(fused_ops, name)(*sizes, activaton="relu")
