@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cross_entropy_formulas import draw, formula
 from torch.distributed.device_mesh import init_device_mesh
@@ -781,6 +782,31 @@ def batch_norms(rank, world):
                 near(whole(mine), other, 1e-10, (what, name))
             if (mesh.ndim == 1 and options.get("groups") is None) or not training:
                 assert found.placements == tuple(R if p.is_partial() else p for p in placements), what
+
+
+@case
+def synchronised_batch_norms(rank, world):
+    """Modules that are synchronised take a DTensor's statistics over all of it; momentum=None averages."""
+    mesh, group = mesh_of(world), dist.group.WORLD
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    for momentum, placement in itertools.product((0.1, None), (S(0), S(2), R)):
+        alone = torch.nn.BatchNorm1d(4, momentum=momentum).double()
+        ours = [fused_ops.SyncBatchNorm(4, momentum=momentum, process_group=g).double() for g in (None, group)]
+        ours.append(torch.nn.Sequential(torch.nn.BatchNorm1d(4, momentum=momentum).double()))
+        fused_ops.convert(ours[-1], sync_batch_norm=True)
+        ours.append(fused_ops.BatchNorm1d(4, momentum=momentum).double())
+        for module in (alone, *ours):
+            for factor in (1, 2, 3):
+                y = module(x * factor if module is alone else spread(x * factor, mesh, [placement]))
+            if module is alone:
+                right = y
+                continue
+            assert y.placements == (placement,)
+            near(y.full_tensor().detach(), right.detach(), 1e-12, momentum)
+            for mine, other in zip(module.buffers(), alone.buffers(), strict=True):
+                near(mine, other, 1e-12, (momentum, placement))
+    lacking = mesh_of(world, 1)["b"]  # each rank alone
+    raises(ValueError, "without the ranks", fused_ops.SyncBatchNorm(4).double(), spread(x, lacking, [S(0)]))
 
 
 @case

@@ -27,6 +27,7 @@ CASES = [
     "a_group_of_one_rank",
     "masks_and_shapes",
     "the_backward_writes_over_the_logits",
+    "modules",
     "checkpointed",
     "what_many_ranks_do",
     "what_empty_says_is_about_all_ranks",

@@ -31,6 +31,7 @@ CASES = [
     "heads_in_autocast",
     "compiled_heads",
     "batch_norms",
+    "synchronised_batch_norms",
     "batch_norm_keeps_the_memory_format",
 ]
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]

@@ -7,6 +7,7 @@ import copy
 import itertools
 import pickle
 import sys
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -516,6 +517,32 @@ def test_pytorchs_own_conversion_takes_ours():
     assert type(made[0]) is nn.SyncBatchNorm
     with pytest.raises(RuntimeError, match="activation='relu'"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fused_ops.SyncBatchNorm(3, activation="relu")))
+
+
+def test_fold_takes_it_in_evaluation():
+    """As any batch norm; the process group is neither copied nor lost."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        group = torch.distributed.group.WORLD
+        x = torch.randn(4, 3, 5, 5)
+        for kind in (partial(fused_ops.SyncBatchNorm, process_group=group, activation="relu"), nn.SyncBatchNorm):
+            last = fused_ops.SyncBatchNorm(2, process_group=group)
+            model = nn.Sequential(nn.Conv2d(3, 6, 3), kind(6), nn.Flatten(), nn.Linear(54, 2), kind(2), nn.Tanh(), last)
+            for module in (model[1], model[4], last):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+            expected = model.eval()(x)
+            folded = fused_ops.fold(model)
+            torch.testing.assert_close(folded(x), expected)
+            left = [m for m in folded.modules() if isinstance(m, (fused_ops.SyncBatchNorm, nn.SyncBatchNorm))]
+            assert len(left) == 1 and left[0].process_group is group and left[0] is not last
+            torch.testing.assert_close(
+                fused_ops.fold(model[3], model[4])(torch.ones(2, 54)), model[3:5](torch.ones(2, 54))
+            )
+        with pytest.raises(ValueError, match="evaluation mode"):
+            fused_ops.fold(nn.Linear(3, 2), fused_ops.SyncBatchNorm(2))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_convert_without_sync_batch_norm_leaves_pytorchs():

@@ -22,6 +22,11 @@ _MODULE_OPTIONS = {
     "chunk_rows",
     "max_memory_bytes",
     "return_outputs",
+    "class_group",
+    "class_start",
+    "classes",
+    "row_group",
+    "sequence_parallel",
 }
 
 
@@ -30,17 +35,18 @@ class LinearCrossEntropyLoss(WeightedLoss):
 
     Args:
         in_features: Size of each input.
-        num_classes: Number of classes.
+        num_classes: Number of classes; with ``class_group`` those of this rank.
         out_features: Positions with a loss of their own, (d1, ...).
         bias: Whether the layer has a bias.
         device: Of the parameters.
         dtype: Of the parameters.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        weight: (classes,), the factor of each class; a buffer.
+        weight: (classes,), the factor of each class; a buffer; with ``class_group`` of the classes of all ranks.
         ignore_index: Class index whose rows do not count.
         label_smoothing: In [0, 1].
         options: ``torch.nn.LinearCrossEntropyOptions``, accepted and not needed.
-        **more: Other keyword arguments of ``linear_cross_entropy`` that are numbers, the same for every call.
+        **more: Other keyword arguments of ``linear_cross_entropy`` that are numbers or process groups, the same for
+            every call. A module with a group can neither be copied nor pickled.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class LinearCrossEntropyLoss(WeightedLoss):
         options: Any = None,
         **more: Any,
     ) -> None:
-        if weight is not None and weight.shape != (num_classes,):
+        if weight is not None and weight.shape != (num_classes,) and more.get("class_group") is None:
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if label_smoothing < 0 or label_smoothing > 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
