@@ -34,7 +34,7 @@ CASES = [
     "synchronised_batch_norms",
     "batch_norm_keeps_the_memory_format",
 ]
-WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
 
 
 @pytest.fixture(scope="module")
