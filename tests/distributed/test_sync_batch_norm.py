@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import pairs_or_all, pairwise
-from pool import Pool
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
 from fused_ops.distributed import collectives
 from fused_ops.ops.batch_norm import activations, ranks, ranks_reference, reference
+from tests.distributed.processes import Pool
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"),
@@ -346,9 +346,8 @@ def check_case(case, found):
 
 @pytest.fixture(scope="module")
 def two():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+    with Pool(2) as pool:
+        yield pool
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -371,12 +370,11 @@ def test_two_ranks_find_what_one_process_does(two, choose):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "split"), [(3, "three"), (4, "four")])
 def test_more_ranks_find_what_one_process_does(world, split):
-    pool = Pool(world)
-    chosen = cases(pairwise, (split,))
-    for case, *found in zip(chosen, *pool.run(cases_of_parts, chosen), strict=True):
-        check_case(case, found)
-    pool.run(subgroups)
-    pool.close()
+    with Pool(world) as pool:
+        chosen = cases(pairwise, (split,))
+        for case, *found in zip(chosen, *pool.run(cases_of_parts, chosen), strict=True):
+            check_case(case, found)
+        pool.run(subgroups)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
