@@ -32,8 +32,8 @@ from fused_ops.core.torch_private import resolve_group
 
 _GATHERED_BYTES = 1 << 20  # What the ranks' parts may take together for a sum to gather them; more is all-reduced.
 
-# From so many ranks on a loss reduces what it merges of all ranks' parts and does not gather it (docs/distributed.md
-# has the model). It goes by their number alone, as a row's bits must not depend on how many rows there are.
+# From so many ranks on a loss reduces what it merges of all ranks' parts and does not gather it; docs/distributed.md
+# has the model. It goes by their number alone, as a row's bits must not depend on how many rows there are.
 MANY_RANKS = 64
 
 # Since torch 2.13 the second name is deprecated.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import is_channels_last
+from fused_ops.core.torch_private import assume_constant_result
 
 _ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
@@ -154,6 +155,12 @@ def check_mesh(op: str, values: list[tuple[str, Any]]) -> None:
             )
     if mesh.get_coordinate() is None:
         raise RuntimeError(f"{op}: expected a mesh that this rank is in, got {name} on {mesh}")
+
+
+@assume_constant_result
+def ranks_beside(group: Any, mesh: Any) -> list[int]:
+    """The ranks of a group that a mesh lacks."""
+    return sorted(set(torch.distributed.get_process_group_ranks(group)) - set(mesh.mesh.flatten().tolist()))
 
 
 def why_not_a_colwise_head(input: Any, weight: Any, bias: Any) -> str:

@@ -222,6 +222,19 @@ def test_fold_rounds_once(layer, ratio, dtype):
         assert bool(((folded(x).double() - truth).abs() <= (terms + 1) * half).all())
 
 
+def test_fold_of_batch_norms_one_behind_the_other():
+    """Both go into the layer, the second into what the first has made of it."""
+    for kind in (nn.BatchNorm1d, fused_ops.BatchNorm1d):
+        model = nn.Sequential(nn.Linear(5, 3), kind(3), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)).double()
+        for bn in (model[1], model[2], model[4]):
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(0.5, 2)
+        x = torch.randn(4, 5, dtype=torch.float64)
+        folded = fused_ops.fold(model.eval())
+        torch.testing.assert_close(folded(x), model(x))
+        assert sum(isinstance(m, nn.BatchNorm1d) for m in folded.modules()) == 1
+
+
 def test_fold_leaves_what_it_cannot_fold():
     class Shared(nn.Module):
         def __init__(self):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cross_entropy_formulas import draw, formula
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +48,11 @@ def mesh_of(*shape):
     if shape not in _meshes:
         _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
     return _meshes[shape]
+
+
+def sides(world):
+    """Of a mesh of two dimensions."""
+    return (1, world) if world % 2 else (2, world // 2)
 
 
 def spread(t, mesh, placements, grad=False):
@@ -185,7 +191,7 @@ def one_dimension_of_the_mesh(rank, world):
 
 @case
 def two_dimensions_of_the_mesh(rank, world):
-    meshes = [mesh_of(2, world // 2)] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
+    meshes = [mesh_of(*sides(world))] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
     i = 0
     for mesh, shape in itertools.product(meshes, ((5, 7), (3, 5, 2))):
         for placements in placements_of(len(shape), 2):
@@ -238,7 +244,7 @@ def one_example(rank, world):
 def as_pytorch_where_it_has_the_case(rank, world):
     """Values, gradients and placements; without an ignored row, whose mean over rows PyTorch has wrong."""
     mesh = mesh_of(world)
-    x, target = torch.randn(4, 2 * world, dtype=torch.float64), torch.tensor([0, 3, 1, 2])
+    x, target = torch.randn(2 * world, 2 * world, dtype=torch.float64), torch.arange(2 * world).flip(0)
     for parallel, placement, reduction in itertools.product((False, True), (S(1), S(0), R), ("mean", "sum", "none")):
         if parallel and placement != S(1):
             continue
@@ -498,7 +504,7 @@ def heads_at_several_positions(rank, world):
 
 @case
 def heads_on_two_dimensions_of_the_mesh(rank, world):
-    meshes = [mesh_of(2, world // 2)] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
+    meshes = [mesh_of(*sides(world))] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
     for mesh in meshes:
         for i, (of_input, of_weight, spread_rows) in enumerate(
             (
@@ -544,7 +550,8 @@ def trained(way, mesh, sharded):
     """The parameters after three steps, and the losses unless the batch is sharded."""
     torch.manual_seed(3)
     net = Net(way).double()
-    x, target = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(0, 15, (4, 3))
+    batch = 4 if dist.get_world_size() % 2 == 0 else 6
+    x, target = torch.randn(batch, 3, 6, dtype=torch.float64), torch.randint(0, 15, (batch, 3))
     if mesh is not None:
         if "convert" in way:
             fused_ops.convert(net, **({"loss": F.cross_entropy, "head": "head"} if "loss" in way else {}))
@@ -565,7 +572,7 @@ def trained(way, mesh, sharded):
         losses.append(loss.detach())
         if mesh is not None and way != "FSDP2":
             # the hidden states' rows are so many that the weight is gathered, but where data parallelism divides them
-            many = way == "head, sequence" and mesh.ndim == 1
+            many = way == "head, sequence" and 3 * x[..., 0].numel() > 2 * 15
             assert isinstance(loss, DTensor) and loss.placements == (Partial() if many else R,), way
             assert net.head.weight.grad.placements == net.head.weight.placements, way
         optimizer.step()
@@ -587,7 +594,7 @@ def models(rank, world):
 @case
 def models_on_two_dimensions_of_the_mesh(rank, world):
     """FSDP2 over the first, tensor parallelism over the second."""
-    mesh = mesh_of(2, world // 2)
+    mesh = mesh_of(*sides(world))
     for way in ("patch", "patch, sequence", "head", "head, sequence"):
         for mine, right in zip(trained(way, mesh, True), trained(way, None, True), strict=True):
             near(mine, right, 1e-10, way)
@@ -619,7 +626,7 @@ LOSSES = {
 @case
 def deferred_heads(rank, world):
     """A head that ColwiseParallel divides leaves its logits to the loss; what else uses them has them as DTensors."""
-    meshes = [mesh_of(world)] if world == 2 else [mesh_of(world), mesh_of(2, world // 2)]
+    meshes = [mesh_of(world)] if world == 2 else [mesh_of(world), mesh_of(*sides(world))]
     x, target = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(0, 15, (4, 3))
     for mesh, (name, loss), inside in itertools.product(meshes, LOSSES.items(), (False, True)):
         if name == "used before" and not inside:
@@ -746,7 +753,7 @@ def by_pytorch(t, training, options):
 
 @case
 def batch_norms(rank, world):
-    meshes = [mesh_of(world), mesh_of(2, world // 2)]
+    meshes = [mesh_of(world), mesh_of(*sides(world))]
     i = 0
     for mesh, options, training in itertools.product(meshes, BATCH_NORM, (True, False)):
         for placements in placements_of(3, mesh.ndim):
@@ -781,6 +788,31 @@ def batch_norms(rank, world):
                 near(whole(mine), other, 1e-10, (what, name))
             if (mesh.ndim == 1 and options.get("groups") is None) or not training:
                 assert found.placements == tuple(R if p.is_partial() else p for p in placements), what
+
+
+@case
+def synchronised_batch_norms(rank, world):
+    """Modules that are synchronised take a DTensor's statistics over all of it; momentum=None averages."""
+    mesh, group = mesh_of(world), dist.group.WORLD
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    for momentum, placement in itertools.product((0.1, None), (S(0), S(2), R)):
+        alone = torch.nn.BatchNorm1d(4, momentum=momentum).double()
+        ours = [fused_ops.SyncBatchNorm(4, momentum=momentum, process_group=g).double() for g in (None, group)]
+        ours.append(torch.nn.Sequential(torch.nn.BatchNorm1d(4, momentum=momentum).double()))
+        fused_ops.convert(ours[-1], sync_batch_norm=True)
+        ours.append(fused_ops.BatchNorm1d(4, momentum=momentum).double())
+        for module in (alone, *ours):
+            for factor in (1, 2, 3):
+                y = module(x * factor if module is alone else spread(x * factor, mesh, [placement]))
+            if module is alone:
+                right = y
+                continue
+            assert y.placements == (placement,)
+            near(y.full_tensor().detach(), right.detach(), 1e-12, momentum)
+            for mine, other in zip(module.buffers(), alone.buffers(), strict=True):
+                near(mine, other, 1e-12, (momentum, placement))
+    lacking = mesh_of(world, 1)["b"]  # each rank alone
+    raises(ValueError, "without the ranks", fused_ops.SyncBatchNorm(4).double(), spread(x, lacking, [S(0)]))
 
 
 @case

@@ -1,22 +1,92 @@
-"""Processes (gloo) that run a worker, for scripts of the tests; each leaves what it found as JSON.
+"""Processes (gloo) for tests: those that wait for work (``Pool``), and for scripts those that run a worker.
 
-A module of cases has ``CASES``, functions of (rank, world) by name: all of them run in one start of the processes.
+A module of cases has ``CASES``, functions of (rank, world) by name, for ``run_case``.
 """
 
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
+import pickle
 import socket
-import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
+
+class Pool:
+    """``world`` processes; ``run(function, *arguments)`` returns what ``function(*arguments)`` does on each.
+
+    The function is one that a module has by its name. What it raises is raised here, with the tracebacks, and ends
+    the processes, as some may wait for others.
+    """
+
+    def __init__(self, world):
+        context = multiprocessing.get_context("forkserver")  # whose imports, the longest part, are done once
+        context.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "fused_ops"])
+        port, self.connections, self.processes = free_port(), [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            self.connections.append(mine)
+            self.processes.append(context.Process(target=_serve, args=(rank, port, world, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()  # so that the end of the process is seen
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def run(self, function, *arguments):
+        message = pickle.dumps((function, arguments))
+        try:
+            for connection in self.connections:
+                connection.send_bytes(message)
+            found = [pickle.loads(connection.recv_bytes()) for connection in self.connections]
+        except (EOFError, OSError) as error:
+            raise AssertionError("a process ended, in this run or after one before that failed") from error
+        problems = [f"rank {rank}:\n{problem}" for rank, (problem, _) in enumerate(found) if problem]
+        assert not problems, "\n".join(problems)
+        return [result for _, result in found]
+
+    def close(self):
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if process.is_alive():
+                connection.send_bytes(b"")
+        for process in self.processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(rank, port, world, connection):
+    start(rank, port, world, timeout_s=180)  # processes of a busy machine start far apart
+    while message := connection.recv_bytes():
+        try:
+            function, arguments = pickle.loads(message)
+            answer = pickle.dumps((None, function(*arguments)))
+        except BaseException:
+            connection.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+            os._exit(1)
+        connection.send_bytes(answer)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # as in finish
+
+
+def run_case(module, name):
+    """A case of a module, on this process of a pool."""
+    importlib.import_module(module).CASES[name](dist.get_rank(), dist.get_world_size())
+    dist.barrier()
+
+
+def cases_of(module):
+    """The names of a module's cases, on this process of a pool: what they import need not be there elsewhere."""
+    return sorted(importlib.import_module(module).CASES)
 
 
 def free_port():
@@ -46,49 +116,3 @@ def finish(path, found):
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group, and abort the process at its ordinary end
-
-
-def problems_of(module, world, folder, only=""):
-    """Runs a module's cases in processes of their own: by name, the tracebacks of the ranks that failed.
-
-    Args:
-        module: Its name, to be imported from the tests' folders.
-        world: How many processes.
-        folder: Where they leave what they found.
-        only: What the names of the cases to run begin with; several with commas.
-    """
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "cross_entropy")))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.processes", module, str(world), str(folder), only]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(Path(folder, f"rank{rank}").read_text()) for rank in range(world)]
-    return {name: [rank[name] for rank in found if rank[name]] for name in found[0]}
-
-
-def _run_cases(rank, port, module, world, folder, only):
-    start(rank, port, world)
-    cases = {
-        name: case
-        for name, case in importlib.import_module(module).CASES.items()
-        if name.startswith(tuple(only.split(",")))
-    }
-    problems, failed = dict.fromkeys(cases, "not run, after one that failed"), False
-    for name, case in cases.items():
-        try:
-            case(rank, world)
-            dist.barrier()
-            problems[name] = ""
-        except Exception:
-            problems[name], failed = f"rank {rank}: {traceback.format_exc()}", True
-            break
-    path = Path(folder, f"rank{rank}")
-    if failed:  # the other ranks may wait for this one, and fail as it is gone
-        path.write_text(json.dumps(problems))
-        os._exit(0)
-    finish(path, problems)
-
-
-if __name__ == "__main__":
-    name, world, *rest = sys.argv[1:]
-    run(_run_cases, name, int(world), *rest, world=int(world))

@@ -438,6 +438,29 @@ def the_backward_writes_over_the_logits(rank, world):
 
 
 @case
+def modules(rank, world):
+    """The losses as modules take the groups as the functions do."""
+    torch.manual_seed(15)
+    part, target = Part("uneven", rank, world), torch.randint(0, CLASSES, (20,))
+    x, h, head = torch.randn(20, CLASSES), torch.randn(20, 5), torch.randn(CLASSES, 5)
+    weight = torch.rand(CLASSES) + 0.1
+    loss = fused_ops.CrossEntropyLoss(weight, label_smoothing=0.1, **part.where())
+    near(loss(part.of(x), target), fused_ops.cross_entropy(x, target, weight, label_smoothing=0.1), 3e-6, "classes")
+    assert f"classes={CLASSES}" in repr(loss)
+    rows = [20 - 2 * (world - 1), *[2] * (world - 1)]
+    mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    mean = fused_ops.CrossEntropyLoss(row_group=dist.group.WORLD)(x[mine], target[mine])
+    near(collectives.sum_of_ranks(mean, dist.group.WORLD), fused_ops.cross_entropy(x, target), 3e-6, "rows")
+    options = {"weight": weight, "z_loss": 0.1}
+    expected = fused_ops.linear_cross_entropy(h, head, target, **options)
+    for apart in (False, True):
+        where = {**part.where(), "sequence_parallel": apart}
+        module = fused_ops.LinearCrossEntropyLoss(5, part.n, **options, **where)
+        module.linear.weight.data.copy_(head[part.start : part.start + part.n])
+        near(module(h[mine] if apart else h, target).detach(), expected, 3e-6, apart)
+
+
+@case
 def checkpointed(rank, world):
     """torch.utils.checkpoint lets a backward unpack what was saved once."""
     torch.manual_seed(14)

@@ -7,7 +7,7 @@ import torch
 
 import fused_ops
 from fused_ops.distributed import collectives
-from tests.distributed import processes
+from tests.distributed.processes import Pool, cases_of, run_case
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
@@ -27,6 +27,7 @@ CASES = [
     "a_group_of_one_rank",
     "masks_and_shapes",
     "the_backward_writes_over_the_logits",
+    "modules",
     "checkpointed",
     "what_many_ranks_do",
     "what_empty_says_is_about_all_ranks",
@@ -34,31 +35,34 @@ CASES = [
 ]
 
 
-def problems(world, tmp_path_factory):
-    found = processes.problems_of("tests.distributed.shard_cases", world, tmp_path_factory.mktemp("shards"))
-    assert sorted(found) == sorted(CASES)
-    return found
+MODULE = "tests.distributed.shard_cases"
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return problems(2, tmp_path_factory)
+def two_processes():
+    with Pool(2) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module", params=[3, 4])
-def more_processes(request, tmp_path_factory):
-    return problems(request.param, tmp_path_factory)
+def more_processes(request):
+    with Pool(request.param) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_two_processes(name, two_processes):
-    assert two_processes[name] == []
+    two_processes.run(run_case, MODULE, name)
+
+
+def test_every_case_is_known_here(two_processes):
+    assert two_processes.run(cases_of, MODULE) == [sorted(CASES)] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_in_more_processes(name, more_processes):
-    assert more_processes[name] == []
+    more_processes.run(run_case, MODULE, name)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """DTensors as arguments, on meshes of processes: against one process, PyTorch, and float64 formulas."""
 
+import functools
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from tests.distributed import processes
+from tests.distributed.processes import Pool, cases_of, run_case
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
@@ -31,30 +33,27 @@ CASES = [
     "heads_in_autocast",
     "compiled_heads",
     "batch_norms",
+    "synchronised_batch_norms",
     "batch_norm_keeps_the_memory_format",
 ]
-WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
+
+
+MODULE = "tests.distributed.dtensor_cases"
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    found = {}
-
-    def of(world):
-        if world not in found:
-            folder = tmp_path_factory.mktemp(f"dtensors{world}")
-            found[world] = processes.problems_of("tests.distributed.dtensor_cases", world, folder)
-        return found[world]
-
-    return of
+def pools():
+    """By the number of processes, from the first test on that asks."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda world: stack.enter_context(Pool(world)))
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
-def test_dtensors(name, world, problems):
-    assert problems(world)[name] == []
+def test_dtensors(name, world, pools):
+    pools(world).run(run_case, MODULE, name)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_case_is_known_here(world, problems):
-    assert sorted(problems(world)) == sorted(CASES)
+def test_every_case_is_known_here(pools):
+    assert pools(2).run(cases_of, MODULE) == [sorted(CASES)] * 2

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.distributed import processes
+from tests.distributed.processes import Pool, cases_of, run_case
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
@@ -33,25 +33,30 @@ MODULE = "tests.distributed.head_shard_cases"
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    return processes.problems_of(MODULE, 2, tmp_path_factory.mktemp("head_shards"), ",".join(CASES))
+def two_processes():
+    with Pool(2) as pool:
+        yield pool
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module", params=[3, 4])
+def more_processes(request):
+    with Pool(request.param) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_in_two_processes(name, two_processes):
-    assert two_processes[name] == []
+    two_processes.run(run_case, MODULE, name)
+
+
+def test_every_case_is_known_here(two_processes):
+    assert two_processes.run(cases_of, MODULE) == [sorted([*CASES, *SLOW])] * 2
 
 
 @pytest.mark.slow
-def test_what_imports_much_in_two_processes(tmp_path):
-    found = processes.problems_of(MODULE, 2, tmp_path, ",".join(SLOW))
-    assert found == {name: [] for name in SLOW}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [3, 4])
-def test_in_more_processes(world, tmp_path):
-    assert processes.problems_of(MODULE, world, tmp_path) == {name: [] for name in [*CASES, *SLOW]}
+@pytest.mark.parametrize("name", [*CASES, *SLOW])
+def test_in_more_processes(name, more_processes):
+    more_processes.run(run_case, MODULE, name)
 
 
 COUNT = """

@@ -7,6 +7,7 @@ import copy
 import itertools
 import pickle
 import sys
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -14,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import pairs_or_all, pairwise
-from pool import Pool
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
 from fused_ops.distributed import collectives
 from fused_ops.ops.batch_norm import activations, ranks, ranks_reference, reference
+from tests.distributed.processes import Pool
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"),
@@ -345,9 +346,8 @@ def check_case(case, found):
 
 @pytest.fixture(scope="module")
 def two():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+    with Pool(2) as pool:
+        yield pool
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -370,12 +370,11 @@ def test_two_ranks_find_what_one_process_does(two, choose):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "split"), [(3, "three"), (4, "four")])
 def test_more_ranks_find_what_one_process_does(world, split):
-    pool = Pool(world)
-    chosen = cases(pairwise, (split,))
-    for case, *found in zip(chosen, *pool.run(cases_of_parts, chosen), strict=True):
-        check_case(case, found)
-    pool.run(subgroups)
-    pool.close()
+    with Pool(world) as pool:
+        chosen = cases(pairwise, (split,))
+        for case, *found in zip(chosen, *pool.run(cases_of_parts, chosen), strict=True):
+            check_case(case, found)
+        pool.run(subgroups)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
@@ -516,6 +515,32 @@ def test_pytorchs_own_conversion_takes_ours():
     assert type(made[0]) is nn.SyncBatchNorm
     with pytest.raises(RuntimeError, match="activation='relu'"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fused_ops.SyncBatchNorm(3, activation="relu")))
+
+
+def test_fold_takes_it_in_evaluation():
+    """As any batch norm; the process group is neither copied nor lost."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        group = torch.distributed.group.WORLD
+        x = torch.randn(4, 3, 5, 5)
+        for kind in (partial(fused_ops.SyncBatchNorm, process_group=group, activation="relu"), nn.SyncBatchNorm):
+            last = fused_ops.SyncBatchNorm(2, process_group=group)
+            model = nn.Sequential(nn.Conv2d(3, 6, 3), kind(6), nn.Flatten(), nn.Linear(54, 2), kind(2), nn.Tanh(), last)
+            for module in (model[1], model[4], last):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+            expected = model.eval()(x)
+            folded = fused_ops.fold(model)
+            torch.testing.assert_close(folded(x), expected)
+            left = [m for m in folded.modules() if isinstance(m, (fused_ops.SyncBatchNorm, nn.SyncBatchNorm))]
+            assert len(left) == 1 and left[0].process_group is group and left[0] is not last
+            torch.testing.assert_close(
+                fused_ops.fold(model[3], model[4])(torch.ones(2, 54)), model[3:5](torch.ones(2, 54))
+            )
+        with pytest.raises(ValueError, match="evaluation mode"):
+            fused_ops.fold(nn.Linear(3, 2), fused_ops.SyncBatchNorm(2))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_convert_without_sync_batch_norm_leaves_pytorchs():

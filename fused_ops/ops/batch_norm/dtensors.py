@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.distributed.dtensor import Layout, any_dtensor, check_mesh, layout_of
+from fused_ops.distributed.dtensor import Layout, any_dtensor, check_mesh, layout_of, ranks_beside
 
 _CHANNELS = 1
 
@@ -48,6 +48,21 @@ class Spread(NamedTuple):
     def group(self) -> Any:
         """Of the ranks whose rows the statistics are of, or None."""
         return next(iter(self.input.groups_of(self.row_dims)), None)
+
+
+def check_group(group: Any, input: Any) -> None:
+    """Raises where a synchronised module's group has ranks that its input's mesh lacks: statistics would lack them."""
+    beside = ranks_beside(group, input.device_mesh)
+    if beside:
+        raise ValueError(
+            "batch_norm: expected a DTensor on a mesh of all ranks of the synchronised module's process group, got one "
+            f"on {input.device_mesh}, without the ranks {beside}"
+        )
+
+
+def number_of(count: Any) -> int:
+    """The number that a tensor holds."""
+    return int(count.full_tensor() if any_dtensor(count) else count)
 
 
 def mask_of(valid: Any, input: Tensor) -> Any:

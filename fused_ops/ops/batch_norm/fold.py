@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_ops.core.hooks import hooked, plain
-from fused_ops.ops.batch_norm.modules import _FusedBatchNorm
+from fused_ops.ops.batch_norm.modules import SyncBatchNorm, _FusedBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_OF_ANY_DIMENSION = (nn.SyncBatchNorm, SyncBatchNorm)  # in evaluation as any other
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_OF_ANY_DIMENSION)
 _FORWARDS = {kind.forward for kind in (*_LAYERS, *_BATCH_NORMS, _FusedBatchNorm)}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -52,7 +53,7 @@ def fold(module: nn.Module, bn: nn.Module | None = None) -> nn.Module:
     Args:
         module: A convolution (transposed too) or linear layer to fold ``bn`` into; without ``bn`` a whole model, in
             which every batch norm that is the only reader of such a layer is folded (found by torch.fx).
-        bn: PyTorch's or this package's BatchNorm1d/2d/3d in evaluation mode, with running statistics.
+        bn: PyTorch's or this package's BatchNorm1d/2d/3d or SyncBatchNorm in evaluation mode, with running statistics.
 
     Returns:
         The layer with folded weight and bias, followed by ``bn``'s activation if it has one; or the model, as a
@@ -95,7 +96,8 @@ def fold(module: nn.Module, bn: nn.Module | None = None) -> nn.Module:
         if reason:
             warnings.warn(f"fold: {node.target} stays behind {before.target}: {reason}", stacklevel=2)
             continue
-        traced.set_submodule(str(before.target), _fold_pair(layer, bn_module))
+        folded = modules[str(before.target)] = _fold_pair(layer, bn_module)  # for a batch norm behind this one
+        traced.set_submodule(str(before.target), folded)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
         traced.delete_submodule(str(node.target))
@@ -105,8 +107,9 @@ def fold(module: nn.Module, bn: nn.Module | None = None) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    held = [m.__dict__.get(name) for m in model.modules() for name in ("process_group", "synchronised")]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(group): group for group in held if group is not None})
     except RuntimeError as error:
         what = "a weight that is computed from others, as weight_norm and pruning do, must be made a parameter first"
         raise ValueError(f"fold: cannot copy the model: {what}") from error
@@ -151,7 +154,7 @@ def _why_not(module: nn.Module) -> str:
 def _linear_on_length(layer: nn.Module, bn: nn.Module) -> bool:
     """Whether the sizes tell that batch norm's channels are not the linear layer's features."""
     return isinstance(layer, nn.Linear) and (
-        not isinstance(bn, nn.BatchNorm1d) or layer.out_features != bn.num_features
+        not isinstance(bn, (nn.BatchNorm1d, *_OF_ANY_DIMENSION)) or layer.out_features != bn.num_features
     )
 
 
@@ -159,7 +162,7 @@ def _fold_pair(layer: nn.Module, bn: nn.Module) -> nn.Module:
     if not isinstance(layer, _LAYERS):
         raise TypeError(f"fold: expected module to be a convolution or linear layer, got {type(layer).__name__}")
     if not isinstance(bn, _BATCH_NORMS):
-        raise TypeError(f"fold: expected bn to be a BatchNorm1d, 2d or 3d, got {type(bn).__name__}")
+        raise TypeError(f"fold: expected bn to be a BatchNorm1d, 2d or 3d or a SyncBatchNorm, got {type(bn).__name__}")
     if reason := _why_not(layer) or _why_not(bn):
         raise ValueError(f"fold: cannot fold: {reason}")
     if bn.training and not getattr(bn, "frozen", False):

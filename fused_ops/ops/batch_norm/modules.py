@@ -13,6 +13,8 @@ from typing_extensions import Unpack
 
 from fused_ops.core.graph import fx_leaf, refuse_script
 from fused_ops.distributed.collectives import check_group, default_group
+from fused_ops.distributed.dtensor import any_dtensor
+from fused_ops.ops.batch_norm import dtensors
 from fused_ops.ops.batch_norm.activations import ActivationName
 from fused_ops.ops.batch_norm.api import _with_statistics, batch_norm, recomputing, write_running
 from fused_ops.ops.batch_norm.arguments import check_keeps_output, code_of, several_ranks
@@ -154,7 +156,14 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             name, slope = activation
             alpha = slope
         group = group_of(self) if training and self.synchronised else None
-        if counts and self.momentum is None:
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if type(input) is not Tensor and any_dtensor(input):
+            if group is not None:
+                dtensors.check_group(group, input)  # and the placements say the rest
+                group = None
+            if counts and self.momentum is None:
+                momentum = 1.0 / dtensors.number_of(count)
+        elif counts and self.momentum is None:
             options = (self.correction, name, residual, slope, alpha, valid, self.groups, self.inplace_activated)
             return _FusedBatchNorm._cumulative(self, input, options, group)
         return batch_norm(
@@ -164,7 +173,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             weight,
             bias,
             training or mean is None,
-            0.0 if self.momentum is None else self.momentum,
+            momentum,
             self.eps,
             correction=self.correction,
             activation=name,
@@ -294,14 +303,15 @@ class SyncBatchNorm(_FusedBatchNorm):
         **options: activation, correction, negative_slope, alpha, frozen and inplace_activated, as of ``BatchNorm1d``.
 
     Raises:
-        ValueError: an unknown activation, ``groups``, an input of fewer than two dimensions, or one value per channel
-            on all ranks together (on all of them).
+        ValueError: an unknown activation, ``groups``, an input of fewer than two dimensions, one value per channel on
+            all ranks together (on all of them), or a DTensor on a mesh that lacks ranks of the group.
 
     Note:
         state_dict is that of ``torch.nn.SyncBatchNorm``, both ways, and of any batch norm. For every device, and no
         subclass of ``torch.nn.SyncBatchNorm``, which DistributedDataParallel refuses on the CPU. ``forward`` takes
         ``residual`` and ``valid`` besides the input. A rank may have fewer entries than others, or none; every rank
-        has to call it. As PyTorch's, a module with a ``process_group`` can neither be copied nor pickled.
+        has to call it. The statistics of a DTensor are those of all of it. As PyTorch's, a module with a
+        ``process_group`` can neither be copied nor pickled.
     """
 
     def __init__(

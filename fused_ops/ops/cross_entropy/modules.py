@@ -19,6 +19,10 @@ _ADDED: dict[str, Any] = {
     "loss_dtype": None,
     "inplace_backward": False,
     "return_outputs": False,
+    "class_group": None,
+    "class_start": None,
+    "classes": None,
+    "row_group": None,
 }
 _PASSED_ON = ("reduction", *_ADDED)
 
@@ -42,6 +46,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         loss_dtype: Of the loss.
         inplace_backward: Lets the backward overwrite the logits.
         return_outputs: Returns a ``CrossEntropyOutput``.
+        class_group: Process group of ranks that share the classes. A module with a group can neither be copied nor
+            pickled.
+        class_start: The first class of this rank.
+        classes: How many all ranks have.
+        row_group: Process group of ranks that share the rows, or a tuple of them.
     """
 
     class_mask: Tensor | None
@@ -52,6 +61,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     loss_dtype: torch.dtype | None
     inplace_backward: bool
     return_outputs: bool
+    class_group: Any
+    class_start: int | None
+    classes: int | None
+    row_group: Any
 
     def __init__(
         self,
@@ -70,11 +83,16 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         loss_dtype: torch.dtype | None = None,
         inplace_backward: bool = False,
         return_outputs: bool = False,
+        class_group: Any = None,
+        class_start: int | None = None,
+        classes: int | None = None,
+        row_group: Any = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.logit_scale, self.softcap = z_loss, logit_scale, softcap
         self.empty, self.loss_dtype = empty, loss_dtype
         self.inplace_backward, self.return_outputs = inplace_backward, return_outputs
+        self.class_group, self.class_start, self.classes, self.row_group = class_group, class_start, classes, row_group
         self.register_buffer("class_mask", class_mask, persistent=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

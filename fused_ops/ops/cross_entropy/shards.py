@@ -106,7 +106,7 @@ def _local(a: RowArgs, start: int) -> RowArgs:
     )
 
 
-def _allowed(a: RowArgs, o: RowOptions, shard: Shard) -> Tensor:
+def allowed_classes(a: RowArgs, o: RowOptions, shard: Shard) -> Tensor:
     """How many classes smoothing is spread over, float64: a scalar, or one value per row with masks of rows."""
     if shard.allowed is not None:
         return shard.allowed
@@ -128,13 +128,13 @@ def partial(a: RowArgs, o: RowOptions, shard: Shard) -> Tensor:
         o: The options.
         shard: Which classes these are. Without ``allowed``, masks of rows and smoothing cost one more collective.
     """
-    found: Tensor = _forward_op(*_local(a, shard.start), _allowed(a, o, shard), shard.start, shard.classes, *o)
+    found: Tensor = _forward_op(*_local(a, shard.start), allowed_classes(a, o, shard), shard.start, shard.classes, *o)
     return found
 
 
 def _gradient_args(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, m: Merged) -> tuple[Any, ...]:
     results = m.high, m.low, m.mass, m.target_weight, m.entropy if o.statistics else None, m.target_log_probability
-    return (*g, *_local(a, shard.start), _allowed(a, o, shard), *results, shard.start, shard.classes, *o)
+    return (*g, *_local(a, shard.start), allowed_classes(a, o, shard), *results, shard.start, shard.classes, *o)
 
 
 def gradient(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, merged: Merged) -> Tensor:
@@ -171,7 +171,7 @@ def check_place(a: RowArgs, shard: Shard) -> None:
 # ---- with derivatives: formulas, whose collectives have theirs
 
 
-def _across(o: RowOptions, shard: Shard, high: Tensor) -> Across:
+def across_ranks(o: RowOptions, shard: Shard, high: Tensor) -> Across:
     """How the formulas meet the other ranks; ``high`` is a number near each row's lse, the same on all ranks."""
     assert shard.allowed is not None
 
@@ -198,18 +198,18 @@ def _shared(a: RowArgs, shard: Shard) -> RowArgs:
     return _local(a._replace(weight=weight, probabilities=probabilities), shard.start)
 
 
-def _grad_weight(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
+def grad_weight(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
     here = rows_reference.grad_weight(g, _shared(a, shard), o, across)
     behind = shard.classes - shard.start - here.size(0)
     return across.total(torch.nn.functional.pad(here, (shard.start, behind)))
 
 
-def _grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
+def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
     found = rows_reference.grad_probabilities(g, _shared(a, shard), o, across)
     return found if a.indices is None else across.total(found)
 
 
-def _grad_input(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
+def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, shard: Shard, across: Across) -> Tensor:
     found = rows_reference.grad_input(g, _shared(a, shard), o, acc_dtype(a.input.dtype), across)
     return found.to(a.input.dtype)
 
@@ -245,7 +245,7 @@ def receive(mine: Tensor, arrived: Tensor, group: Any, a: RowArgs, o: RowOptions
     return merge(arrived, a, o)
 
 
-def _fixed(statistics: bool, m: Merged) -> tuple[Tensor, ...]:
+def fixed_results(statistics: bool, m: Merged) -> tuple[Tensor, ...]:
     """The results that have no gradient."""
     fixed = m.mass, m.target_weight, m.prediction, m.high, m.low
     return fixed if statistics else (*fixed, m.entropy, m.target_log_probability)
@@ -274,7 +274,7 @@ class CrossEntropyShardFunction(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.place, ctx.inplace_backward, ctx.options = Shard(*inputs[6:9]), inputs[9], RowOptions(*inputs[10:])
-        ctx.mark_non_differentiable(*_fixed(ctx.options.statistics, Merged(*output)))
+        ctx.mark_non_differentiable(*fixed_results(ctx.options.statistics, Merged(*output)))
         save(ctx, *inputs[:6], *output)
 
     @staticmethod
@@ -286,14 +286,14 @@ class CrossEntropyShardFunction(FusedFunction):
         found: list[Tensor | None] = [None] * 15
         if all(grad is None for grad in g):
             return tuple(found)
-        across = _across(o, shard, merged.high)
+        across = across_ranks(o, shard, merged.high)
         again = torch.is_grad_enabled() or transforms_active()
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or again:
             checked_saved(a, *g)
         if g.nll is not None and ctx.needs_input_grad[2]:
-            found[2] = _grad_probabilities(g, a, o, shard, across)
+            found[2] = grad_probabilities(g, a, o, shard, across)
         if g.nll is not None and ctx.needs_input_grad[3]:
-            found[3] = _grad_weight(g, a, o, shard, across)
+            found[3] = grad_weight(g, a, o, shard, across)
         if not ctx.needs_input_grad[0]:
             return tuple(found)
         if ctx.inplace_backward:
@@ -303,7 +303,7 @@ class CrossEntropyShardFunction(FusedFunction):
             increment_version(a.input)
             found[0] = overwritten
         elif again:
-            found[0] = _grad_input(g, a, o, shard, across)
+            found[0] = grad_input(g, a, o, shard, across)
         else:
             found[0] = gradient(g, a, o, shard, merged)
         return tuple(found)
@@ -312,7 +312,7 @@ class CrossEntropyShardFunction(FusedFunction):
     def jvp(ctx: Any, input_t: Tensor | None, _: None, probabilities_t: Any, weight_t: Any, *__: Any) -> Any:
         saved, o = checked_saved(ctx.saved_tensors, input_t, probabilities_t, weight_t), ctx.options
         a, merged, shard = RowArgs(*saved[:5]), Merged(*saved[6:]), ctx.place._replace(allowed=saved[5])
-        across = _across(o, shard, merged.high)
+        across = across_ranks(o, shard, merged.high)
         if weight_t is not None:
             weight_t = _classes_here(across.copy(weight_t), a, shard.start)
         if probabilities_t is not None and a.indices is not None:
@@ -337,7 +337,7 @@ def _in_graph(*args: Any) -> Any:
     a, o = RowArgs(*args[:5]), _options(*args[6:9])
     shard = Shard(collectives.group_of(args[9]), *args[5].tolist())
     check_place(a, shard)
-    allowed = _allowed(a, o, shard)
+    allowed = allowed_classes(a, o, shard)
     if a.class_mask is not None and a.class_mask.dim() > 1:
         allowed = allowed.expand(rows_shape(a.input)).clone()
     merged = _run(a, o, shard._replace(allowed=allowed))
@@ -356,7 +356,7 @@ def _fake_in_graph(input: Tensor, *args: Any) -> Any:
 def _graph_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.ignore_index, numbers, ctx.statistics, ctx.group, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*_fixed(ctx.statistics, Merged(*output[:9])), *output[9:])
+    ctx.mark_non_differentiable(*fixed_results(ctx.statistics, Merged(*output[:9])), *output[9:])
     ctx.save_for_backward(*tensors, *output, numbers)
 
 
@@ -378,13 +378,13 @@ def _gradients(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]
     g, a, merged, needs = RowGrads(*args[:4]), RowArgs(*args[4:9]), Merged(*args[10:19]), args[-1]
     o = _options(*args[20:23])
     shard = Shard(collectives.group_of(args[23]), *args[9].tolist())._replace(allowed=args[19])
-    across = _across(o, shard, merged.high)
-    run = _grad_input if torch.is_grad_enabled() else lambda g, a, o, shard, _: gradient(g, a, o, shard, merged)
+    across = across_ranks(o, shard, merged.high)
+    run = grad_input if torch.is_grad_enabled() else lambda g, a, o, shard, _: gradient(g, a, o, shard, merged)
     nll = g.nll is not None
     return (
         run(g, a, o, shard, across) if needs & _INPUT else None,
-        _grad_probabilities(g, a, o, shard, across) if nll and needs & _PROBABILITIES else None,
-        _grad_weight(g, a, o, shard, across) if nll and needs & _WEIGHT else None,
+        grad_probabilities(g, a, o, shard, across) if nll and needs & _PROBABILITIES else None,
+        grad_weight(g, a, o, shard, across) if nll and needs & _WEIGHT else None,
     )
 
 
@@ -449,7 +449,7 @@ def rows(a: RowArgs, o: RowOptions, place: Place, ranks: Ranks, inplace_backward
         found: tuple[Tensor, ...] = _graph_op(*a, place, o.ignore_index, packed, o.statistics, *where)
         return found[:7]
     check_place(a, place)
-    allowed = _allowed(a, o, place)
+    allowed = allowed_classes(a, o, place)
     found = CrossEntropyShardFunction.apply(*a, allowed, *place[:3], inplace_backward, *o)
     return found[:7]
 

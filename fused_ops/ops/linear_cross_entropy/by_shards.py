@@ -212,7 +212,7 @@ def _shard(head: Head, a: RowArgs, o: RowOptions, settings: Settings, where: Whe
     a = a._replace(input=head.input.new_empty(()).expand(shape))
     shard = Shard(collectives.group_of(where.group), *where.place.tolist())
     shards.check_place(a, shard)
-    allowed = shards._allowed(a, o, shard)
+    allowed = shards.allowed_classes(a, o, shard)
     if a.class_mask is not None and a.class_mask.dim() > 1:
         allowed = allowed.expand(_rows_shape(head.input.size(0), positions)).clone()
     return shard._replace(allowed=allowed)
@@ -266,7 +266,7 @@ def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.ignore_index, numbers, *ctx.cut, ctx.statistics, place, ctx.group, ctx.ranks = inputs[9:]
-    ctx.mark_non_differentiable(*shards._fixed(ctx.statistics, Merged(*output[:9])), output[9])
+    ctx.mark_non_differentiable(*shards.fixed_results(ctx.statistics, Merged(*output[:9])), output[9])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], *output, numbers, place)
 
@@ -313,9 +313,9 @@ class _Saved(NamedTuple):
 def _formulas(s: _Saved) -> tuple[Tensor | None, ...]:
     """The seven gradients from all the logits at once; differentiable."""
     of_head: tuple[Tensor | None, ...] = (None,) * 5
-    a, across = s.a._replace(input=_logits(s.head, s.settings.cut)), shards._across(s.o, s.shard, s.results.high)
+    a, across = s.a._replace(input=_logits(s.head, s.settings.cut)), shards.across_ranks(s.o, s.shard, s.results.high)
     if s.needs & OF_HEAD:
-        of_head = reference.head_gradients(shards._grad_input(s.g, a, s.o, s.shard, across), s.head)
+        of_head = reference.head_gradients(shards.grad_input(s.g, a, s.o, s.shard, across), s.head)
     return *of_head, *_target_gradients(s, a)
 
 
@@ -323,10 +323,10 @@ def _target_gradients(s: _Saved, a: RowArgs) -> tuple[Tensor | None, Tensor | No
     """The gradients of class probabilities and of class weights."""
     if s.g.nll is None:
         return None, None
-    across = shards._across(s.o, s.shard, s.results.high)
+    across = shards.across_ranks(s.o, s.shard, s.results.high)
     return (
-        shards._grad_probabilities(s.g, a, s.o, s.shard, across) if s.needs & PROBABILITIES else None,
-        shards._grad_weight(s.g, a, s.o, s.shard, across) if s.needs & CLASS_WEIGHT else None,
+        shards.grad_probabilities(s.g, a, s.o, s.shard, across) if s.needs & PROBABILITIES else None,
+        shards.grad_weight(s.g, a, s.o, s.shard, across) if s.needs & CLASS_WEIGHT else None,
     )
 
 

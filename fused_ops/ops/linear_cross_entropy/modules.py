@@ -27,6 +27,11 @@ _ADDED: dict[str, Any] = {
     "max_memory_bytes": None,
     "return_outputs": False,
     "compact": False,
+    "class_group": None,
+    "class_start": None,
+    "classes": None,
+    "row_group": None,
+    "sequence_parallel": False,
 }
 
 
@@ -35,13 +40,13 @@ class LinearCrossEntropyLoss(WeightedLoss):
 
     Args:
         in_features: Size of each input.
-        num_classes: Number of classes.
+        num_classes: Number of classes; with ``class_group`` those of this rank.
         out_features: Positions with a loss of their own, (d1, ...).
         bias: Whether the layer has a bias.
         device: Of the parameters.
         dtype: Of the parameters.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        weight: (classes,), the factor of each class; a buffer.
+        weight: (classes,), the factor of each class; a buffer; with ``class_group`` of the classes of all ranks.
         ignore_index: Class index whose rows do not count.
         label_smoothing: In [0, 1].
         options: ``torch.nn.LinearCrossEntropyOptions``, accepted and not needed.
@@ -55,6 +60,12 @@ class LinearCrossEntropyLoss(WeightedLoss):
         max_memory_bytes: What a call may take beyond inputs and gradients.
         return_outputs: Returns a ``CrossEntropyOutput``.
         compact: Leaves ignored rows out of the products on a GPU too.
+        class_group: The process group whose ranks have other classes; ``linear_weight`` is this rank's part, ``weight``
+            that of all classes. A module with a group can neither be copied nor pickled.
+        class_start: This rank's first class.
+        classes: Number of classes of all ranks.
+        row_group: The process group whose ranks have other rows.
+        sequence_parallel: Each rank's input is a part of the rows.
     """
 
     def __init__(
@@ -81,8 +92,13 @@ class LinearCrossEntropyLoss(WeightedLoss):
         max_memory_bytes: int | None = None,
         return_outputs: bool = False,
         compact: bool = False,
+        class_group: Any = None,
+        class_start: int | None = None,
+        classes: int | None = None,
+        row_group: Any = None,
+        sequence_parallel: bool = False,
     ) -> None:
-        if weight is not None and weight.shape != (num_classes,):
+        if weight is not None and weight.shape != (num_classes,) and class_group is None:
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if label_smoothing < 0 or label_smoothing > 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
@@ -93,6 +109,8 @@ class LinearCrossEntropyLoss(WeightedLoss):
         self.empty, self.loss_dtype, self.shift = empty, loss_dtype, shift
         self.chunk_rows, self.max_memory_bytes = chunk_rows, max_memory_bytes
         self.return_outputs, self.compact = return_outputs, compact
+        self.class_group, self.class_start, self.classes = class_group, class_start, classes
+        self.row_group, self.sequence_parallel = row_group, sequence_parallel
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
