@@ -27,7 +27,7 @@ from .machine import ROOT, isa
 COUNTS = Path(__file__).with_name("instructions.json")
 LIBRARY = ROOT / "fused_ops" / "_C.so"
 ALLOWANCE = 0.05
-ISAS = ("AVX2",)
+ISAS = ("AVX2", "DEFAULT")
 _HEADER = Path("/usr/include/valgrind/callgrind.h")
 _START = "#include <valgrind/callgrind.h>\nvoid start(void) { CALLGRIND_START_INSTRUMENTATION; }\n"
 

@@ -279,10 +279,12 @@ def test_default_plans_have_fast_products(rows, features, classes, itemsize, in_
 
 def test_the_page_says_what_the_default_takes():
     page = (ROOT / "docs" / "linear_cross_entropy.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) x (\d+) x (\d+) \| ([\d.]+) % .* \| ([\d.]+) % ", page, re.MULTILINE)
+    cell = r"([\d.]+) % \((\d+) MB\) \|"
+    rows = re.findall(rf"^\| (\d+) x (\d+) x (\d+) \| {cell} {cell}$", page, re.MULTILINE)
     assert len(rows) == 4
-    for *shape, wide, narrow in rows:
-        for itemsize, percent in ((4, wide), (2, narrow)):
+    for *shape, wide, wide_mb, narrow, narrow_mb in rows:
+        for itemsize, percent, megabytes in ((4, wide, wide_mb), (2, narrow, narrow_mb)):
             sizes = Sizes(*map(int, shape), 1, itemsize)
-            share = 100 * default_bytes(sizes, INPUT | WEIGHT, True) / (sizes.rows * sizes.row_bytes)
-            assert abs(share - float(percent)) <= 0.51, (shape, itemsize, share)
+            taken = default_bytes(sizes, INPUT | WEIGHT, True)
+            assert abs(100 * taken / (sizes.rows * sizes.row_bytes) - float(percent)) <= 0.51, (shape, itemsize, taken)
+            assert round(taken / 1e6) == int(megabytes), (shape, itemsize, taken)

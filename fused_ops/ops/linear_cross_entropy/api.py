@@ -44,7 +44,7 @@ from fused_ops.ops.linear_cross_entropy.by_shards import Spread
 from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum, with_main_grad
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
-from fused_ops.ops.linear_cross_entropy.small import are_plain, is_small, small_loss
+from fused_ops.ops.linear_cross_entropy.small import are_plain, is_small, small_logits, small_loss
 
 _NUMBERS = (float, int)
 _LARGE = 2**62  # an ignore_index beyond takes the long way, which asks whether it fits in 64 bits
@@ -255,7 +255,7 @@ def linear_cross_entropy(
                 return small
         elif token_weight is None and class_mask is None and are_plain(weight, normalizer):
             return cross_entropy(
-                torch.nn.functional.linear(input, linear_weight, linear_bias),
+                small_logits(input, linear_weight, linear_bias, target),
                 target,
                 weight,
                 ignore_index=ignored,

@@ -104,14 +104,18 @@ def _differentiable(ctx: Any, grad_loss: Tensor, *tensors: Tensor | None) -> lis
     return [next(new) if needs & (1 << i) else None for i in range(3)]
 
 
+def small_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> Tensor:
+    """The logits of a call that ``is_small``, as one product."""
+    tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
+    check_tensors("linear_cross_entropy", tensors)  # F.linear takes a meta matrix for one of the CPU
+    return torch.nn.functional.linear(input, linear_weight, linear_bias)
+
+
 def _in_two(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     """The product, then the loss."""
-    tensors = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
-    check_tensors("linear_cross_entropy", tensors)  # F.linear takes a meta matrix for one of the CPU
-    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-    return index_loss(logits, target, ignore_index, reduction)
+    return index_loss(small_logits(input, linear_weight, linear_bias, target), target, ignore_index, reduction)
 
 
 def is_small(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> bool:
