@@ -9,6 +9,7 @@ serves ``torch.compile`` and ``torch.export``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,12 +88,32 @@ def register(
     packet = getattr(torch.ops.fused_ops, name)
     arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ") if argument]
-    reference = checked(name, names, reference, reads=True)
+    reference = _with_notice(name, checked(name, names, reference, reads=True))
     _fragment.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ops::{name}", checked(name, names, fake, reads=False), lib=_fragment)
     if native:
         _registered.append(name)
     return packet.default  # type: ignore[no-any-return]
+
+
+_noticed: set[str] = set()  # kinds of devices on which a reference has run
+
+
+def _with_notice(name: str, reference: Callable[..., object]) -> Callable[..., object]:
+    """The reference, with a warning at the first call on each kind of device that is not the CPU."""
+
+    @functools.wraps(reference)
+    def call(*args: object, **named: object) -> object:
+        device = next((value.device.type for value in args if isinstance(value, torch.Tensor)), "cpu")
+        if device not in ("cpu", "meta") and device not in _noticed:
+            _noticed.add(device)
+            why = f"there are kernels for the CPU and for CUDA, none for {device}"
+            if device == "cuda":
+                why = cuda_missing_reason or "no kernel serves this call"
+            _warn(f"{name} runs on {device} on its plain-PyTorch reference, right but slower than a kernel: {why}")
+        return reference(*args, **named)
+
+    return call
 
 
 def isa() -> str | None:

@@ -13,7 +13,7 @@ import fused_ops
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.by_rows import BIAS, INPUT, WEIGHT, Plan
-from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose, default_bytes
+from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose, default_bytes, least_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -245,7 +245,13 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
     sizes = Sizes(rows, 512, 32000, 1, itemsize)
     logits = rows * sizes.row_bytes
     allowed = None if percent is None else logits * percent // 100
-    plan = choose(sizes, INPUT | WEIGHT | BIAS, in_tiles, None, allowed)
+    needs = INPUT | WEIGHT | BIAS
+    if allowed is not None and not in_tiles and allowed < least_bytes(sizes, needs):
+        assert itemsize == 2 and allowed < 128 * sizes.row_bytes + 4 * 512 * 32000
+        with pytest.raises(ValueError, match=f"to be at least {least_bytes(sizes, needs)}, for .* got {allowed}"):
+            choose(sizes, needs, in_tiles, None, allowed)
+        return
+    plan = choose(sizes, needs, in_tiles, None, allowed)
     assert isinstance(plan, Plan)
     if plan.tile_classes:
         rest = max(0, rows - 512 - plan.kept_rows)
@@ -259,8 +265,12 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
     least = 128 * rows * itemsize + (6 * 512 * rows if rows < 8192 else 0)
     enough = 256 * sizes.row_bytes if itemsize == 4 else 470 * sizes.row_bytes + 4 * 512 * 32000  # for fast products
     default = max(0.03 * logits, min(enough, logits))
-    if in_tiles or itemsize == 4 or allowed is None:
-        assert bytes_used <= max(default if allowed is None else allowed, least if in_tiles else sizes.row_bytes)
+    if in_tiles:
+        assert bytes_used <= max(default if allowed is None else allowed, least)
+    elif allowed is None:
+        assert bytes_used <= default
+    else:
+        assert bytes_used <= allowed and plan.chunk_rows >= (min(rows, 128) if itemsize == 2 else 1)
 
 
 @pytest.mark.parametrize("in_tiles", [True, False])
@@ -288,3 +298,23 @@ def test_the_page_says_what_the_default_takes():
             taken = default_bytes(sizes, INPUT | WEIGHT, True)
             assert abs(100 * taken / (sizes.rows * sizes.row_bytes) - float(percent)) <= 0.51, (shape, itemsize, taken)
             assert round(taken / 1e6) == int(megabytes), (shape, itemsize, taken)
+
+
+def test_a_limit_that_cannot_be_kept_is_an_error_that_names_the_least():
+    """Llama 3's head on a GPU: chunks of a row each would read and write 2.1 GB of gradient 8192 times."""
+    sizes, needs = Sizes(8192, 4096, 128256, 1, 2), INPUT | WEIGHT
+    least = 8192 * 128256 * 2
+    with pytest.raises(ValueError, match=f"expected max_memory_bytes to be at least {least}, for all logits, got 5"):
+        choose(sizes, needs, False, None, 500_000_000)
+    assert choose(sizes, needs, False, None, least).chunk_rows == 8192
+    twice, least = sizes._replace(rows=16384), 128 * 128256 * 2 + 4096 * 128256 * 4
+    with pytest.raises(ValueError, match=f"to be at least {least}, for 128 rows of logits and a float32 sum"):
+        choose(twice, needs, False, None, 2_000_000_000)
+    assert choose(twice, needs, False, None, least).chunk_rows == 128
+
+
+def test_a_limit_of_a_call_that_cannot_be_kept_is_an_error():
+    x, w = torch.randn(600, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
+    target = torch.randint(0, 3000, (600,))
+    with pytest.raises(ValueError, match="expected max_memory_bytes to be at least 12000, for a row of logits, got 99"):
+        fused_ops.linear_cross_entropy(x, w, target, label_smoothing=0.1, max_memory_bytes=99)

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import Piece, empty_output
 from fused_ops.ops.batch_norm.reference import (
     BackwardArguments,
     ForwardArguments,
     before_activation,
-    by_row,
     normalised,
     per_channel,
     unpack,
@@ -69,7 +68,7 @@ def normalise(statistics: Tensor, input: Tensor, *options: Any) -> Tensor:
     """The output; ``options`` are weight, bias, activation, slope, residual, mask, valid. Writes ``mask``."""
     weight, bias, activation, slope, *more = options
     a = ForwardArguments(input, None, None, weight, bias, False, 0.0, 0.0, 0, activation, slope, *more)
-    return normalised(a, *by_row(statistics, input, 1))
+    return normalised(a, statistics, 1)
 
 
 def _before(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +76,7 @@ def _before(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = BackwardArguments(grad_output, input, weight, bias, statistics, False, True, True, 0, activation, slope, *more)
     positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
     mean, invstd = statistics.unbind(0)
-    return before_activation(a, slice(None), mean, per_channel(invstd, input), positive)
+    return before_activation(a, Piece((), ()), mean, per_channel(invstd, input), positive)
 
 
 def grad_sums(*arguments: Any) -> Tensor:
@@ -88,7 +87,7 @@ def grad_sums(*arguments: Any) -> Tensor:
     """
     h, centered, _, _ = _before(*arguments)
     dims = [d for d in range(h.dim()) if d != 1]
-    return torch.stack([h.sum(dims), (h * centered).sum(dims)])
+    return torch.stack([t.sum(dims, dtype=torch.float64) for t in (h, h * centered)])
 
 
 def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any) -> Tensor:

@@ -8,7 +8,7 @@ Per channel (and ghost batch), over its n values x that count::
     grad_x = weight * invstd * (h - mean(h) - (x - mean) * invstd**2 * sum(h * (x - mean)) / (n - correction))
 
 ``correction`` is 0 for PyTorch's batch norm and 1 for the unbiased variance. Where a position does not count, y and all
-gradients are 0.
+gradients are 0. Inputs of 16 and 32 bits are computed in float32, piece by piece, and the sums of pieces in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output, is_channels_last
+from fused_ops.core.memory_format import Piece, empty_output, is_channels_last, pieces
 from fused_ops.core.sample import Sample
 from fused_ops.ops.batch_norm import activations
 
@@ -208,31 +208,48 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         check_written(a.running_mean, a.running_var)
         mean, invstd, *new = _statistics(a)
     statistics = torch.stack((mean, invstd))
-    output = normalised(a, *by_row(statistics, input, a.groups if training else 1))
+    output = normalised(a, statistics, a.groups if training else 1)
     if training and a.running_mean is not None and a.running_var is not None:
         a.running_mean.data.copy_(new[0])  # as PyTorch's batch norm, without autograd's notice
         a.running_var.data.copy_(new[1])
     return output, statistics
 
 
-def normalised(a: ForwardArguments, mean: Tensor, invstd: Tensor) -> Tensor:
-    """The output, from statistics that broadcast against the input; writes ``mask``."""
-    input = a.input
-    z = (input.double() - mean) * invstd
-    if a.weight is not None:
-        z = z * per_channel(a.weight.double(), z)
-    if a.bias is not None:
-        z = z + per_channel(a.bias.double(), z)
-    if a.residual is not None:
-        z = z + a.residual.double()
-    y = activations.apply(a.activation, z, a.slope)
-    if a.valid is not None:
-        y = torch.where(counted(a.valid, input).bool(), y, 0.0)
-    if a.mask is not None:
-        if not has_mask(a.residual, a.valid, a.activation):
-            raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
-        a.mask.copy_(pack(~(z <= 0), input))
-    return empty_forward_output(a).copy_(y)
+def normalised(a: ForwardArguments, statistics: Tensor, groups: int) -> Tensor:
+    """The output, from mean and invstd of each group; writes ``mask``."""
+    input, dtype = a.input, acc_dtype(a.input.dtype)
+    if a.mask is not None and not has_mask(a.residual, a.valid, a.activation):
+        raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
+    output, signs = empty_forward_output(a), None if a.mask is None else torch.empty_like(input, dtype=torch.bool)
+    weight, bias = (None if p is None else per_channel(p.to(dtype), input) for p in (a.weight, a.bias))
+    invstd = by_row(statistics, input, groups)[1].to(dtype)
+    for piece in pieces(input):
+        z = centered_piece(input, piece, statistics, groups).mul_(_of_batch(invstd, piece))
+        z = z if weight is None else z.mul_(weight)
+        z = z if bias is None else z.add_(bias)
+        z = z if a.residual is None else z.add_(a.residual[piece.all])
+        y = activations.apply(a.activation, z, a.slope)
+        if a.valid is not None:
+            y = torch.where(counted(a.valid, input)[piece.all].bool(), y, 0.0)
+        if signs is not None:
+            signs[piece.all] = ~(z <= 0)
+        output[piece.all] = y
+    if a.mask is not None and signs is not None:
+        a.mask.copy_(pack(signs, input))
+    return output
+
+
+def _of_batch(values: Tensor, piece: Piece) -> Tensor:
+    """Those of the piece's batch entries, of values that broadcast in all that lies behind the channels."""
+    return values[piece.all[:1]]
+
+
+def centered_piece(input: Tensor, piece: Piece, statistics: Tensor, groups: int) -> Tensor:
+    """A piece of x - mean, where the mean may have more digits than the dtype that x is computed in."""
+    mean, dtype = _of_batch(by_row(statistics, input, groups)[0], piece), acc_dtype(input.dtype)
+    high = mean.to(dtype)
+    found = input[piece.all].to(dtype) - high
+    return found if dtype == torch.float64 else found.sub_((mean - high).to(dtype))
 
 
 def empty_forward_output(a: ForwardArguments) -> Tensor:
@@ -245,14 +262,10 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input, correction = a.input, a.correction
     means, invstds = [], []
     new = [None if r is None else r.double() for r in (a.running_mean, a.running_var)]
-    size, channels = group_size(input.size(0), a.groups), input.size(1)
+    size = group_size(input.size(0), a.groups)
     for begin in range(0, max(input.size(0), 1), size):
-        x = input[begin : begin + size].double().movedim(1, 0).reshape(channels, -1 if channels else 0)
-        if a.valid is not None:
-            x = x[:, a.valid[begin : begin + size].reshape(-1).bool()]
-        n = x.size(1)
-        mean = x.mean(1) if n else x.new_full((channels,), float("nan"))
-        m2 = (x - mean.unsqueeze(1)).square().sum(1)
+        part = slice(begin, begin + size)
+        n, mean, m2 = _moments(input[part], None if a.valid is None else a.valid[part])
         invstds.append((m2 / (n - correction) + a.eps).rsqrt() if n > correction else m2 / 0 if n else mean)
         means.append(mean)
         if n and new[0] is not None and new[1] is not None:
@@ -263,6 +276,36 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.cat(means), torch.cat(invstds), new_mean, new_var
 
 
+def _moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
+    """How many values of each channel count, and in float64 their mean and M2, merged from those of pieces."""
+    channels, found = input.size(1), []
+    for piece in pieces(input):
+        x, dims = input[piece.all].to(acc_dtype(input.dtype)), _all_but_channels(input)
+        if valid is not None:
+            keep = valid.reshape(input.size(0), *input.shape[2:])[piece.row].reshape(-1).bool()
+            x, dims = x.movedim(1, -1).reshape(-1, channels)[keep], [0]
+        count = x.numel() // max(channels, 1)
+        if count:
+            near = x.mean(dims, keepdim=True)  # near the mean: what is left of the sum says how near
+            x = x - near
+            rest, m2 = x.sum(dims).double(), x.square_().sum(dims).double()
+            near = near.flatten().double()
+            mean = torch.where(near.isfinite(), near + rest / count, near)
+            found.append((count, mean, m2 - rest.square() / count))
+    n = sum(count for count, _, _ in found)
+    if not n:
+        return 0, input.new_full((channels,), math.nan).double(), input.new_zeros(channels).double()
+    if len(found) == 1:
+        return found[0]
+    first = found[0][1]
+    mean = first + torch.stack([(count / n) * (m - first) for count, m, _ in found]).sum(0)
+    return n, mean, torch.stack([m2 + count * (m - mean).square() for count, m, m2 in found]).sum(0)
+
+
+def _all_but_channels(input: Tensor) -> list[int]:
+    return [d for d in range(input.dim()) if d != 1]
+
+
 def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias, empty where not needed, in one step; writes ``grad_residual``."""
     a = BackwardArguments(*arguments, **named)
@@ -270,49 +313,76 @@ def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     groups = a.groups if a.training else 1
     positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
     size, channels = group_size(input.size(0), groups), input.size(1)
-    mean, invstd = a.statistics.unbind(0)
-    inputs, befores, sums, dots = [], [], [], []
+    grad_input, sums, dots = empty_output(input) if a.need_input else None, [], []
     for i, begin in enumerate(range(0, max(input.size(0), 1), size)):
         rows, here = slice(begin, begin + size), slice(i * channels, (i + 1) * channels)
-        inv = per_channel(invstd[here], input)
-        h, centered, scale, keep = before_activation(a, rows, mean[here], inv, positive)
-        n = int(keep.sum()) if a.valid is not None else h.numel() // max(channels, 1)
-        dims = [d for d in range(h.dim()) if d != 1]
-        total, dot = h.sum(dims, keepdim=True), (h * centered).sum(dims, keepdim=True)
-        grad = h
-        if a.training and n:
-            grad = h - total / n - centered * (dot * inv.square() / (n - a.correction))
-        grad = grad * scale
-        inputs.append(grad if a.valid is None else torch.where(keep, grad, 0.0))
-        befores.append(h)
-        sums.append(total.flatten())
-        dots.append((dot * inv if n else dot).flatten())
+        part = _batch_entries(a, rows)
+        signs = None if positive is None else positive[rows]
+        to = None if grad_input is None else grad_input[rows]
+        total, dot = _backward_of_group(part, signs, a.statistics[0, here], a.statistics[1, here], to)
+        sums.append(total)
+        dots.append(dot)
     kind, none = param_dtype(input, a.weight, a.bias), input.new_empty(0)
-    if a.grad_residual is not None:
-        a.grad_residual.copy_(torch.cat(befores))
     return (
-        empty_output(input).copy_(torch.cat(inputs)) if a.need_input else none,
+        none if grad_input is None else grad_input,
         torch.stack(dots).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
         torch.stack(sums).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
     )
 
 
+def _batch_entries(a: BackwardArguments, rows: slice) -> BackwardArguments:
+    residual, valid, grad_residual = (None if t is None else t[rows] for t in (a.residual, a.valid, a.grad_residual))
+    a = a._replace(grad_output=a.grad_output[rows], input=a.input[rows])
+    return a._replace(residual=residual, valid=valid, grad_residual=grad_residual)
+
+
+def _backward_of_group(
+    a: BackwardArguments, positive: Tensor | None, mean: Tensor, invstd: Tensor, grad_input: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of bias and weight of one group, float64; writes those of the input and the residual."""
+    dims, inv = _all_but_channels(a.input), per_channel(invstd, a.input)
+    total, dot = torch.zeros_like(inv), torch.zeros_like(inv)
+    n: int = 0
+    for piece in pieces(a.input):
+        h, centered, _, keep = before_activation(a, piece, mean, inv, positive)
+        n += int(keep.sum()) if a.valid is not None else h.numel() // max(a.input.size(1), 1)
+        total = total + h.sum(dims, keepdim=True)
+        dot = dot + centered.mul_(h).sum(dims, keepdim=True)
+    grad_mean, grad_slope = (total / n, dot * inv.square() / (n - a.correction)) if n else (total, dot)
+    for piece in pieces(a.input) if grad_input is not None or a.grad_residual is not None else ():
+        h, centered, scale, keep = before_activation(a, piece, mean, inv, positive)
+        if a.grad_residual is not None:
+            a.grad_residual[piece.all] = h
+        if grad_input is None:
+            continue
+        if a.training and n:
+            h = (h - grad_mean.to(h.dtype)).sub_(centered.mul_(grad_slope.to(h.dtype)))
+        grad = h * scale
+        grad_input[piece.all] = grad if a.valid is None else torch.where(keep, grad, 0.0)
+    return total.flatten(), (dot * inv if n else dot).flatten()
+
+
 def before_activation(
-    a: BackwardArguments, rows: slice, mean: Tensor, invstd: Tensor, positive: Tensor | None
+    a: BackwardArguments, piece: Piece, mean: Tensor, invstd: Tensor, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, x - mean, the scale and which positions count, of these batch entries; ``invstd`` broadcasts against them."""
-    x, h = a.input[rows].double(), a.grad_output[rows].double()
-    centered = x - per_channel(mean, x)
-    scale = invstd if a.weight is None else invstd * per_channel(a.weight.double(), x)
+    """h, x - mean, the scale and which positions count, of a piece; ``invstd`` broadcasts against it."""
+    dtype = acc_dtype(a.input.dtype)
+    x, h = a.input[piece.all].to(dtype), a.grad_output[piece.all].to(dtype)
+    wide = per_channel(mean, x)
+    high = wide.to(dtype)
+    centered = x - high
+    if dtype != torch.float64:
+        centered.sub_((wide - high).to(dtype))  # the mean has more digits than x
+    scale = (invstd if a.weight is None else invstd * per_channel(a.weight.double(), x)).to(dtype)
     if positive is not None:
-        h = h * activations.sign_derivative(a.activation, positive[rows], a.slope, h.dtype)
+        h = h * activations.sign_derivative(a.activation, positive[piece.all], a.slope, h.dtype)
     elif a.activation != activations.NONE:
-        z = centered * scale if a.bias is None else centered * scale + per_channel(a.bias.double(), x)
-        z = z if a.residual is None else z + a.residual[rows].double()
+        z = centered * scale if a.bias is None else centered * scale + per_channel(a.bias.to(dtype), x)
+        z = z if a.residual is None else z + a.residual[piece.all]
         h = h * activations.first_derivative(a.activation, z, a.slope)
     keep = torch.ones((), dtype=torch.bool, device=x.device)
     if a.valid is not None:
-        keep = counted(a.valid[rows], x).bool()
+        keep = counted(a.valid, a.input)[piece.all].bool()
         h, centered = torch.where(keep, h, 0.0), torch.where(keep, centered, 0.0)
     return h, centered, scale, keep
 

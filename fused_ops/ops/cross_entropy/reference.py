@@ -95,11 +95,11 @@ def _backward_to(
     dim, dtype = class_dim(input), acc_dtype(input.dtype)
     valid, safe = split_targets(input, target, ignore_index)
     scale = row_scale(grad_loss.double(), total, valid, reduction).to(dtype)
-    minus_one = torch.full((), -1.0, dtype=dtype, device=input.device)
     for piece in pieces(input) if input.numel() else ():
         p = input[piece.all].softmax(dim, dtype=dtype)
         here, keep = (t[piece.row].unsqueeze(dim) for t in (safe, valid))
-        p.scatter_add_(dim, here, minus_one.expand(here.shape))
+        p.scatter_(dim, here, 0.0)
+        p.scatter_(dim, here, -p.sum(dim, keepdim=True))  # p - 1 of a target, which may have all but nothing left
         p.mul_(scale[piece.row].unsqueeze(dim)).masked_fill_(~keep, 0.0)
         grad[piece.all] = p
     return grad

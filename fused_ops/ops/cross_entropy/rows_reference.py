@@ -126,7 +126,7 @@ class _Row:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of each row's values, over all classes."""
-        values = values.sum(self.dim)
+        values = values.sum(self.dim, dtype=torch.float64).to(values.dtype)
         return values if self.across is None else self.across.total(values)
 
     def copy(self, values: Tensor) -> Tensor:
@@ -269,11 +269,11 @@ def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     nll = row.dot(q, -row.log_p)
     one = indices is not None and probabilities is None
     log_probability = row.of_index(row.log_p) if one else torch.zeros_like(nll)
-    mass = q.sum(dim)
+    mass = row.sum(q)
     if indices is None:
         target_weight = count
     else:
-        target_weight = row.weighted(row.scatter(probabilities), weight).sum(dim)
+        target_weight = row.sum(row.weighted(row.scatter(probabilities), weight))
         share = (1 - o.label_smoothing) * target_weight
         mass = mass - share if one else mass
         # 0 * inf of a class index is NaN, as in PyTorch
@@ -283,7 +283,7 @@ def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     if not o.statistics:
         return nll, torch.where(row.valid, lse, 0.0), mass, target_weight, empty, no_index, empty.clone()
     p, log_p = row.neg_entropy_terms()
-    entropy, log_probability = -(p * log_p).sum(dim).double(), log_probability.double()
+    entropy, log_probability = -row.sum(p * log_p).double(), log_probability.double()
     prediction = row.u.argmax(dim) if input.size(dim) else torch.zeros_like(nll, dtype=torch.int64)
     return nll, lse, mass, target_weight, entropy, prediction, log_probability
 

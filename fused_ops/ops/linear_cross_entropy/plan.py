@@ -109,6 +109,28 @@ def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
     return max(int(_SHARE * logits), min(found))
 
 
+def least_bytes(sizes: Sizes, needs: int) -> int:
+    """The least memory of a call in chunks of rows: a row of logits.
+
+    Beside a float32 sum of a 16-bit weight's gradient it is _FEWEST_ROWS, as each chunk reads and writes that sum.
+    """
+    sums = sizes.sum_bytes(needs)
+    if not sums:
+        return sizes.row_bytes
+    return min(sizes.rows * sizes.row_bytes, min(sizes.rows, _FEWEST_ROWS) * sizes.row_bytes + sums)
+
+
+def check_limit(sizes: Sizes, needs: int, max_memory_bytes: int | None) -> None:
+    """Raises for a limit that no chunks of rows keep; logits that are not worth cutting are cut as small as may be."""
+    if max_memory_bytes is None or sizes.rows * sizes.row_bytes <= SMALL_BYTES:
+        return
+    if max_memory_bytes < (least := least_bytes(sizes, needs)):
+        what = f"{_FEWEST_ROWS} rows of logits and a float32 sum of linear_weight's gradient"
+        what = {sizes.row_bytes: "a row of logits", sizes.rows * sizes.row_bytes: "all logits"}.get(least, what)
+        expected = f"expected max_memory_bytes to be at least {least}, for {what}"
+        raise ValueError(f"linear_cross_entropy: {expected}, got {max_memory_bytes}")
+
+
 def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max_memory_bytes: int | None) -> Plan:
     """The plan of a call: the fastest, by estimate, within the memory that is allowed.
 
@@ -118,10 +140,15 @@ def choose(sizes: Sizes, needs: int, in_tiles: bool, chunk_rows: int | None, max
         in_tiles: Whether the call is one that tiles serve.
         chunk_rows: What the caller wants, or None.
         max_memory_bytes: What the caller allows, or None.
+
+    Raises:
+        ValueError: What the caller allows is less than ``least_bytes``.
     """
     if chunk_rows is not None:
         return Plan(sizes.classes, chunk_rows, needs)
     in_tiles = in_tiles and bool(needs & WEIGHT)
+    if not in_tiles:  # tiles are of any height
+        check_limit(sizes, needs, max_memory_bytes)
     memory = max_memory_bytes or default_bytes(sizes, needs, in_tiles)
     rows = _in_rows(sizes, needs, memory)
     if not in_tiles:
@@ -150,14 +177,13 @@ def chosen_rows(rows: int, row_bytes: int, l2_bytes: int, summed_features: int =
         row_bytes: Of one row's logits.
         l2_bytes: Of the GPU's second-level cache.
         summed_features: Features of 16-bit weights whose gradient is wanted; 0 if there are none. Their logits may take
-            half as much memory as that sum; all of them at once, where they take no more than it.
+            half as much memory as that sum; all of them at once, where they take no more than it and a chunk do.
     """
     wanted = max(l2_bytes // max(row_bytes, 1) // 256 * 256, _GPU_ROWS)
     if summed_features:
         wanted = max(wanted, _GPU_SUMMED_ROWS, summed_features)
-        if rows <= 2 * summed_features:
-            wanted = max(rows, 1)
-    return -(-rows // -(-rows // wanted)) if rows else 1
+    chunk = -(-rows // -(-rows // wanted)) if rows else 1
+    return max(rows, 1) if rows <= chunk + 2 * summed_features else chunk
 
 
 def gpu_rows(input: Tensor, row_bytes: int, wants_weight: bool) -> int:

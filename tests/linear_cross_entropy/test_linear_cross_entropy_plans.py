@@ -1,0 +1,89 @@
+"""The table of default plans: what it counts is what runs, on tensors without memory; and the page has it."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import plans
+from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.linear_cross_entropy import by_rows
+from fused_ops.ops.linear_cross_entropy.plan import Sizes
+from fused_ops.ops.linear_cross_entropy.reference import Head
+
+CASES = [(head, rows) for head in plans.HEADS for rows in plans.ROWS]
+
+
+class Count(TorchDispatchMode):
+    """Operations and bytes of products, bytes of what the op between them takes, and the largest fresh matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.moved = 0
+        self.fresh = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.operations += left.size(0) * left.size(1) * right.size(1)
+            self.moved += nbytes(left) + nbytes(right) + nbytes(out) * (1 if name == "mm" else 2)
+        elif name == "linear_cross_entropy_chunk_":
+            self.moved += 2 * nbytes(args[0])
+        elif name == "_to_copy" and out.dim() == 2:
+            self.moved += nbytes(args[0]) + nbytes(out)
+        return out
+
+
+def nbytes(t):
+    return t.numel() * t.itemsize
+
+
+@pytest.mark.parametrize(("head", "rows"), CASES)
+def test_what_is_counted_is_what_runs(head, rows, monkeypatch):
+    """In chunks of rows as a GPU has them: the sum in float32 that cuBLAS adds to is one product's result here."""
+    features, classes = plans.HEADS[head]
+    sizes = Sizes(rows, features, classes, 1, 2)
+    plan = plans.default_plan(sizes, "cuda")
+    x, w = (torch.empty(n, features, dtype=torch.bfloat16, device="meta") for n in (rows, classes))
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    made = []
+    buffer = by_rows.tiles.buffer
+    monkeypatch.setattr(by_rows.tiles, "buffer", lambda *a: made.append(buffer(*a)) or made[-1])
+
+    def add(self, bit, left, right):
+        first = bit not in self.accumulated
+        if first:
+            like = right.new_empty(0, dtype=torch.float32) if self.several else right
+            self.accumulated[bit] = by_rows.tiles.buffer(like, left.size(0), right.size(1))
+        count.operations += left.size(0) * left.size(1) * right.size(1)
+        count.moved += nbytes(left) + nbytes(right) + nbytes(self.accumulated[bit]) * (1 if first else 2)
+
+    monkeypatch.setattr(by_rows.Gradients, "_add", add)
+    args, options = RowArgs(None, target, None, None, None), RowOptions()
+    with Count() as count:
+        by_rows.forward(Head(x, w, None, None, None), args, options, torch.empty(rows, device="meta"), 0.0, plan)
+    counted = plans.count(sizes, plan)
+    assert count.operations == counted.products * rows * features * classes
+    assert count.moved == counted.moved_bytes
+    gradient = 0 if plan.chunk_rows < rows else nbytes(w)  # without a sum the gradient itself is a buffer
+    assert sum(map(nbytes, made)) - gradient == counted.extra_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("head", "rows"), CASES)
+def test_no_default_plan_is_a_cliff(head, rows, device):
+    """Chunks of no fewer rows than products need, no row computed more than twice, no more memory than eager's."""
+    sizes = Sizes(rows, *plans.HEADS[head], 1, 2)
+    plan = plans.default_plan(sizes, device)
+    count = plans.count(sizes, plan)
+    assert 3 <= count.products < 4
+    assert plan.tile_classes >= 128 or plan.chunk_rows >= (128 if device == "cpu" else 1024)
+    assert count.extra_bytes <= 1.001 * rows * sizes.row_bytes  # all logits, where eager takes their gradient too
+
+
+def test_the_page_has_the_table():
+    page = plans.PAGE.read_text(encoding="utf-8")
+    assert plans.MARKER.search(page)
+    assert plans.render(page) == page
