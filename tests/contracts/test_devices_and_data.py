@@ -99,6 +99,7 @@ def recorded():
     for function, args, _ in valid_calls(op_names()):
         found.setdefault(function._schema.name.split("::")[1], []).append(args)
     found["linear_cross_entropy_buffer"] = [(torch.randn(3), 2, 3)]
+    found["linear_cross_entropy_rescale_"] = [(torch.randn(2, 3), torch.rand(()))]
     rows, classes = 4, 6
     head = [torch.randn(s) for s in ((rows, 3), (classes, 3), (classes,))]
     indices = torch.randint(0, classes, (rows,))

@@ -91,6 +91,9 @@ LINEAR_CROSS_ENTROPY = [
     lce("lora", "other shapes", RuntimeError, lora=(torch.ones(1, 3), torch.ones(3, 1), 1.0)),
     lce("chunk_rows", "below 1", ValueError, chunk_rows=0),
     lce("max_memory_bytes", "below 1", ValueError, max_memory_bytes=0),
+    lce("compact", "without reduction", ValueError, compact=True, reduction="none"),
+    lce("main_grad", "not a tensor", TypeError, main_grad=1.0),
+    lce("main_grad", "another shape", RuntimeError, main_grad=torch.ones(2)),
 ]
 ONES = torch.ones(3)
 

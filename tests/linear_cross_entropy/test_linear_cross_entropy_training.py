@@ -37,7 +37,7 @@ def run(tensors, target, factor=1.0, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_weight_s_gradient_is_added_to_main_grad(way, dtype):
-    """Of several micro-batches: to the bit what was there plus each of the gradients, unless these come another way."""
+    """Of several micro-batches: to the bit what was there plus each of the gradients, where these come the same way."""
     off = 0 if way else 4 * torch.finfo(dtype).eps  # without main_grad a small head is one op
     batches = [draw(dtype, (rows,)) for rows in (23, 11, 40)]
     weight = batches[0][0][1].clone().requires_grad_()
