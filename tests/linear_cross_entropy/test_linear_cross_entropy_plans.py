@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_ops
 from benchmarks import plans
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_rows
@@ -69,6 +70,32 @@ def test_what_is_counted_is_what_runs(head, rows, monkeypatch):
     assert count.moved == counted.moved_bytes
     gradient = 0 if plan.chunk_rows < rows else nbytes(w)  # without a sum the gradient itself is a buffer
     assert sum(map(nbytes, made)) - gradient == counted.extra_bytes
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_rows_of_logits_have_the_same_bits(dtype, reduction, positions, monkeypatch):
+    """As on a GPU, where rows of an odd vocabulary begin at multiples of 64 logits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 24, generator=generator).to(dtype)
+    w = torch.randn(257, *[positions][: positions - 1], 24, generator=generator).to(dtype)
+    target = torch.randint(0, 257, (50, *[positions][: positions - 1]), generator=generator)
+    target[3] = -100
+    strides = []
+    product = by_rows.product
+
+    def run(padded):
+        monkeypatch.setattr(by_rows, "_is_padded", lambda like: padded)
+        monkeypatch.setattr(by_rows, "product", lambda *a: strides.append(a[3].stride()) or product(*a))
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        loss = fused_ops.linear_cross_entropy(*leaves, target, reduction=reduction, chunk_rows=20, z_loss=1e-3)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    plain, padded = run(False), run(True)
+    columns = 257 * positions
+    assert {stride[0] for stride in strides} == {columns, -(-columns // 64) * 64}
+    assert all(torch.equal(a, b) for a, b in zip(plain, padded, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
