@@ -274,6 +274,13 @@ def as_pytorch_where_it_has_the_case(rank, world):
             assert ours.placements == theirs.placements, what
 
 
+def dtensors_differentiate_twice(mesh):
+    """Whether this torch's to_local has a second derivative, of which ours is made."""
+    x = spread(torch.ones(2), mesh, [R], True)
+    (grad,) = torch.autograd.grad(x.to_local().pow(3).sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.sum(), x, allow_unused=True)[0] is not None
+
+
 @case
 def derivatives(rank, world):
     """Backward twice, the second derivative, and a gradient written over the logits."""
@@ -289,8 +296,9 @@ def derivatives(rank, world):
         grads = [torch.autograd.grad(loss, y, create_graph=True)[0] for _ in range(2)]
         for grad in grads:
             near(grad.full_tensor().detach(), right.detach(), 1e-12, placement)
-        (found,) = torch.autograd.grad((grads[0] * spread(upstream, mesh, [placement])).sum(), y)
-        near(found.full_tensor(), second, 1e-12, placement)
+        if dtensors_differentiate_twice(mesh):
+            (found,) = torch.autograd.grad((grads[0] * spread(upstream, mesh, [placement])).sum(), y)
+            near(found.full_tensor(), second, 1e-12, placement)
         logits = y * 1.0
         loss = fused_ops.cross_entropy(logits, target, label_smoothing=0.1, inplace_backward=True)
         (grad,) = torch.autograd.grad(loss, logits)
@@ -580,6 +588,19 @@ def trained(way, mesh, sharded):
     return [*(whole(p.detach()) for p in net.parameters()), *(whole(t) for t in losses if not sharded)]
 
 
+def can_run(way, mesh):
+    """Whether this torch has a linear layer of hidden states that were gathered along their rows: 2.10 has not."""
+    if way != "patch, sequence":
+        return True
+    x = spread(torch.randn(4, 3, 8), mesh, [R] * mesh.ndim).redistribute(placements=[S(1)] * mesh.ndim)
+    try:
+        F.linear(x.redistribute(placements=[R] * mesh.ndim), spread(torch.randn(6, 8), mesh, [R] * mesh.ndim))
+    except RuntimeError as error:
+        assert "view size is not compatible" in str(error)
+        return False
+    return True
+
+
 @case
 def models(rank, world):
     mesh = mesh_of(world)
@@ -587,6 +608,8 @@ def models(rank, world):
         *("patch", "patch, sequence", "module, convert", "convert, loss, patch", "head", "head, sequence", "FSDP2"),
     ):
         sharded = way == "FSDP2"
+        if not can_run(way, mesh):
+            continue
         for mine, right in zip(trained(way, mesh, sharded), trained(way, None, sharded), strict=True):
             near(mine, right, 1e-10, way)
 
@@ -596,6 +619,8 @@ def models_on_two_dimensions_of_the_mesh(rank, world):
     """FSDP2 over the first, tensor parallelism over the second."""
     mesh = mesh_of(*sides(world))
     for way in ("patch", "patch, sequence", "head", "head, sequence"):
+        if not can_run(way, mesh_of(world)):
+            continue
         for mine, right in zip(trained(way, mesh, True), trained(way, None, True), strict=True):
             near(mine, right, 1e-10, way)
 

@@ -3,6 +3,7 @@
 A module of cases has ``CASES``, functions of (rank, world) by name, for ``run_case``.
 """
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -54,8 +55,8 @@ class Pool:
         return [result for _, result in found]
 
     def close(self):
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive():
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # of one that has ended
                 connection.send_bytes(b"")
         for process in self.processes:
             process.join(20)
