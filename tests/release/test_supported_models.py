@@ -70,9 +70,15 @@ def test_a_difference_shows(wrong, monkeypatch):
 
 def test_figures_by_hand():
     assert supported_models.median_ratio([1.0, 2.0, 9.0], [1.0, 1.0, 3.0]) == 2.0
-    assert supported_models.relative(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
-    assert supported_models.relative(torch.zeros(2), torch.zeros(2)) == 0.0
-    assert supported_models.relative(torch.empty(0), torch.empty(0)) == 0.0
+
+    def relative(found, expected, name="weight", **others):
+        return supported_models.relative(name, {name: found}, {name: expected, **others})
+
+    assert relative(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
+    assert relative(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative(torch.empty(0), torch.empty(0)) == 0.0
+    noise, variance = torch.tensor([1e-17]), {"norm.running_var": torch.tensor([4.0])}
+    assert relative(-noise, noise, "norm.running_mean", **variance) == pytest.approx(1e-17)
     order = []
     steps = {way: (lambda way=way: order.append(way)) for way in "abc"}
     times = supported_models.interleaved(steps, 3)
