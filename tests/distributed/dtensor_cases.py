@@ -673,6 +673,23 @@ def deferred_heads(rank, world):
         assert ("logits never computed for 1 losses" in str(net.report)) != (name == "used before"), str(net.report)
 
 
+@case
+def deferred_heads_of_rows_that_are_gathered(rank, world):
+    """What ColwiseParallel gathers in front of the head is still on its way when the logits are put off."""
+    mesh, x, target = mesh_of(world), torch.randn(4, 2 * world, 6, dtype=torch.float64), torch.arange(8 * world) % 15
+    net, alone = deferred_head(mesh, input_layouts=S(1)), deferred_head(None, converted=False)
+    here, whole_x = (t.clone().requires_grad_() for t in (x.chunk(world, 1)[rank], x))
+    with mock.patch.object(head, "SMALL_BYTES", 0):
+        logits = net(here)
+    found, expected = (F.cross_entropy(y.flatten(0, 1), target) for y in (logits, alone(whole_x)))
+    found.backward()
+    expected.backward()
+    assert logits._state.real is None
+    near(found.full_tensor().detach(), expected.detach(), 1e-12, "loss")
+    near(here.grad, whole_x.grad.chunk(world, 1)[rank], 1e-12, "input")
+    near(whole(net[2].weight.grad), alone[2].weight.grad, 1e-12, "weight")
+
+
 USES = (
     *(lambda y: y.to_local(), lambda y: y.full_tensor(), lambda y: y.argmax(-1), lambda y: y + 1, lambda y: y.sum(-1)),
     *(lambda y: y.redistribute(placements=[R]), lambda y: y.redistribute(placements=[S(-1)]), lambda y: y[0]),

@@ -29,6 +29,7 @@ CASES = [
     "models",
     "models_on_two_dimensions_of_the_mesh",
     "deferred_heads",
+    "deferred_heads_of_rows_that_are_gathered",
     "deferred_heads_are_dtensors_to_all_else",
     "heads_in_autocast",
     "compiled_heads",

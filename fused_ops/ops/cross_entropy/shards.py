@@ -1,8 +1,8 @@
 """Cross-entropy of classes that are spread over ranks: the raw ops, the autograd Function, and the op of graphs.
 
 A rank's part of each row (``partial``), one gather of them (of many ranks: maxima and sums), and a merge that every
-rank does alike. The gradient of the logits needs no collective; those of class weights and of (indices,
-probabilities), which every rank has alike, are summed over the ranks. ``shards_reference`` has the equations.
+rank does alike. The gradient of the logits needs no collective; those of class weights and of (indices, probabilities),
+which every rank has alike, are summed over the ranks. ``shards_reference`` has the equations.
 """
 
 from __future__ import annotations
