@@ -16,7 +16,6 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
 _NEAR = 3 / 32  # what fast products may lose, of the time of those in one piece
-_TILES_LOSS = 0.1  # of float32: logits are written once and read three times, each time from memory
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
@@ -85,7 +84,7 @@ def _in_rows(sizes: Sizes, needs: int, memory: int) -> _Choice | None:
 
 def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
     """Tiles of classes; rows that are not kept have their logits computed twice."""
-    beyond, least = sizes.beyond, 1 if sizes.itemsize == 2 else 1 + _TILES_LOSS
+    beyond = sizes.beyond
     tile_row = max(sizes.rows * sizes.itemsize, 1)
     tile = min(_TILE_CLASSES, max(memory // 2 // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
     left = max(memory - tile * tile_row, 0)
@@ -96,8 +95,8 @@ def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
         kept = min(beyond, max(left - beyond * sums, 0) // max(sizes.row_bytes - sums, 1))
         if 2 * beyond * sums > left and chunk >= _FEWEST_ROWS:  # or found in a first pass by rows
             tile = min(_TILE_CLASSES, max(memory // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
-            return _Choice(least + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
-    return _Choice(least + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
+            return _Choice(1 + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
+    return _Choice(1 + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
 
 
 def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
