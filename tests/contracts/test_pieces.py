@@ -38,6 +38,7 @@ def calls(dtype):
     """By name, each reference on inputs of this dtype."""
     x, target = losses(dtype)
     image = (torch.randn(6, 5, 4, 3) * 2 + 9).to(dtype)
+    many = image.flatten(2).mean(2).repeat(20, 1)
     grad, weight, bias = torch.randn(image.shape).to(dtype), torch.rand(5) + 0.5, torch.randn(5)
     options = (-100, 0.1, 1.3, 0.0, True)
     ones = torch.ones(40, dtype=torch.float64)
@@ -52,6 +53,7 @@ def calls(dtype):
             ones, ones, ones, None, x, target, None, None, None, lse, ones, lse, *options
         ),
         "batch_norm": lambda: batch_norm.forward(image, None, None, weight, bias, True, 0.1, 1e-5, 0, 1),
+        "batch_norm of rows": lambda: batch_norm.forward(many, None, None, weight, bias, True),
         "groups": lambda: batch_norm.forward(image, None, None, weight, bias, True, groups=3, valid=valid),
         "batch_norm's backward": lambda: batch_norm.backward(
             grad, image, weight, bias, statistics, activation=1, valid=valid
@@ -109,3 +111,15 @@ def test_a_far_mean_costs_no_digits(dtype):
     error, allowed = ((t.double() - exact).abs().max() for t in (found, eager))
     assert error <= allowed + torch.finfo(dtype).eps * exact.abs().max()
     torch.testing.assert_close(statistics[0], x.double().mean((0, 2)), rtol=1e-9, atol=0)
+
+
+def test_an_infinite_value_in_one_piece_is_an_infinite_mean(monkeypatch):
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 10)
+    x = torch.randn(20, 2)
+    x[1, 0] = torch.inf
+    running = [torch.zeros(2), torch.ones(2)]
+    batch_norm.forward(x, *running, None, None, True)
+    expected = [torch.zeros(2), torch.ones(2)]
+    F.batch_norm(x, *expected, training=True)
+    assert running[0][0] == expected[0][0] == torch.inf
+    torch.testing.assert_close(running[0][1], expected[0][1])
