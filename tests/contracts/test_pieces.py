@@ -10,6 +10,7 @@ from fused_ops.core import memory_format
 from fused_ops.core.memory_format import pieces
 from fused_ops.ops.batch_norm import reference as batch_norm
 from fused_ops.ops.cross_entropy import reference, rows_reference
+from fused_ops.ops.linear_cross_entropy import reference as head
 
 SHAPES = [(300,), (40, 7), (40, 300), (5, 3, 11), (2, 3, 40, 9), (0, 3), (3, 0), (2, 3, 0)]
 
@@ -123,3 +124,29 @@ def test_an_infinite_value_in_one_piece_is_an_infinite_mean(monkeypatch):
     F.batch_norm(x, *expected, training=True)
     assert running[0][0] == expected[0][0] == torch.inf
     torch.testing.assert_close(running[0][1], expected[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_logits_are_taken_in_pieces(dtype, monkeypatch):
+    torch.manual_seed(0)
+    z, target = (torch.randn(50, 200) * 3).to(dtype), torch.randint(0, 90, (200,))
+    factor, target_grad = torch.rand(200), torch.rand(200)
+
+    def tile():
+        rows = [torch.full((200,), -torch.inf), torch.zeros(200), torch.zeros(200)]
+        head.tile_sums_(z, target, 10, 90, *rows)
+        grads = z.clone()
+        head.tile_grads_(grads, target, 10, 90, rows[0], factor, target_grad)
+        return [*rows, grads]
+
+    whole = tile()
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 1)
+    with Largest() as largest:
+        parts = tile()
+    for part, one in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, one)
+    assert dtype == torch.float32 or largest.by_dtype[torch.float32] <= 50 * 64
+    at = (target >= 10) & (target < 60)
+    exact = z.double().logsumexp(0)
+    found = whole[0].double() + (whole[1].double() + torch.where(at, (whole[2] - whole[0]).double().exp(), 0.0)).log()
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
