@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_build import set_up, small_copy  # noqa: F401  (a fixture)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_ops
 from fused_ops.core import library
@@ -87,6 +88,23 @@ def test_without_the_first_library_the_second_is_not_loaded(monkeypatch, tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert library._load_cuda() == "the native library was not built"
+
+
+def test_a_reference_on_another_device_is_one_warning(monkeypatch):
+    monkeypatch.setattr(library, "_noticed", set())
+    called = library._with_notice("op", lambda *args: len(args))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = [torch.empty(2, device="cuda"), torch.empty(2, device="cuda", dtype=torch.int64)]
+    with pytest.warns(
+        RuntimeWarning, match="fused_ops: op runs on cuda on its plain-PyTorch reference, .*: "
+    ) as caught:
+        assert called(*there) == 2
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert called(*there, 3) == 3
+        assert called(torch.empty(2), 3) == 2
+        assert called(torch.empty(2, device="meta")) == 1
 
 
 # ---- building: setup.py in a tree of empty sources, with an nvcc that notes what it is asked

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import sys
 import types
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from benchmarks import __main__ as command_line
-from benchmarks import cases, harness, rivals
+from benchmarks import cases, gpu_heads, harness, rivals
 from fused_ops.ops.linear_cross_entropy.plan import chosen_rows
 
 
@@ -59,6 +60,8 @@ def test_its_commands_exist(gpu_report, run_python, capsys):
             collected = run_python("-m", "pytest", *arguments, "--collect-only", "-p", "no:cacheprovider", cwd=ROOT)
             assert ("nccl" if step.name == "ranks" else "test_sanitized_samples") in collected.stdout
             break
+    assert {*gpu_report.FIRST, *gpu_report.SECOND} <= set(steps)
+    assert sum(steps[name].limit_s for name in gpu_report.FIRST if name in ("heads", "tests")) <= 6 * 60
     assert set(gpu_report.RIVALS) <= set(rivals.OPTIONAL)
     assert set(gpu_report.OPS) <= set(cases.modules())
 
@@ -155,3 +158,22 @@ def test_chunks_on_a_gpu_are_alike_and_enough_for_the_products(rows, row_bytes, 
     assert chunks <= 1 or chosen >= (2048 if summed else 1024) // 2
     assert chunks <= 1 or rows > 2 * summed
     assert chosen * (chunks - 1) < rows or rows == 0
+
+
+def test_the_heads_of_a_gpu_are_measured_row_by_row(tmp_path, monkeypatch):
+    """Small ones, here: every question has an answer, or says why not, and what is known is in the file at once."""
+    lines = []
+    written = gpu_heads.figures
+
+    def watched(*args):
+        lines.append(len(json.loads((tmp_path / "heads.json").read_text())) if lines else 0)
+        return written(*args)
+
+    monkeypatch.setattr(gpu_heads, "figures", watched)
+    monkeypatch.setattr(gpu_heads, "timed", lambda run, device: [run() or 1.0])
+    gpu_heads.main([str(tmp_path / "heads.json"), "--tiny"])
+    rows = json.loads((tmp_path / "heads.json").read_text())
+    assert lines == list(range(len(rows)))
+    failed = {row["way"] for row in rows if "error" in row}
+    assert failed <= {"liger-kernel", "cut-cross-entropy"}
+    assert {row["question"] for row in rows} >= {"default", "chunks", "odd vocabulary", "a third ignored", "limits"}

@@ -222,9 +222,9 @@ def normalised(a: ForwardArguments, statistics: Tensor, groups: int) -> Tensor:
         raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
     output, signs = empty_forward_output(a), None if a.mask is None else torch.empty_like(input, dtype=torch.bool)
     weight, bias = (None if p is None else per_channel(p.to(dtype), input) for p in (a.weight, a.bias))
-    invstd = by_row(statistics, input, groups)[1].to(dtype)
     for piece in pieces(input):
-        z = centered_piece(input, piece, statistics, groups).mul_(_of_batch(invstd, piece))
+        mean, invstd = _by_row_of_piece(statistics, input, groups, piece)
+        z = _centered(input[piece.all].to(dtype), mean).mul_(invstd.to(dtype))
         z = z if weight is None else z.mul_(weight)
         z = z if bias is None else z.add_(bias)
         z = z if a.residual is None else z.add_(a.residual[piece.all])
@@ -239,17 +239,19 @@ def normalised(a: ForwardArguments, statistics: Tensor, groups: int) -> Tensor:
     return output
 
 
-def _of_batch(values: Tensor, piece: Piece) -> Tensor:
-    """Those of the piece's batch entries, of values that broadcast in all that lies behind the channels."""
-    return values[piece.all[:1]]
+def _by_row_of_piece(statistics: Tensor, input: Tensor, groups: int, piece: Piece) -> tuple[Tensor, Tensor]:
+    """``by_row``, of the piece's batch entries; without ghost batches one for all of them."""
+    if groups == 1:
+        return per_channel(statistics[0], input), per_channel(statistics[1], input)
+    which = torch.arange(input.size(0), device=input.device)[piece.all[:1]] // group_size(input.size(0), groups)
+    shape = (group_count(input.size(0), groups), input.size(1), *[1] * (input.dim() - 2))
+    return statistics[0].reshape(shape)[which], statistics[1].reshape(shape)[which]
 
 
-def centered_piece(input: Tensor, piece: Piece, statistics: Tensor, groups: int) -> Tensor:
-    """A piece of x - mean, where the mean may have more digits than the dtype that x is computed in."""
-    mean, dtype = _of_batch(by_row(statistics, input, groups)[0], piece), acc_dtype(input.dtype)
-    high = mean.to(dtype)
-    found = input[piece.all].to(dtype) - high
-    return found if dtype == torch.float64 else found.sub_((mean - high).to(dtype))
+def _centered(x: Tensor, mean: Tensor) -> Tensor:
+    """x - mean, where the mean, float64, may have more digits than x."""
+    high = mean.to(x.dtype)
+    return x - high if x.dtype == torch.float64 else (x - high).sub_((mean - high).to(x.dtype))
 
 
 def empty_forward_output(a: ForwardArguments) -> Tensor:
@@ -299,6 +301,7 @@ def _moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
         return found[0]
     first = found[0][1]
     mean = first + torch.stack([(count / n) * (m - first) for count, m, _ in found]).sum(0)
+    mean = torch.where(mean.isfinite(), mean, torch.stack([m for _, m, _ in found]).sum(0))  # infinite where one is
     return n, mean, torch.stack([m2 + count * (m - mean).square() for count, m, m2 in found]).sum(0)
 
 
@@ -368,11 +371,7 @@ def before_activation(
     """h, x - mean, the scale and which positions count, of a piece; ``invstd`` broadcasts against it."""
     dtype = acc_dtype(a.input.dtype)
     x, h = a.input[piece.all].to(dtype), a.grad_output[piece.all].to(dtype)
-    wide = per_channel(mean, x)
-    high = wide.to(dtype)
-    centered = x - high
-    if dtype != torch.float64:
-        centered.sub_((wide - high).to(dtype))  # the mean has more digits than x
+    centered = _centered(x, per_channel(mean, x))
     scale = (invstd if a.weight is None else invstd * per_channel(a.weight.double(), x)).to(dtype)
     if positive is not None:
         h = h * activations.sign_derivative(a.activation, positive[piece.all], a.slope, h.dtype)

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops.core.memory_format import piece_elements
 from fused_ops.ops.cross_entropy import reference as cross_entropy
 from fused_ops.ops.cross_entropy import rows_reference as rows
 from fused_ops.ops.cross_entropy.reference import acc_dtype
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+
+_FEWEST_COLUMNS = 64  # in memory a row's logits lie apart, those of one class side by side
 
 
 class Head(NamedTuple):
@@ -95,7 +98,18 @@ def tile_sums_(
     bad = ((target < 0) | (target >= classes)).nonzero()
     if bad.numel():
         raise IndexError(f"Target {int(target[bad[0, 0]])} is out of bounds.")
-    z, at = logits.to(max.dtype), target - first_class
+    for part in _columns(logits):
+        _tile_sums_of(logits[:, part], target[part] - first_class, max[part], others[part], target_logit[part])
+
+
+def _columns(logits: Tensor) -> list[slice]:
+    """Some rows' logits each, of a transposed tile: few enough for what is made of them to be small."""
+    rows, step = logits.size(1), max(piece_elements(logits) // max(logits.size(0), 1), _FEWEST_COLUMNS)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _tile_sums_of(logits: Tensor, at: Tensor, max: Tensor, others: Tensor, target_logit: Tensor) -> None:
+    z = logits.to(max.dtype)
     here = (at >= 0) & (at < z.size(0))
     now = torch.maximum(max, z.amax(0)) if z.size(0) else max
     shift = torch.where(now == -torch.inf, 0.0, now)
@@ -112,7 +126,8 @@ def tile_grads_(
     """The tile becomes its gradient: exp(logit - max) factor, and target_grad at each row's target."""
     at = target - first_class
     rows = ((at >= 0) & (at < logits.size(0))).nonzero().squeeze(1)
-    logits.copy_((logits.to(max.dtype) - max).exp() * factor)
+    for part in _columns(logits):
+        logits[:, part] = (logits[:, part].to(max.dtype) - max[part]).exp_().mul_(factor[part])
     logits[at[rows], rows] = target_grad[rows].to(logits.dtype)
 
 

@@ -1,0 +1,152 @@
+"""The references work in pieces: of a bounded size, in the dtype that the rule names, with the results of one piece."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_ops.core import memory_format
+from fused_ops.core.memory_format import pieces
+from fused_ops.ops.batch_norm import reference as batch_norm
+from fused_ops.ops.cross_entropy import reference, rows_reference
+from fused_ops.ops.linear_cross_entropy import reference as head
+
+SHAPES = [(300,), (40, 7), (40, 300), (5, 3, 11), (2, 3, 40, 9), (0, 3), (3, 0), (2, 3, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("elements", [1, 50, 1 << 20])
+def test_pieces_are_small_and_cover_the_input_once(shape, elements, monkeypatch):
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", elements)
+    x, rows = torch.zeros(shape), torch.zeros(*shape[:1], *shape[2:]) if len(shape) > 1 else torch.zeros(())
+    for piece in pieces(x):
+        x[piece.all] += 1
+        rows[piece.row] += 1
+        least = torch.Size(shape[1:2]).numel() * torch.Size(shape[3:]).numel()  # of one batch entry and position
+        assert len(shape) == 1 or x[piece.all].numel() <= max(elements, least)
+    assert bool((x == 1).all()) and bool((rows == 1).all())
+
+
+def losses(dtype):
+    torch.manual_seed(0)
+    x, target = (torch.randn(40, 70) * 3).to(dtype), torch.randint(0, 70, (40,))
+    target[3] = -100
+    return x, target
+
+
+def calls(dtype):
+    """By name, each reference on inputs of this dtype."""
+    x, target = losses(dtype)
+    image = (torch.randn(6, 5, 4, 3) * 2 + 9).to(dtype)
+    many = image.flatten(2).mean(2).repeat(20, 1)
+    grad, weight, bias = torch.randn(image.shape).to(dtype), torch.rand(5) + 0.5, torch.randn(5)
+    options = (-100, 0.1, 1.3, 0.0, True)
+    ones = torch.ones(40, dtype=torch.float64)
+    lse = torch.zeros(40, dtype=torch.float64)
+    statistics = batch_norm.forward(image, None, None, weight, bias, True)[1]
+    valid = torch.arange(24).reshape(6, 4, 1).expand(6, 4, 3) % 5 != 0
+    return {
+        "cross_entropy": lambda: reference.forward(x, target, -100, 1),
+        "its backward": lambda: reference.backward(torch.ones((), dtype=dtype), x, target, lse, ones.sum(), -100, 1),
+        "rows": lambda: rows_reference.forward(x, target, None, None, None, *options),
+        "their backward": lambda: rows_reference.backward(
+            ones, ones, ones, None, x, target, None, None, None, lse, ones, lse, *options
+        ),
+        "batch_norm": lambda: batch_norm.forward(image, None, None, weight, bias, True, 0.1, 1e-5, 0, 1),
+        "batch_norm of rows": lambda: batch_norm.forward(many, None, None, weight, bias, True),
+        "groups": lambda: batch_norm.forward(image, None, None, weight, bias, True, groups=3, valid=valid),
+        "batch_norm's backward": lambda: batch_norm.backward(
+            grad, image, weight, bias, statistics, activation=1, valid=valid
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", calls(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_many_pieces_have_the_results_of_one(name, dtype, monkeypatch):
+    whole = calls(dtype)[name]()
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 64)
+    parts = calls(dtype)[name]()
+    near = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}[dtype]
+    for part, one in zip(tree_leaves(parts), tree_leaves(whole), strict=True):
+        torch.testing.assert_close(part, one, rtol=near, atol=near)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a fresh tensor of a floating-point dtype, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_dtype = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and not t._is_view():
+                self.by_dtype[t.dtype] = max(self.by_dtype.get(t.dtype, 0), t.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", calls(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_made_on_the_way_is_small(name, dtype, monkeypatch):
+    """Beside the result, a piece in float32; in float64 a value for each row or channel, or a piece of a sum."""
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 140)
+    call = calls(dtype)[name]
+    with Largest() as largest:
+        call()
+    assert largest.by_dtype.get(torch.float64, 0) <= 140
+    if dtype != torch.float32:
+        assert largest.by_dtype[torch.float32] <= 140
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_far_mean_costs_no_digits(dtype):
+    """No further from the truth than PyTorch's own batch norm, and a rounding."""
+    torch.manual_seed(0)
+    x = (torch.randn(64, 3, 50) + 3000).to(dtype)
+    found, statistics = batch_norm.forward(x, None, None, None, None, True)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    eager = F.batch_norm(x, None, None, training=True)
+    error, allowed = ((t.double() - exact).abs().max() for t in (found, eager))
+    assert error <= allowed + torch.finfo(dtype).eps * exact.abs().max()
+    torch.testing.assert_close(statistics[0], x.double().mean((0, 2)), rtol=1e-9, atol=0)
+
+
+def test_an_infinite_value_in_one_piece_is_an_infinite_mean(monkeypatch):
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 10)
+    x = torch.randn(20, 2)
+    x[1, 0] = torch.inf
+    running = [torch.zeros(2), torch.ones(2)]
+    batch_norm.forward(x, *running, None, None, True)
+    expected = [torch.zeros(2), torch.ones(2)]
+    F.batch_norm(x, *expected, training=True)
+    assert running[0][0] == expected[0][0] == torch.inf
+    torch.testing.assert_close(running[0][1], expected[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_logits_are_taken_in_pieces(dtype, monkeypatch):
+    torch.manual_seed(0)
+    z, target = (torch.randn(50, 200) * 3).to(dtype), torch.randint(0, 90, (200,))
+    factor, target_grad = torch.rand(200), torch.rand(200)
+
+    def tile():
+        rows = [torch.full((200,), -torch.inf), torch.zeros(200), torch.zeros(200)]
+        head.tile_sums_(z, target, 10, 90, *rows)
+        grads = z.clone()
+        head.tile_grads_(grads, target, 10, 90, rows[0], factor, target_grad)
+        return [*rows, grads]
+
+    whole = tile()
+    monkeypatch.setattr(memory_format, "_CPU_PIECE", 1)
+    with Largest() as largest:
+        parts = tile()
+    for part, one in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, one)
+    assert dtype == torch.float32 or largest.by_dtype[torch.float32] <= 50 * 64
+    at = (target >= 10) & (target < 60)
+    exact = z.double().logsumexp(0)
+    found = whole[0].double() + (whole[1].double() + torch.where(at, (whole[2] - whole[0]).double().exp(), 0.0)).log()
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
