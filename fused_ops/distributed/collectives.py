@@ -18,6 +18,7 @@ takes the same ones. Results have the same bits on all ranks and in every run.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,9 @@ MANY_RANKS = 64
 # Since torch 2.13 the second name is deprecated.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-_groups: dict[str, Any] = {}  # by name, as the ops' schemas have no other way to say which
+# By name, as the ops' schemas have no other way to say which. Not held: a group that outlives destroy_process_group has
+# threads that may still free tensors when Python is gone, which ends the process.
+_groups: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def name_of(group: Any) -> str:
@@ -55,8 +58,8 @@ def group_of(name: str) -> Any:
     try:
         return resolve_group(name)
     except RuntimeError:
-        if name in _groups:
-            return _groups[name]
+        if (group := _groups.get(name)) is not None:
+            return group
         raise
 
 

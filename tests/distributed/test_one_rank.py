@@ -82,3 +82,33 @@ def test_synchronised_batch_norm(device):
     synchronised, ordinary = (kind(4, device=device) for kind in (fused_ops.SyncBatchNorm, fused_ops.BatchNorm1d))
     assert torch.equal(synchronised(x), ordinary(x))
     assert torch.equal(synchronised.running_var, ordinary.running_var)
+
+
+AFTER_ITS_GROUP = """
+import gc, sys, weakref
+import torch, torch.distributed as dist
+import fused_ops
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+h, w = torch.randn(64, 32, requires_grad=True), torch.randn(600, 32, requires_grad=True)
+t, group = torch.randint(0, 600, (64,)), dist.group.WORLD
+losses = [
+    fused_ops.cross_entropy(h @ w.t(), t, class_group=group, label_smoothing=0.1),
+    fused_ops.cross_entropy(h @ w.t(), t, row_group=group),
+    fused_ops.linear_cross_entropy(h, w, t, class_group=group),
+    fused_ops.linear_cross_entropy(h, w, t, class_group=group, chunk_rows=16),
+    fused_ops.linear_cross_entropy(h, w, t, class_group=group, chunk_rows=16, reduction="none").sum(),
+    fused_ops.batch_norm(h, None, None, training=True, group=group).square().sum(),
+    fused_ops.SyncBatchNorm(32)(h).square().sum(),
+]
+for loss in losses:
+    loss.backward(retain_graph=True)
+group = weakref.ref(group)
+dist.destroy_process_group()
+gc.collect()
+assert group() is None, gc.get_referrers(group())
+"""
+
+
+def test_a_graph_does_not_keep_a_group_that_is_destroyed(run_python, tmp_path):
+    """Its threads may outlive Python, and end the process where they free a tensor then."""
+    run_python("-c", AFTER_ITS_GROUP, str(tmp_path / "store"))

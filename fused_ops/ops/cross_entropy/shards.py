@@ -46,6 +46,14 @@ class Shard(NamedTuple):
     classes: int  # of all ranks
     allowed: Tensor | None = None  # how many classes smoothing is spread over, a scalar or one value per row
 
+    def to_save(self) -> Shard:
+        """With the group's name in its place: a graph that held it would keep a destroyed group's threads alive."""
+        return self._replace(group=None if self.group is None else collectives.name_of(self.group), allowed=None)
+
+    def of_saved(self, allowed: Tensor) -> Shard:
+        """What ``to_save`` was taken of."""
+        return self._replace(group=None if self.group is None else collectives.group_of(self.group), allowed=allowed)
+
 
 Place = Shard | Tensor  # in graphs a tensor of start and classes
 
@@ -273,7 +281,8 @@ class CrossEntropyShardFunction(FusedFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.place, ctx.inplace_backward, ctx.options = Shard(*inputs[6:9]), inputs[9], RowOptions(*inputs[10:])
+        ctx.place = Shard(*inputs[6:9]).to_save()
+        ctx.inplace_backward, ctx.options = inputs[9], RowOptions(*inputs[10:])
         ctx.mark_non_differentiable(*fixed_results(ctx.options.statistics, Merged(*output)))
         save(ctx, *inputs[:6], *output)
 
@@ -282,7 +291,7 @@ class CrossEntropyShardFunction(FusedFunction):
         g, o = row_grads(ctx.options.statistics, grads), ctx.options
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
         a, merged = RowArgs(*saved[:5]), Merged(*saved[6:])
-        shard = ctx.place._replace(allowed=saved[5])
+        shard = ctx.place.of_saved(saved[5])
         found: list[Tensor | None] = [None] * 15
         if all(grad is None for grad in g):
             return tuple(found)
@@ -311,7 +320,7 @@ class CrossEntropyShardFunction(FusedFunction):
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, _: None, probabilities_t: Any, weight_t: Any, *__: Any) -> Any:
         saved, o = checked_saved(ctx.saved_tensors, input_t, probabilities_t, weight_t), ctx.options
-        a, merged, shard = RowArgs(*saved[:5]), Merged(*saved[6:]), ctx.place._replace(allowed=saved[5])
+        a, merged, shard = RowArgs(*saved[:5]), Merged(*saved[6:]), ctx.place.of_saved(saved[5])
         across = across_ranks(o, shard, merged.high)
         if weight_t is not None:
             weight_t = _classes_here(across.copy(weight_t), a, shard.start)
