@@ -456,7 +456,8 @@ def test_failures_of_pytorch_say_why():
 
 
 @pytest.mark.skipif(not NATIVE, reason="this is that run")
-@pytest.mark.parametrize("some", ["another_device", pytest.param("not another_device", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("some", ["another_device", "not another_device"])
 def test_without_the_library(some, tmp_path, run_pytest):
     """The same with the references alone, in a copy of the package that has no library."""
     shutil.copytree(ROOT / "fused_ops", tmp_path / "fused_ops", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 slow = pytest.mark.slow
 WAYS = [
-    pytest.param("resnet", "data", 2),
+    pytest.param("resnet", "data", 2, marks=slow),
     pytest.param("resnet", "sharded", 2, marks=slow),
     pytest.param("llama", "data", 2, marks=slow),
     pytest.param("llama", "sharded", 2, marks=slow),
@@ -39,6 +39,7 @@ def test_as_one_process(model, way, processes):
     assert "largest difference of losses, weights and buffers" in result.stdout
 
 
+@pytest.mark.slow
 def test_it_fails_where_the_numbers_differ():
     """A tolerance that nothing meets: the comparison is a real one."""
     result = run(1, "--model", "resnet", "--steps", "1", "--tolerance", "0")

@@ -185,6 +185,7 @@ def test_compact_with_what_has_a_value_for_each_row(kind):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_compact_with_the_second_derivative_and_in_a_graph():
     (x, w, _), target = draw(torch.float64)
 

@@ -113,6 +113,7 @@ FAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 def test_adapters_call_the_rivals_as_they_are_called(op, monkeypatch):
     monkeypatch.setattr(rivals, "missing", lambda name, device: "not here" if name == "jax" else "")

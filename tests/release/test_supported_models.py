@@ -28,6 +28,7 @@ class Net(nn.Module):
 FAMILY = Family("Net", "timm", lambda _: Net(), lambda _: {"x": torch.randn(4, 3, 66, 66)}, lambda _: torch.arange(4))
 
 
+@pytest.mark.slow
 def test_a_family(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(Family, "missing", "")
