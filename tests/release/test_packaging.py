@@ -198,9 +198,7 @@ def test_an_sdist_installs_and_its_own_tests_pass(isolated, sdist, tmp_path):
         env={**env, **(constraints if isolated else {}), "FUSED_OPS_BUILD": "1"},
         cwd=tmp_path,
     )
-    if isolated and re.search(
-        "No matching distribution found for torch|ConnectionError|Connection refused", result.stderr
-    ):
+    if isolated and re.search("No matching distribution found|ConnectionError|Connection refused", result.stderr):
         pytest.skip("no index that has this torch")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     tree = unpacked(sdist, tmp_path)
