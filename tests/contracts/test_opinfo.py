@@ -84,7 +84,8 @@ def test_values_and_gradients(family, dtype, upstream):
     if errors:  # sums of products, in which either may be the lucky one: the rule holds for them all together
         mine, other = torch.tensor(errors, dtype=torch.float64).T
         more = 2 if family.endswith("in chunks") else 1  # a sum over chunks is rounded once more than one product is
-        assert mine.max() <= other.max() + more and mine.mean() <= other.mean()
+        # A rounding more, of each, would make the mean a third larger; by 3 % it differs between instruction sets.
+        assert mine.max() <= other.max() + more and mine.mean() <= 1.1 * other.mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
