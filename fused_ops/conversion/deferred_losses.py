@@ -69,9 +69,8 @@ def _cross_entropy(
 ) -> Any:
     """Of class indices, or of class probabilities of (rows, classes) logits."""
     legacy = size_average is not None or reduce is not None
-    ranks = [
-        options.pop(name, None) for name in Ranks._fields
-    ]  # over which classes or rows are spread: not of a whole head
+    # over which classes or rows are spread: not of a whole head
+    ranks = [options.pop(name, None) for name in Ranks._fields]
     other = legacy or any(value is not None for value in ranks)
     if other or not isinstance(logits, DeferredLogits) or not _is_target(logits, target) or logits._state.carried.sign:
         return NotImplemented
@@ -115,11 +114,11 @@ def _nll_loss(
 
 
 def _last_dimension(logits: Any, dim: Any) -> bool:
-    if not isinstance(logits, DeferredLogits) or isinstance(logits, SpreadLogits) or type(dim) is not int:
+    if not isinstance(logits, DeferredLogits) or isinstance(logits, SpreadLogits):
+        return False
+    if type(dim) is not int or not torch.is_grad_enabled():
         return False
     n = logits._state.twin.dim()
-    if not torch.is_grad_enabled():
-        return False
     return dim % n == n - 1 and not logits._state.moved and logits._state.carried.sign != 0
 
 

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import traceback
 
@@ -28,11 +27,13 @@ class Pool:
     def __init__(self, world):
         context = multiprocessing.get_context("forkserver")  # whose imports, the longest part, are done once
         context.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "fused_ops"])
-        port, self.connections, self.processes = free_port(), [], []
+        self.store, self.connections, self.processes = open_store(), [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
             self.connections.append(mine)
-            self.processes.append(context.Process(target=_serve, args=(rank, port, world, theirs), daemon=True))
+            self.processes.append(
+                context.Process(target=_serve, args=(rank, self.store.port, world, theirs), daemon=True)
+            )
             self.processes[-1].start()
             theirs.close()  # so that the end of the process is seen
 
@@ -90,24 +91,24 @@ def cases_of(module):
     return sorted(importlib.import_module(module).CASES)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def open_store():
+    """Where processes meet. It holds its port from the start: a free one only looked up may go to another pool."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def run(worker, *arguments, world=2):
     """``worker(rank, port, *arguments)`` on each of the processes."""
     how = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import torch again
-    torch.multiprocessing.start_processes(worker, (free_port(), *arguments), nprocs=world, start_method=how)
+    store = open_store()
+    torch.multiprocessing.start_processes(worker, (store.port, *arguments), nprocs=world, start_method=how)
 
 
 def start(rank, port, world=2, timeout_s=60):
-    """What a worker does first."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """What a worker does first; ``port`` is that of ``open_store``."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def finish(path, found):
