@@ -237,7 +237,12 @@ def chunks_in_sight(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _reproducible():
-    """One thread (gradcheck is far slower with two) and one seed, whatever the test before did."""
+    """One thread (gradcheck is far slower with two), one seed and nothing compiled, whatever the tests before did.
+
+    Dynamo counts recompilations by code object: the cases of one test share them, and so its limit.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if torch.cuda.is_available():

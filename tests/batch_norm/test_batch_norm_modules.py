@@ -276,7 +276,6 @@ class Model(nn.Module):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_fullgraph(momentum, channels_last, training):
-    torch._dynamo.reset()
     eager = Model(momentum).train(training)
     compiled = copy.deepcopy(eager)
     function = torch.compile(compiled, fullgraph=True, backend="aot_eager")

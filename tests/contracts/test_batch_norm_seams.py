@@ -95,11 +95,6 @@ def close(a, b):
     assert_close(a, b, rtol=1e-9, atol=1e-7)  # PyTorch's own gradients cancel to about 1e-9
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def every(names=CALLS, at_once=CALLS):
     """A test of each call; those not ``at_once`` are marked slow."""
     marks = {n: () if n in at_once else pytest.mark.slow for n in names}

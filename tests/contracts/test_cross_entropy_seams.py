@@ -19,7 +19,6 @@ CLASSES = 6
 @pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(0)
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
 

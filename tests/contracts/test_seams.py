@@ -110,7 +110,6 @@ def test_nested_forward_mode_of_three_logits():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_the_gradient_inside_a_compiled_function(backend, fullgraph):
-    torch._dynamo.reset()
     x, t = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 6, (7,))
 
     def of(function):
@@ -124,7 +123,6 @@ def test_the_gradient_inside_a_compiled_function(backend, fullgraph):
 
 def test_a_normalizer_that_changes_with_the_input():
     """One number, used twice: inside the graph and as an option."""
-    torch._dynamo.reset()
     h, w = torch.randn(64, 16), torch.randn(500, 16)
     t = torch.randint(0, 500, (64,))
 

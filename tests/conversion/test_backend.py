@@ -20,7 +20,6 @@ LAST = torch.channels_last
 @pytest.fixture(autouse=True)
 def fresh(graphs_of_any_size):
     """Everything is worth it, and nothing is compiled before."""
-    torch._dynamo.reset()
     GRAPHS.clear()
     torch.manual_seed(0)
 

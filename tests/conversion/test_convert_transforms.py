@@ -102,7 +102,6 @@ def test_grad_scaler(models):
 
 @pytest.mark.parametrize("when", ["converted, then compiled", "compiled, then converted"])
 def test_compile_fullgraph(when):
-    torch._dynamo.reset()
     ours, x = network(), torch.randn(4, 3, 10, 10)
     if when == "converted, then compiled":
         fused_ops.convert(ours)
@@ -118,7 +117,6 @@ def test_compile_fullgraph(when):
 
 
 def test_compile_has_no_graph_break_and_no_separate_activation():
-    torch._dynamo.reset()
     model = network()
     fused_ops.convert(model)
     found = torch._dynamo.explain(model)(torch.randn(4, 3, 10, 10))
@@ -128,7 +126,6 @@ def test_compile_has_no_graph_break_and_no_separate_activation():
 
 
 def test_compile_with_the_loss():
-    torch._dynamo.reset()
     model, loss = network(), nn.CrossEntropyLoss()
     fused_ops.convert(model)
     fused_ops.convert(loss)

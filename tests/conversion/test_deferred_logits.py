@@ -391,7 +391,6 @@ def test_hook_of_the_model():
 
 @pytest.mark.parametrize("what", ["model", "loss", "step"])
 def test_compile(what):
-    torch._dynamo.reset()
     (x, y), model = batch(), converted()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager") if what == "model" else model
     loss = torch.compile(F.cross_entropy, backend="aot_eager") if what == "loss" else F.cross_entropy
@@ -450,7 +449,6 @@ def hooked(head, handle, x):
 
 @pytest.mark.parametrize("name", HOW)
 def test_never_put_off(name):
-    torch._dynamo.reset()
     theirs, ours = converted_head()
     x = torch.randn(6, FEATURES)
     expected, found = HOW[name](theirs, x), HOW[name](ours, x)

@@ -86,7 +86,4 @@ def test_convert(family):
 @pytest.mark.parametrize("family", _families(lambda key: key in AT_ONCE))
 def test_backend(family):
     case = case_of(family)
-    try:
-        check(case, compiled_inside(compiled), "short", reference=compiled_inside(compiled_alone))
-    finally:
-        torch._dynamo.reset()
+    check(case, compiled_inside(compiled), "short", reference=compiled_inside(compiled_alone))

@@ -1,6 +1,5 @@
 """``convert`` and the backend change nothing of what odd models do: the corpus of ``odd_models``, case by case."""
 
-import contextlib
 
 import pytest
 import torch
@@ -84,9 +83,7 @@ def at_once(case, mode):
 
 @pytest.mark.parametrize(("case", "mode"), unless_slow(at_once, lambda *p: FULL or shows_most(*p)))
 def test_backend(case, mode):
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch._dynamo.reset)
-        check(case, compiled, mode, reference=compiled_alone)
+    check(case, compiled, mode, reference=compiled_alone)
 
 
 # --- The check itself: it must notice what it is there for -------------------------------------------------------

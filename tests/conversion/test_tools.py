@@ -62,7 +62,6 @@ def test_jit_trace_holds_pytorchs_ops(training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_compile_with_and_without_gradients(training, gradients):
-    torch._dynamo.reset()
     theirs, ours = (model.train(training) for model in both())
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(gradients):

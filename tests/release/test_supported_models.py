@@ -30,7 +30,6 @@ FAMILY = Family("Net", "timm", lambda _: Net(), lambda _: {"x": torch.randn(4, 3
 
 @pytest.mark.slow
 def test_a_family(monkeypatch):
-    torch._dynamo.reset()
     monkeypatch.setattr(Family, "missing", "")
     monkeypatch.setattr(supported_models.machine, "set_allocator", lambda choice: None)  # for the rest of the process
     same = {way: 0.0 for way in supported_models.WAYS[1:]}
@@ -46,7 +45,6 @@ def test_a_family(monkeypatch):
     page = supported_models.page({f"timm {name}": found, "timm resnet50": {"missing": "needs timm: make models"}})
     assert f"| {name} | 2 | 1 relu | 2 batch_norm + relu |" in page and "not run: needs timm: make models" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("wrong", [lambda m: m.bn.weight.data.mul_(2), lambda m: m.bn.requires_grad_(False)])
