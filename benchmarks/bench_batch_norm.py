@@ -105,6 +105,20 @@ def bytes_that_move(numel: int, dtype: torch.dtype, residual: bool, training: bo
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
+PIECE = 16384  # values: two of them, as x, y, residual and their gradients, are 768 KiB
+
+
+def piece_shape(shape: tuple[int, ...], layout: str, count: int) -> tuple[int, ...]:
+    """So many pieces of the shape: fewer rows, a smaller image, or fewer channels of an image of the same size."""
+    _, channels, *spatial = shape
+    if not spatial:
+        return max(2, count * PIECE // channels), channels
+    if layout == "channels_last":
+        side = max(1, math.isqrt(PIECE // channels))
+        return count, channels, side, side
+    return count, max(1, PIECE // math.prod(spatial)), *spatial
+
+
 def case(
     device: str,
     shape: tuple[int, ...],
@@ -138,6 +152,7 @@ def case(
         ),
         moved_bytes=bytes_that_move(math.prod(shape), dtype, residual, training),
         formula=FORMULA,
+        pieces=lambda count, device: draw(piece_shape(shape, layout, count), dtype, layout, residual, training, device),
         layout=layout,
         **{"directions": ("both",) if training else ("forward",), **fields},
     )

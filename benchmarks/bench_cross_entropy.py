@@ -56,6 +56,17 @@ def bytes_that_move(shape: tuple[int, ...], dtype: torch.dtype, probabilities: b
     return {"forward": logits + target, "backward": 2 * logits + target, "both": 3 * logits + 2 * target}
 
 
+PIECE = 40960  # values: more than the small calls' kernel takes; twice that and its gradient are 640 KiB
+
+
+def piece_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """So many pieces of the shape: fewer rows, of at most 8192 classes, which the loops of longer rows take too."""
+    if len(shape) == 2:
+        classes = min(shape[1], 8192)
+        return count * PIECE // classes, classes
+    return count, shape[1], max(1, PIECE // shape[1] // shape[3]), *shape[3:]
+
+
 def _ours(options: dict[str, Any], **more: Any) -> Callable[..., Tensor]:
     def function(input: Tensor, target: Tensor, **tensors: Tensor) -> Tensor:
         logits = input.view_as(input) if more else input  # in place of a leaf is refused; a layer's output is none
@@ -209,6 +220,7 @@ def case(
         providers=providers(device, options, target, plain and not fields.get("sweep")),
         moved_bytes=bytes_that_move(shape, dtype, target == "probabilities"),
         formula=FORMULA,
+        pieces=lambda count, device: draw(piece_shape(shape, count), dtype, layout, target, device),
         layout=layout,
         **fields,
     )

@@ -69,6 +69,7 @@ class Case:
     providers: tuple[Provider, ...]
     moved_bytes: Mapping[str, int]  # direction -> bytes that must move
     formula: str  # how moved_bytes counts
+    pieces: Callable[[int, str], Inputs] | None = None  # (how many, device) -> that many pieces that stay in the cache
     layout: str = "contiguous"
     directions: tuple[str, ...] = ("both",)
     part: str = "micro"  # micro, sweep, overhead, training or pages

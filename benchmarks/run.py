@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from . import accuracy, cases, events, harness, install, machine, memory, pages, rivals
+from . import accuracy, cases, events, harness, install, limits, machine, memory, pages, rivals
 from .harness import COPY, Case, Check, Provider, Runner, Timing
 from .results import Row, Tables, speedup
 
@@ -148,6 +148,7 @@ def _rows(
             row |= {"run": run_id, "busy_others": None if busy is None else round(busy, 2)}
             row["relative_error"] = checks[name].relative_error if name in checks else None
             row["extra_bytes"] = _weigh(case, name, timed[name], direction, threads, options)
+            row["in_cache_ms"] = _limit(case, name, direction, threads, options)
         else:
             row["status"] = reasons.get(name, "has no such direction")
         rows.append(row)
@@ -211,6 +212,15 @@ def _weigh(case: Case, provider: str, runner: Runner, direction: str, threads: i
         runner.prepare(direction)
         return memory.peak_extra_bytes_cuda(partial(runner.run, direction))
     return memory.in_subprocess(case, provider, direction, threads, options.device)
+
+
+def _limit(case: Case, name: str, direction: str, threads: int, options: Options) -> float | None:
+    """What our arithmetic alone would take, of the direction that is judged."""
+    provider = next((p for p in case.providers if p.name == name and p.strict), None)
+    if provider is None or options.device != "cpu" or direction != case.directions[-1]:
+        return None
+    found = limits.in_cache_ms(case, provider, direction, threads)
+    return None if found is None else _round(found)
 
 
 def default_threads() -> tuple[int, ...]:

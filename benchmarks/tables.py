@@ -88,13 +88,21 @@ def print_plain(title: str, rows: list[Row], columns: Sequence[str], console: Co
 def print_targets(found: list[targets.Verdict], console: Console) -> None:
     """Every target: reached, missed or why there is no figure."""
     colours = {"reached": "green", "missed": "red"}
-    columns = ("op", "case", "direction", "what", "found", *ALLOCATORS[1:], "wanted", "status")
+    columns = ("op", "case", "direction", "what", "found", *ALLOCATORS[1:], *LIMITS, "wanted", "status")
     table = Table(*columns, title="Targets", title_justify="left")
     for v in found:
         colour = colours.get(v.status, "yellow")
         shown = "" if v.found is None else f"{v.found:.2f}"
         table.add_row(
-            v.op, v.case, v.direction, v.what, shown, *_elsewhere(v), v.wanted, f"[{colour}]{escape(v.status)}"
+            v.op,
+            v.case,
+            v.direction,
+            v.what,
+            shown,
+            *_elsewhere(v),
+            *_limits(v),
+            v.wanted,
+            f"[{colour}]{escape(v.status)}",
         )
     console.print(table)
     console.print(_count(found))
@@ -102,6 +110,13 @@ def print_targets(found: list[targets.Verdict], console: Console) -> None:
 
 def _elsewhere(v: targets.Verdict) -> list[str]:
     return [f"{v.elsewhere[a]:.2f}" if a in v.elsewhere else "" for a in ALLOCATORS[1:]]
+
+
+LIMITS = ("bytes allow", "arithmetic allows")
+
+
+def _limits(v: targets.Verdict) -> list[str]:
+    return ["" if limit is None else f"{limit:.2f}" for limit in (v.by_bytes, v.in_cache)]
 
 
 def _count(found: list[targets.Verdict]) -> str:
@@ -125,6 +140,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def by_default(rows: list[Row]) -> list[Row]:
     """The rows measured with the C library's own choice of memory, which all tables but one are about."""
     return [row for row in rows if row["allocator"] == "default"]
+
+
+def recycled(rows: list[Row]) -> list[Row]:
+    """Those with recycled memory: no page is touched for the first time, of which eager's many tensors gain most."""
+    return [row for row in rows if row["allocator"] == "recycled"]
 
 
 def most_threads(rows: list[Row]) -> list[Row]:
@@ -159,10 +179,10 @@ def _ms(group: dict[str, Row], provider: str) -> str:
 def speed_table(tables: Tables, op: str, part: str, directions: Sequence[str]) -> str:
     """Times of eager and ours and the ratios, at the most threads."""
     rows = [r for r in tables["timings"] if r["op"] == op and r["part"] == part and r["direction"] in directions]
-    groups = _grouped(most_threads(rows))
+    groups, again = _grouped(most_threads(by_default(rows))), _grouped(most_threads(recycled(rows)))
     extra = [p for p in (IN_PLACE, f"{OURS} + compile", "jax") if any(p in g for g in groups.values())]
     columns = ["case", "direction", "eager", "fused_ops", "spread p20..p80", "vs eager", "vs torch.compile"]
-    columns += [f"{p} vs eager" for p in extra] + ["GB/s", "of copy"]
+    columns += [f"{p} vs eager" for p in extra] + ["recycled: vs eager"] * bool(again) + ["GB/s", "of copy"]
     lines = []
     for (case, direction), group in groups.items():
         ours = group.get(OURS)
@@ -171,6 +191,7 @@ def speed_table(tables: Tables, op: str, part: str, directions: Sequence[str]) -
         line = [case, direction, _ms(group, TRUTH), _ms(group, OURS), spread]
         line += [_ratio(group, OURS, TRUTH), _ratio(group, OURS, COMPILE)]
         line += [_ratio(group, p, TRUTH) for p in extra]
+        line += [_ratio(again.get((case, direction), {}), OURS, TRUTH)] * bool(again)
         gb, fraction = (good.get("gb_per_s"), good.get("copy_fraction")) if good else (None, None)
         lines.append([*line, f"{gb:.1f}" if gb else "", f"{fraction:.0%}" if fraction else ""])
     return markdown(columns, lines)
@@ -279,11 +300,12 @@ def record(tables: Tables) -> str:
 def targets_table(tables: Tables) -> str:
     """Every target, then the count."""
     found = targets.verdicts(tables["timings"])
-    columns = ["case", "direction", "what", "found", *ALLOCATORS[1:], "wanted", "status"]
+    columns = ["case", "direction", "what", "found", *ALLOCATORS[1:], *LIMITS, "wanted", "status"]
     lines = []
     for v in found:
         shown = "" if v.found is None else f"{v.found:.2f}"
-        lines.append([f"{v.op}, {v.case}", v.direction, v.what, shown, *_elsewhere(v), v.wanted, v.status])
+        figures = [shown, *_elsewhere(v), *_limits(v)]
+        lines.append([f"{v.op}, {v.case}", v.direction, v.what, *figures, v.wanted, v.status])
     return markdown(columns, lines) + f"\n{_count(found)}.\n"
 
 
@@ -312,11 +334,16 @@ def summary(tables: Tables) -> str:
     rows = [r for r in tables["timings"] if r["part"] in ("micro", "overhead") and r["direction"] == "both"]
     lines = []
     for op in dict.fromkeys(r["op"] for r in rows):
-        for (case, _), group in _grouped(most_threads([r for r in rows if r["op"] == op])).items():
+        mine = [r for r in rows if r["op"] == op]
+        again = _grouped(most_threads(recycled(mine)))
+        for (case, direction), group in _grouped(most_threads(by_default(mine))).items():
             if case in SUMMARY and OURS in group and group[OURS]["status"] == "ok":
                 line = [f"{op} {case}", _ms(group, TRUTH), _ms(group, OURS)]
-                lines.append([*line, _ratio(group, OURS, TRUTH), _ratio(group, OURS, COMPILE)])
-    return markdown(["forward + backward", "eager", "fused_ops", "vs eager", "vs torch.compile"], lines)
+                line += [_ratio(group, OURS, TRUTH), _ratio(group, OURS, COMPILE)]
+                there = again.get((case, direction), {})
+                lines.append([*line, *(_ratio(there, OURS, rival) for rival in (TRUTH, COMPILE))])
+    columns = ["forward + backward", "eager", "fused_ops", "vs eager", "vs torch.compile"]
+    return markdown([*columns, "recycled memory: vs eager", "vs torch.compile "], lines)
 
 
 def models_table(tables: Tables) -> str:
@@ -379,6 +406,7 @@ GPU_SECTIONS: dict[str, Callable[[Tables, Path], str]] = {
     "gpu_targets": SECTIONS["targets"],
     "gpu_rivals": SECTIONS["rivals"],
 }
+OF_ALLOCATORS = ("allocator", "targets", "summary", "cross_entropy", "batch_norm")  # the others take the default's rows
 ALL_SECTIONS = {**SECTIONS, **GPU_SECTIONS}
 
 
@@ -399,7 +427,7 @@ def render(page: str, folders: Sequence[Path]) -> str:
         mine = [(folder, *best) for folder, best in known if best is not None and gpu_tables.is_gpu(best[1]) == on_gpu]
         parts = []
         for folder, suite, found in mine:
-            if name not in ("allocator", "targets"):
+            if name not in OF_ALLOCATORS:
                 found = {**found, "timings": by_default(found["timings"])}
             title = f"*{folder.name}, {suite} suite*\n\n" if len(mine) > 1 or "conditions" in name else ""
             parts.append(title + make(found, folder))

@@ -58,6 +58,8 @@ class Verdict:
     wanted: str
     elsewhere: dict[str, float]  # allocator other than the default -> what is found with it
     status: str  # reached | missed | not offered | not measured | the reason a provider has no figure
+    by_bytes: float | None = None  # the ratio if the case moved its bytes at the rate of a copy
+    in_cache: float | None = None  # the ratio if no byte came from memory: what our instructions allow
 
 
 def all_targets(device: str = "cpu") -> list[Target]:
@@ -78,8 +80,17 @@ def verdicts(rows: list[Row], threads: int | None = None) -> list[Verdict]:
     for allocator in machine.ALLOCATORS[1:]:
         other = _judge(rows, allocator, threads)
         pairs = zip(found, other, strict=True)
-        found = [v if o.found is None else replace(v, elsewhere={**v.elsewhere, allocator: o.found}) for v, o in pairs]
+        found = [v if o.found is None else _beside(v, o, allocator) for v, o in pairs]
     return found
+
+
+def _beside(verdict: Verdict, other: Verdict, allocator: str) -> Verdict:
+    """The verdict with what another allocator gives; the limits are those of recycled memory, without faults."""
+    assert other.found is not None
+    elsewhere = {**verdict.elsewhere, allocator: other.found}
+    if allocator != "recycled":
+        return replace(verdict, elsewhere=elsewhere)
+    return replace(verdict, elsewhere=elsewhere, by_bytes=other.by_bytes, in_cache=other.in_cache)
 
 
 def _judge(rows: list[Row], allocator: str, threads: int) -> list[Verdict]:
@@ -133,7 +144,12 @@ def _speed(target: SpeedTarget, index: Index, threads: int) -> Verdict:
     ratio = results.speedup(ours, rival)
     found = 1 / ratio if target.rival == "copy" else ratio
     status = "reached" if ratio >= target.minimum else "missed"
-    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
+    if target.rival == "copy":
+        return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status)
+    part, cached_ms = ours.get("copy_fraction"), ours.get("in_cache_ms")
+    by_bytes = ratio / float(part) if part and not ours["tiny"] else None
+    in_cache = ratio * float(ours["ms"]) / float(cached_ms) if cached_ms else None
+    return Verdict(target.op, target.case, target.direction, what, found, wanted, {}, status, by_bytes, in_cache)
 
 
 def _memory(target: MemoryTarget, index: Index, threads: int) -> Verdict:

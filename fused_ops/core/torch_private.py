@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, overrides
-from torch.autograd import Function, graph
+from torch.autograd import Function
 from torch.autograd import forward_ad as _forward_ad
 from torch.fx.node import map_aggregate
 
@@ -117,7 +117,6 @@ is_fake: Callable[[Any], bool] = _found("torch._subclasses.fake_tensor:is_fake",
 has_torch_function: Callable[..., bool] = _found(
     "torch:_C._has_torch_function_variadic", lambda *values: overrides.has_torch_function(values)
 )
-increment_version: Callable[[Any], None] = _found("torch:_C._increment_version", graph.increment_version)
 # Makes whoever takes the address of a tensor without memory raise, C++ included; without it they get 0.
 refuse_data_pointer: Callable[[Tensor], None] = _found("torch:_C._set_throw_on_mutable_data_ptr", lambda tensor: None)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_one, save
 from fused_ops.core.library import register
@@ -21,7 +22,6 @@ from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
     has_torch_function,
-    increment_version,
     is_tracing,
     transforms_active,
     without_overrides,

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused_ops.core.checks import as_integer
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.graph import as_tensor, in_graph, needs_formulas, register_graph_op
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
-from fused_ops.core.torch_private import increment_version, transforms_active
+from fused_ops.core.torch_private import transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import rows_reference, shards_reference
 from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, refuse_inplace_transforms, row_grads
