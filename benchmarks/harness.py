@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from .machine import isa
+
 TRUTH, COPY, COMPILE, OURS = "eager", "copy", "torch.compile", "fused_ops"
 HEAVY_S = 0.5  # a run that takes longer is its own block, with no warm-up before each
 LIMIT_S = 30.0  # for all the rounds of one provider whose runs are heavy: one that is far slower takes part in fewer
@@ -87,6 +89,9 @@ class Case:
         for n in self.shape:
             count *= n
         return count
+
+
+BITS = {"AVX2": 256, "AVX512": 512}  # of a vector register, by instruction set
 
 
 class Clock:
@@ -210,6 +215,7 @@ def make_runner(case: Case, provider: Provider, inputs: Inputs, threads: int) ->
         import torch._inductor.config as inductor
 
         inductor.cpp.threads = threads  # it is compiled in; left alone, a cached kernel keeps another count
+        inductor.cpp.simdlen = BITS.get(isa())  # by itself it takes the processor's best, whatever the rest uses
         function = torch.compile(function, dynamic=False, fullgraph=True)
     return AutogradRunner(function, inputs)
 
