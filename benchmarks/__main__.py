@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from rich.console import Console
 
-from . import cases, machine, results, rivals, run, tables, targets
+from . import cases, machine, results, rivals, run, tables, targets, terminal
 
 
 def _list(text: str) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "run":
         return _run(args, folder, console)
-    tables.print_targets(targets.verdicts(_best(folder)), console)
+    terminal.print_targets(targets.verdicts(_best(folder)), console)
     return 0
 
 
@@ -120,10 +120,10 @@ def _run(args: argparse.Namespace, folder: Path, console: Console) -> int:
         ran_before=frozenset(r["provider"] for r in kept if r["status"] == "ok"),
     )
     found = run.run(options, console, lambda rows: results.save(folder, args.suite, rows))
-    tables.print_timings(found["timings"], console)
-    tables.print_accuracy(found["accuracy"], console)
-    tables.print_plain("Install", found["install"], ("quantity", "value", "unit"), console)
-    tables.print_plain("Rivals", found["rivals"], ("rival", "version", "status"), console)
+    terminal.print_timings(found["timings"], console)
+    terminal.print_accuracy(found["accuracy"], console)
+    terminal.print_plain("Install", found["install"], ("quantity", "value", "unit"), console)
+    terminal.print_plain("Rivals", found["rivals"], ("rival", "version", "status"), console)
     for path in results.save(folder, args.suite, found):
         shown = path.relative_to(machine.ROOT) if path.is_relative_to(machine.ROOT) else path
         console.print(f"wrote {shown}", style="dim")

@@ -105,17 +105,17 @@ def bytes_that_move(numel: int, dtype: torch.dtype, residual: bool, training: bo
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-PIECE = 16384  # values: two of them, as x, y, residual and their gradients, are 768 KiB
+PIECE_ROWS = 512  # of channels that are adjacent: more than the small calls' kernel takes
+PIECE = 16384  # values of a contiguous image
 
 
 def piece_shape(shape: tuple[int, ...], layout: str, count: int) -> tuple[int, ...]:
-    """So many pieces of the shape: fewer rows, a smaller image, or fewer channels of an image of the same size."""
+    """So many pieces of the shape: fewer rows, smaller images, or fewer channels of an image of the same size."""
     _, channels, *spatial = shape
     if not spatial:
-        return max(2, count * PIECE // channels), channels
+        return count * PIECE_ROWS, channels
     if layout == "channels_last":
-        side = max(1, math.isqrt(PIECE // channels))
-        return count, channels, side, side
+        return 2 * count, channels, 16, PIECE_ROWS // 32
     return count, max(1, PIECE // math.prod(spatial)), *spatial
 
 

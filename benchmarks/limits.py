@@ -1,7 +1,7 @@
 """What bounds a case besides its bytes: the arithmetic of our kernels when no byte has to come from memory.
 
-A case is cut into pieces of the same rows and layout, of which two fit into the second-level cache with all that a call
-reads and writes. The time of two pieces less that of one is what a piece costs without the call around it, so the limit
+A case is cut into pieces of the same rows and layout, of which two stay in the caches with all that a call reads and
+writes. The time of two pieces less that of one is what a piece costs without the call around it, so the limit
 of the whole case is that times the number of pieces.
 """
 

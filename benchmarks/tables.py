@@ -1,4 +1,4 @@
-"""Tables of the results: on the terminal, and in the docs between markers (a test fails when those are stale)."""
+"""Tables of the results in the docs, between markers; a test fails when those are stale."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from . import gpu_tables, heads, pages, results, rivals, targets
 from .harness import COMPILE, OURS, TRUTH
@@ -29,103 +25,6 @@ def milliseconds(value: object) -> str:
 
 def mebibytes(value: object) -> str:
     return "" if value is None else f"{float(str(value)) / 2**20:.1f}"
-
-
-# ---- terminal ----
-
-
-def print_timings(rows: list[Row], console: Console) -> None:
-    """One table per op."""
-    for op in dict.fromkeys(row["op"] for row in rows):
-        table = Table(title=str(op), title_justify="left")
-        for column in ("case", "direction", "threads", "provider"):
-            table.add_column(column)
-        for column in ("median", "p20", "p80", "vs eager", "GB/s", "of copy", "extra MiB"):
-            table.add_column(column, justify="right")
-        last: tuple[object, ...] = ()
-        for row in (r for r in rows if r["op"] == op):
-            key = (row["case"], row["direction"], row["threads"])
-            if last and key != last:
-                table.add_section()
-            head = [str(k) for k in key] if key != last else ["", "", ""]
-            last = key
-            table.add_row(*head, row["provider"], *_timing_cells(row))
-        console.print(table)
-
-
-def _timing_cells(row: Row) -> list[str]:
-    if row["status"] != "ok":
-        return [f"[yellow]{escape(row['status'])}", "", "", "", "", "", ""]
-    gb, part = row.get("gb_per_s"), row.get("copy_fraction")
-    return [
-        milliseconds(row["ms"]),
-        milliseconds(row["p20_ms"]),
-        milliseconds(row["p80_ms"]),
-        f"{row['speedup_vs_eager']:.2f}x" if "speedup_vs_eager" in row else "",
-        f"{gb:.1f}" if gb else "",
-        f"{part:.0%}" if part else "",
-        mebibytes(row.get("extra_bytes")),
-    ]
-
-
-def print_accuracy(rows: list[Row], console: Console) -> None:
-    """Ours beside eager's."""
-    if rows:
-        columns = ("op", "case", "layout", "dtype", "quantity", "eager max ulp", "ours", "eager rel. error", "ours ")
-        print_plain("Accuracy", [dict(zip(columns, r, strict=True)) for r in _accuracy_pairs(rows)], columns, console)
-
-
-def print_plain(title: str, rows: list[Row], columns: Sequence[str], console: Console) -> None:
-    """Rows as they are."""
-    if not rows:
-        return
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(escape(str(row.get(column, ""))) for column in columns))
-    console.print(table)
-
-
-def print_targets(found: list[targets.Verdict], console: Console) -> None:
-    """Every target: reached, missed or why there is no figure."""
-    colours = {"reached": "green", "missed": "red"}
-    columns = ("op", "case", "direction", "what", "found", *ALLOCATORS[1:], *LIMITS, "wanted", "status")
-    table = Table(*columns, title="Targets", title_justify="left")
-    for v in found:
-        colour = colours.get(v.status, "yellow")
-        shown = "" if v.found is None else f"{v.found:.2f}"
-        table.add_row(
-            v.op,
-            v.case,
-            v.direction,
-            v.what,
-            shown,
-            *_elsewhere(v),
-            *_limits(v),
-            v.wanted,
-            f"[{colour}]{escape(v.status)}",
-        )
-    console.print(table)
-    console.print(_count(found))
-
-
-def _elsewhere(v: targets.Verdict) -> list[str]:
-    return [f"{v.elsewhere[a]:.2f}" if a in v.elsewhere else "" for a in ALLOCATORS[1:]]
-
-
-LIMITS = ("bytes allow", "arithmetic allows")
-
-
-def _limits(v: targets.Verdict) -> list[str]:
-    return ["" if limit is None else f"{limit:.2f}" for limit in (v.by_bytes, v.in_cache)]
-
-
-def _count(found: list[targets.Verdict]) -> str:
-    reached = sum(v.status == "reached" for v in found)
-    missed = sum(v.status == "missed" for v in found)
-    return f"{len(found)} targets: {reached} reached, {missed} missed, {len(found) - reached - missed} without a figure"
-
-
-# ---- docs ----
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -210,7 +109,8 @@ def memory_table(tables: Tables) -> str:
     return markdown(["case", "direction", "input MiB", *providers], lines)
 
 
-def _accuracy_pairs(rows: list[Row]) -> list[list[object]]:
+def accuracy_pairs(rows: list[Row]) -> list[list[object]]:
+    """The errors of eager and ours, one line a quantity."""
     pairs: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         key = (row["op"], row["case"], row["layout"], row["dtype"], row["quantity"])
@@ -227,7 +127,7 @@ def _accuracy_pairs(rows: list[Row]) -> list[list[object]]:
 def accuracy_table(tables: Tables) -> str:
     """Errors of eager and ours."""
     columns = ["op", "input", "layout", "dtype", "quantity", "eager max ulp", "ours max ulp", "eager rel.", "ours rel."]
-    return markdown(columns, _accuracy_pairs(tables["accuracy"]))
+    return markdown(columns, accuracy_pairs(tables["accuracy"]))
 
 
 def threads_table(tables: Tables) -> str:
@@ -297,16 +197,28 @@ def record(tables: Tables) -> str:
     return "\n".join(text) + "\n\n" + (table if lines else "No rival is faster in any case.\n")
 
 
+TARGET_FIGURES = ("found", *ALLOCATORS[1:], "bytes allow", "arithmetic allows")
+
+
+def target_figures(v: targets.Verdict) -> list[str]:
+    """Two digits each, nothing where there is no figure."""
+    found = [v.found, *(v.elsewhere.get(a) for a in ALLOCATORS[1:]), v.by_bytes, v.in_cache]
+    return ["" if figure is None else f"{figure:.2f}" for figure in found]
+
+
+def count_targets(found: list[targets.Verdict]) -> str:
+    """How many are reached."""
+    reached = sum(v.status == "reached" for v in found)
+    missed = sum(v.status == "missed" for v in found)
+    return f"{len(found)} targets: {reached} reached, {missed} missed, {len(found) - reached - missed} without a figure"
+
+
 def targets_table(tables: Tables) -> str:
     """Every target, then the count."""
     found = targets.verdicts(tables["timings"])
-    columns = ["case", "direction", "what", "found", *ALLOCATORS[1:], *LIMITS, "wanted", "status"]
-    lines = []
-    for v in found:
-        shown = "" if v.found is None else f"{v.found:.2f}"
-        figures = [shown, *_elsewhere(v), *_limits(v)]
-        lines.append([f"{v.op}, {v.case}", v.direction, v.what, *figures, v.wanted, v.status])
-    return markdown(columns, lines) + f"\n{_count(found)}.\n"
+    columns = ["case", "direction", "what", *TARGET_FIGURES, "wanted", "status"]
+    lines = [[f"{v.op}, {v.case}", v.direction, v.what, *target_figures(v), v.wanted, v.status] for v in found]
+    return markdown(columns, lines) + f"\n{count_targets(found)}.\n"
 
 
 def conditions_table(tables: Tables) -> str:

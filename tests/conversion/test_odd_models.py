@@ -1,6 +1,5 @@
 """``convert`` and the backend change nothing of what odd models do: the corpus of ``odd_models``, case by case."""
 
-
 import pytest
 import torch
 from odd_models import CASES, MODES, Difference, check

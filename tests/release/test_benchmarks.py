@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,21 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 pytest.importorskip("tqdm", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
-from benchmarks import accuracy, cases, harness, machine, memory, pages, plot, results, rivals, run, tables, targets
+from benchmarks import (
+    accuracy,
+    cases,
+    harness,
+    limits,
+    machine,
+    memory,
+    pages,
+    plot,
+    results,
+    rivals,
+    run,
+    tables,
+    targets,
+)
 from benchmarks.harness import Case, Inputs, Provider
 
 
@@ -271,6 +286,44 @@ def test_targets_are_judged():
     assert (both.found, both.elsewhere) == (5, {"fresh": 1.0})
     elsewhere = [v for v in targets.verdicts(rows) if v.op == "batch_norm"]
     assert elsewhere and all(v.status == "not measured" for v in elsewhere)
+
+
+def test_what_bounds_a_case_stands_beside_its_target(tmp_path):
+    """Of recycled memory where that was measured: 10 ms / 2 ms at half a copy's rate, 1 ms of it arithmetic."""
+    limits_of_ours = {"copy_fraction": 0.5, "in_cache_ms": 1.0}
+    rows = [timing("eager", [10.0] * 3), timing("fused_ops", [2.0] * 3, **limits_of_ours)]
+    verdict = next(v for v in targets.verdicts(rows) if v.what == "fused_ops vs eager" and v.found)
+    assert (verdict.by_bytes, verdict.in_cache) == (10, 10)
+    again = [{**row, "allocator": "recycled"} for row in rows]
+    again[1] |= {"ms": 5.0, "samples_ms": [5.0] * 3}
+    verdict = next(v for v in targets.verdicts([*rows, *again]) if v.what == "fused_ops vs eager" and v.found)
+    assert (verdict.found, verdict.elsewhere, verdict.by_bytes, verdict.in_cache) == (5, {"recycled": 2}, 4, 10)
+    results.save(tmp_path, "full", {"timings": [*rows, *again]})
+    page = "<!-- benchmarks:{0} -->\n<!-- /benchmarks:{0} -->\n"
+    shown = tables.render(page.format("targets"), [tmp_path])
+    assert "| both | fused_ops vs eager | 5.00 |  | 2.00 | 4.00 | 10.00 | >= 5.0x | reached |" in shown
+    shown = tables.render(page.format("summary"), [tmp_path])
+    assert "| cross_entropy 1024x32000 float32 | 10 ms | 2 ms | 5.00x |  | 2.00x |  |" in shown
+
+
+@pytest.mark.parametrize("case", [c for c in cases.all_cases("cpu") if c.pieces], ids=lambda c: f"{c.op} {c.name}")
+def test_pieces_of_a_case_are_like_it(case):
+    one, two = (case.pieces(count, "cpu") for count in (1, 2))
+    x, y = one.tensors["input"], two.tensors["input"]
+    assert y.dtype == case.dtype and y.dim() == len(case.shape) and two.tensors.keys() == one.tensors.keys()
+    assert 1.5 * x.numel() < y.numel() < 2.5 * x.numel() and limits.values(one) == x.numel()
+    assert sum(t.numel() * t.element_size() for t in two.tensors.values()) < 4 << 20
+
+
+def test_the_arithmetic_of_a_case_is_what_a_second_piece_costs(monkeypatch):
+    case = next(c for c in cases.all_cases("cpu", ["cross_entropy"]) if c.name == "8192x1000 float32")
+    sizes = [limits.values(case.pieces(count, "cpu")) for count in (1, 2)]
+    found = {str(sizes[0]): harness.Timing([2.0, 9.0, 2.0]), str(sizes[1]): harness.Timing([3.0, 10.5, 2.5])}
+    monkeypatch.setattr(harness, "time_interleaved", lambda *args, **options: found)
+    ours = next(p for p in case.providers if p.name == "fused_ops")
+    expected = 1.0 * case.copied / (sizes[1] - sizes[0]) / 2  # the median of 1, 1.5 and 0.5, on two cores
+    assert limits.in_cache_ms(case, ours, "both", 2) == pytest.approx(expected)
+    assert limits.in_cache_ms(replace(case, tiny=True), ours, "both", 2) is None
 
 
 def test_a_gpu_has_its_own_targets_and_tables(tmp_path):
