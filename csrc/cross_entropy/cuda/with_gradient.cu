@@ -9,8 +9,8 @@
 // the forward. A mean's scale is 1 / the rows that count: every block counts few targets itself, and a launch before
 // counts many. Nothing is read on the host. scale_gradient below is what the backward of such a loss has left to do.
 //
-// Stability: the loss is the forward's, to the bit. x_j - m does not depend on how large m is, and the gradient of a
-// target is minus the sum of the other classes where p - 1 would cancel. See docs/cross_entropy.md.
+// Stability: the loss as in the forward. x_j - m does not depend on how large m is, and the gradient of a target is
+// minus the sum of the other classes where p - 1 would cancel. See docs/cross_entropy.md.
 #include "cross_entropy/cuda/online.cuh"
 
 namespace fused_ops {
