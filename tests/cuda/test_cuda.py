@@ -101,6 +101,38 @@ def test_sanitized_samples(op, dtype):
                 torch.testing.assert_close(mine.cpu(), other, rtol=1e-8, atol=1e-9)
 
 
+# Rows of a thread, a warp and a block, of one block and of several, and those that are read twice.
+WITH_GRADIENT = [(37, 27), (1300, 9), (20, 130), (100, 513), (3, 2500), (9, 4001), (3, 20001), (3, 19, 20, 33)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("shape", WITH_GRADIENT, ids=str)
+def test_sanitized_losses_with_gradients(shape, dtype):
+    """The op that brings the gradient, and what scales it, by the error rule; rows of any alignment."""
+    ops, classes = torch.ops.fused_ops, shape[1]
+    target = torch.randint(0, classes, (shape[0], *shape[2:]), device=DEVICE)
+    target.view(-1)[1] = -100
+    scale = torch.tensor(-2.0, device=DEVICE, dtype=dtype)
+    for reduction, name in ((1, "mean"), (2, "sum")):
+        x = (torch.randn(shape, device=DEVICE) * 3).to(dtype)
+        if len(shape) == 2:
+            x = torch.cat([x, x[:, :1]], 1)[:, :classes]
+        loss, grad, ignored = ops.cross_entropy_with_gradient(x, target, -100, reduction)
+        scaled = ops.cross_entropy_scale_gradient(grad, scale, target, -100)
+        assert ignored == -1 and torch.equal(scaled, grad * scale)
+        infinite = ops.cross_entropy_scale_gradient(grad, scale * torch.inf, target, -100)
+        assert not infinite.movedim(1, -1)[target == -100].any()
+        other, truth = (
+            run(lambda v, n=name: F.cross_entropy(v, target, reduction=n), [x.to(kind)], torch.ones((), device=DEVICE))
+            for kind in (dtype, torch.float64)
+        )
+        for mine, theirs, exact in zip((loss, grad), other, truth, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-13)
+            else:
+                assert_no_worse_than(mine, theirs, exact, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("case", CASES)
 def test_cross_entropy_options(case, dtype):

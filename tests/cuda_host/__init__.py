@@ -30,7 +30,8 @@ OPS = {  # the raw ops with kernels
         f"cross_entropy_{kind}{direction}"
         for kind in ("", "rows_")
         for direction in ("forward", "backward", "backward_")
-    ],
+    ]
+    + ["cross_entropy_with_gradient", "cross_entropy_scale_gradient"],
     "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
     "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")],
 }
@@ -62,7 +63,7 @@ def build():
             compile_all(compiler, sources, objects, library)
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
-    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "ce_with_gradient", "bn_scratch", "cuda_host_launches"):
         getattr(loaded, name).restype = ctypes.c_int64
     kernels = [o for o, source in zip(objects, sources, strict=True) if not source.stem.endswith("_cuda")]
     register_shared(loaded, library, kernels)
@@ -199,6 +200,16 @@ class CrossEntropy:
         args = (pointer(x), layout, *map(pointer, (target, lse, grad_loss.contiguous(), total, grad)), grad_layout)
         self.finish(self.library.ce_backward(head, *args, pointer(scratch)))
         return grad
+
+    def with_gradient(self, x, target, ignore_index=-100, reduction=1, grad=None):
+        """The loss; the gradient for an upstream gradient of 1 is written to ``grad``."""
+        self.library.cuda_host_set_order(self.order)
+        head, loss = self.head(x, target, ignore_index, reduction), poisoned(1, x.dtype)
+        layout, grad_layout = numbers(self.layout(x)), numbers(self.layout(grad))
+        args = (head, pointer(x), layout, pointer(target), pointer(loss), pointer(grad), grad_layout)
+        scratch = poisoned(self.library.ce_with_gradient(*args, None, 1), torch.float64)
+        self.finish(self.library.ce_with_gradient(*args, pointer(scratch), 0))
+        return loss[0]
 
 
 class BatchNorm:

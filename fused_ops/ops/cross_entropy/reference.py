@@ -113,12 +113,20 @@ def backward_(
 
 
 def with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
-    """A mean or sum, its gradient for an upstream gradient of 1, and the number of ignored rows."""
+    """A mean or sum, its gradient for an upstream gradient of 1, and the number of ignored rows: -1 if not on the CPU,
+    where reading it would wait for the device.
+    """
     if reduction == NONE:
         raise RuntimeError("cross_entropy: reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0")
     loss, lse, total = forward(input, target, ignore_index, reduction)
     gradient = backward(torch.ones_like(loss), input, target, lse, total, ignore_index, reduction)
-    return loss, gradient, target.numel() - int(total)
+    return loss, gradient, target.numel() - int(total) if target.is_cpu else -1
+
+
+def scale_gradient(gradient: Tensor, grad_loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """``gradient * grad_loss``, dense; an ignored row stays 0 even for an upstream gradient that is not finite."""
+    keep = counts(target, ignore_index).unsqueeze(class_dim(gradient))
+    return torch.where(keep, gradient * grad_loss.reshape(()), gradient).contiguous()
 
 
 def _residual(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
