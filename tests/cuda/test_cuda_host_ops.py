@@ -21,7 +21,8 @@ CALLED_AS = {  # by whom, in the order of OPS
     ],
     "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op", "linear_cross_entropy.functions.rescale_op"],
     "batch_norm": [
-        f"batch_norm.functions.{name}_op" for name in ("_forward", "_backward", "_plain_forward", "_plain_backward")
+        *(f"batch_norm.functions._{name}_op" for name in ("forward", "backward", "plain_forward", "plain_backward")),
+        *(f"batch_norm.ranks._{name}_op" for name in ("moments", "normalise", "sums", "gradient")),
     ],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))

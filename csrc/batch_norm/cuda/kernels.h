@@ -39,9 +39,12 @@ struct BatchNormForwardCall {
   const void *input, *residual;  // as shape; residual may be null
   void* output;                  // as shape
   uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm/kernels.h
-  double *mean, *invstd;         // (channels,)
-  void *new_mean, *new_var;      // (channels,) of the parameters' dtype, or null
+  double *mean, *invstd;         // (channels,), written; read where they are given
+  bool given;
+  double* moments;           // or null: written, (2 + 2 * channels,), instead of all the others, in training
+  void *new_mean, *new_var;  // (channels,) of the parameters' dtype, or null
   GhostBatch ghost;
+  bool packed;      // one launch, without scratch memory, where batch_norm_is_packed
   double* scratch;  // batch_norm_scratch(...) doubles
 };
 
@@ -59,11 +62,19 @@ struct BatchNormBackwardCall {
   void *grad_input, *grad_residual;            // as shape, or null
   DType grad_dtype;                            // of the two below
   void *grad_weight, *grad_bias;               // (channels,), or both null
+  double* sums;         // or null: written, (2, channels), of h and h * (x - mean), instead of all the others
+  const double* means;  // or null: read, (2, channels), grad_mean and grad_slope, instead of summing up for them
   GhostBatch ghost;
-  double* scratch;  // batch_norm_scratch(...) doubles
+  bool packed;
+  double* scratch;
 };
 
 int64_t batch_norm_scratch(const BatchNormShape& shape);
+// Whether a call may be packed: of a small tensor, whose channels' values each fit a block. If so, also with a smaller
+// batch.
+bool batch_norm_is_packed(const BatchNormShape& shape, DType dtype, bool writes_mask);
+int32_t batch_norm_packed_forward(const BatchNormForwardCall& call, void* stream);
+int32_t batch_norm_packed_backward(const BatchNormBackwardCall& call, void* stream);
 int32_t batch_norm_forward(const BatchNormForwardCall& call, void* stream);
 int32_t batch_norm_backward(const BatchNormBackwardCall& call, void* stream);
 

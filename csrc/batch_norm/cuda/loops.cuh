@@ -171,6 +171,15 @@ __device__ inline unsigned counted_bits(const uint8_t* valid, int64_t position, 
 }
 __device__ inline bool row_counts(const uint8_t* valid, int64_t row) { return valid == nullptr || valid[row] != 0; }
 
+// Where z > 0, or NaN, of the first `have` values.
+template <class A>
+__device__ inline unsigned sign_bits(int have, const A* z) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) bits |= i < have && !(z[i] <= A(0)) ? 1u << i : 0u;
+  return bits;
+}
+
 // 0 where a position does not count.
 template <class A>
 __device__ inline void clear_uncounted(unsigned bits, A* v) {
