@@ -102,5 +102,9 @@ struct BackwardOnGpu {
 };
 
 }  // namespace
+
+// The backward of a call, from its input or, as `kept` says, from its output.
+std::tuple<Tensor, Tensor, Tensor> backward_of_call(const BackwardArguments& a, const KeptOutput& kept);
+
 }  // namespace cuda
 }  // namespace fused_ops

@@ -11,28 +11,27 @@ namespace fused_ops {
 namespace cuda {
 namespace {
 
-// The shape of a ghost batch, and how many bytes of a tensor like the input lie before it.
+// The shape of a ghost batch, and how many values, and bytes, of a tensor like the input lie before it.
 struct Slice {
   BatchNormShape shape;
-  int64_t bytes, mask_bytes;
+  int64_t values, bytes, mask_bytes;
 
   Slice(const BatchNormShape& whole, const GhostBatches& ghosts, int64_t i, DType dtype) : shape(whole) {
     const int64_t before = i * ghosts.size;
     shape.batch = ghosts.entries(i);
     if (shape.valid) shape.valid += before * whole.spatial;
-    bytes = before * whole.channels * whole.spatial * element_size(dtype);
+    values = before * whole.channels * whole.spatial, bytes = values * element_size(dtype);
     BatchNormShape ahead = whole;
     ahead.batch = before, mask_bytes = mask_size(ahead);
   }
 };
 
-// How a call's ghost batches run, the largest being the first: packed, or by kernels that need memory, whichever of
-// them they run on; and behind that, memory for what is carried between them.
-class Plan {
+// Memory for the kernels, whichever ghost batch they run on, none if they are packed; and behind it for what is carried
+// between those.
+class Memory {
  public:
-  Plan(const Tensor& like, const BatchNormShape& s, const GhostBatches& ghosts, DType dtype, bool writes_mask)
-      : packed(batch_norm_is_packed(Slice(s, ghosts, 0, dtype).shape, dtype, writes_mask)),
-        kernels_(packed ? 0
+  Memory(const Tensor& like, const BatchNormShape& s, const GhostBatches& ghosts, DType dtype, bool packed)
+      : kernels_(packed ? 0
                         : std::max(batch_norm_scratch(Slice(s, ghosts, 0, dtype).shape),
                                    batch_norm_scratch(Slice(s, ghosts, ghosts.count - 1, dtype).shape))),
         count_(ghosts.count) {
@@ -41,8 +40,6 @@ class Plan {
   }
   double* scratch() const { return memory_ ? doubles_of(*memory_) : nullptr; }
   GhostBatch ghost(int64_t i) const { return {i == 0, i == count_ - 1, count_ > 1 ? scratch() + kernels_ : nullptr}; }
-
-  const bool packed;
 
  private:
   int64_t kernels_, count_;
@@ -64,12 +61,14 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
   call.parameters.running_mean = data_of(running_mean), call.parameters.running_var = data_of(running_var);
   call.new_mean = a.updates() ? running_mean->mutable_data_ptr() : nullptr;  // a channel is read before it is written
   call.new_var = a.updates() ? running_var->mutable_data_ptr() : nullptr;
-  const Plan plan(given.input, call.shape, ghosts, call.dtype, call.mask != nullptr);
-  call.packed = plan.packed, call.scratch = plan.scratch();
+  const Slice largest(call.shape, ghosts, 0, call.dtype);
+  call.packed = batch_norm_is_packed(largest.shape, call.dtype, call.mask != nullptr);
+  const Memory memory(given.input, call.shape, ghosts, call.dtype, call.packed);
+  call.scratch = memory.scratch();
   for (int64_t i = 0; i < ghosts.count; ++i) {
     const Slice slice(call.shape, ghosts, i, call.dtype);
     BatchNormForwardCall part = call;
-    part.shape = slice.shape, part.ghost = plan.ghost(i);
+    part.shape = slice.shape, part.ghost = memory.ghost(i);
     part.input = at(call.input, slice.bytes), part.residual = at(call.residual, slice.bytes);
     part.output = at(call.output, slice.bytes);
     part.mask = call.mask ? call.mask + slice.mask_bytes : nullptr;
@@ -80,7 +79,11 @@ std::tuple<Tensor, Tensor> forward(const ForwardArguments& a) {
   return {given.output, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) { return backward_of_call(a, {}); }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> backward_of_call(const BackwardArguments& a, const KeptOutput& kept) {
   check_input(a.input);
   const auto kind = check_parameters(a.input, {{"weight", &a.weight}, {"bias", &a.bias}});
   const int64_t channels = a.input.size(1), count = a.need_params ? channels : 0;
@@ -93,23 +96,25 @@ std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& a) {
   const Tensor grad_weight = empty(given.input, {&count, 1}, type), grad_bias = empty(given.input, {&count, 1}, type);
   call.grad_weight = a.need_params ? grad_weight.mutable_data_ptr() : nullptr;
   call.grad_bias = a.need_params ? grad_bias.mutable_data_ptr() : nullptr;
-  const Plan plan(given.input, call.shape, ghosts, call.dtype, false);
-  call.packed = plan.packed, call.scratch = plan.scratch();
+  const Slice largest(call.shape, ghosts, 0, call.dtype);
+  call.packed = !kept.from_output && batch_norm_is_packed(largest.shape, call.dtype, false);
+  const Memory memory(given.input, call.shape, ghosts, call.dtype, call.packed);
+  call.scratch = memory.scratch(), call.kept = kept;
   for (int64_t i = 0; i < ghosts.count; ++i) {
     const Slice slice(call.shape, ghosts, i, call.dtype);
     BatchNormBackwardCall part = call;
-    part.shape = slice.shape, part.ghost = plan.ghost(i);
+    part.shape = slice.shape, part.ghost = memory.ghost(i);
     part.grad_output = at(call.grad_output, slice.bytes), part.input = at(call.input, slice.bytes);
     part.residual = at(call.residual, slice.bytes);
     part.mask = call.mask ? call.mask + slice.mask_bytes : nullptr;
     part.mean = call.mean + i * channels, part.invstd = part.mean + ghosts.count * channels;
+    part.kept.origin = slice.values;
     part.grad_input = at(call.grad_input, slice.bytes), part.grad_residual = at(call.grad_residual, slice.bytes);
     check_launch(kOp, batch_norm_backward(part, device.stream()));
   }
   return {given.grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
 }  // namespace cuda
 }  // namespace fused_ops
 

@@ -23,6 +23,7 @@ CALLED_AS = {  # by whom, in the order of OPS
     "batch_norm": [
         *(f"batch_norm.functions._{name}_op" for name in ("forward", "backward", "plain_forward", "plain_backward")),
         *(f"batch_norm.ranks._{name}_op" for name in ("moments", "normalise", "sums", "gradient")),
+        *(f"batch_norm.keep_output._{name}_op" for name in ("keep", "keep_backward")),
     ],
 }
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))

@@ -34,7 +34,7 @@ OPS = {  # the raw ops with kernels
     "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
     "batch_norm": [
         *(f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")),
-        *(f"batch_norm_{part}" for part in ("moments", "normalise", "grad_sums", "gradient")),
+        *(f"batch_norm_{part}" for part in ("moments", "normalise", "grad_sums", "gradient", "keep", "keep_backward")),
     ],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kBlock) set_coefficients(BatchNormBackwardCall
   const int64_t channels = c.shape.channels, channel = int64_t{blockIdx.x} * kBlock + threadIdx.x;
   if (channel >= channels) return;
   const Coefficients<acc_t<T>> k(c.scratch, channels);
-  k.set_affine(channel, channel, c.parameters, c.mean[channel], c.invstd[channel]);
+  set_backward(c, channel, deviation_of<acc_t<T>>(c, channel), k, channel);
   if (c.means != nullptr) k.set_means(channel, c.mean[channel], c.means[channel], c.means[channels + channel]);
 }
 
@@ -83,12 +83,17 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   for (int k = 0; k < kAhead; ++k) {
     A v[kUnit], h[kUnit], z[kUnit];
     unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
-    if constexpr (kFrom != From::gradient) {
-      if (added) unpack_raw<T>(extra[k], z);
+    if (kFrom == From::any && c.kept.from_output) {
+      const int have = u.exists[k] ? u.have[k] : 0;
+      unit_from_output<T>(c, u.at[k], have, [&](int) { return u.channel[k]; }, v, h);
+    } else {
+      if constexpr (kFrom != From::gradient) {
+        if (added) unpack_raw<T>(extra[k], z);
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[k]) * scale[k] + (added ? shift[k] + z[i] : shift[k]);
+        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[k]) * scale[k] + (added ? shift[k] + z[i] : shift[k]);
+      }
+      unit_before<kFrom, A>(c, z, bits[k], h);
     }
-    unit_before<kFrom, A>(c, z, bits[k], h);
     if (!u.exists[k]) continue;
     const unsigned counted = kFast ? 0u : counted_bits(c.shape.valid, u.position[k], u.have[k]);
     if constexpr (!kFast) clear_uncounted(counted, h);
@@ -147,12 +152,16 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
       const int64_t at = s.first + s.row_at(base, k) * r.length;
       A v[kUnit], h[kUnit], z[kUnit];
       unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
-      if constexpr (kFrom != From::gradient) {
-        if (added) unpack_raw<T>(extra[k], z);
+      if (kFrom == From::any && c.kept.from_output) {
+        unit_from_output<T>(c, at, s.have, [&](int i) { return channel[i]; }, v, h);
+      } else {
+        if constexpr (kFrom != From::gradient) {
+          if (added) unpack_raw<T>(extra[k], z);
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+          for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+        }
+        unit_before<kFrom, A>(c, z, bits[k], h);
       }
-      unit_before<kFrom, A>(c, z, bits[k], h);
       if (k >= rows) continue;
       const unsigned counted = kFast || row_counts(c.shape.valid, s.row_at(base, k)) ? (1u << kUnit) - 1u : 0u;
       if constexpr (!kFast) clear_uncounted(counted, h);
@@ -180,7 +189,8 @@ int32_t backward(const BatchNormBackwardCall& call, void* stream) {
   const bool some = r.rows * r.units > 0;
   const bool sums = c.sums != nullptr || (c.means == nullptr && reduces(c));
   const bool fast = fast_walk(c.shape, r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
-  const From from = c.activation == Activation::none || c.mask != nullptr     ? From::gradient
+  const From from = c.kept.from_output                                        ? From::any
+                    : c.activation == Activation::none || c.mask != nullptr   ? From::gradient
                     : light_activation(c.activation) && c.residual == nullptr ? From::light
                                                                               : From::any;
   const bool columns = sums_columns(r), fast_sums = fast && (columns || c.shape.spatial % kUnit == 0);

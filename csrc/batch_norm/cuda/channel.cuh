@@ -8,7 +8,7 @@ namespace fused_ops {
 namespace cuda {
 
 constexpr int64_t kFewParts = 64;  // of a channel that a warp merges; more, a block
-constexpr int kCoefficients = 5;
+constexpr int kCoefficients = 6;
 
 // ---- moments
 
@@ -98,17 +98,19 @@ __device__ inline double lost_of(double mean) {
   return low == low ? low : 0;  // inf - inf
 }
 
-// Five arrays of one accumulator a channel: z = (x - mean) * scale + shift. At the beginning of the scratch memory, of
+// Arrays of one accumulator a channel: z = (x - mean) * scale + shift. At the beginning of the scratch memory, of
 // all channels; a kernel that needs no other launch has its block's in shared memory.
 template <class A>
 struct Coefficients {
   A *mean, *scale, *shift, *grad_mean, *grad_slope;
+  A* whole;  // of a backward from the output: not 0 where all of x is stored
   __device__ Coefficients(double* memory, int64_t channels)
       : mean(reinterpret_cast<A*>(memory)),
         scale(mean + channels),
         shift(scale + channels),
         grad_mean(shift + channels),
-        grad_slope(grad_mean + channels) {}
+        grad_slope(grad_mean + channels),
+        whole(grad_slope + channels) {}
   // Of the channel whose coefficients are the i-th.
   __device__ void set_affine(int64_t i, int64_t channel, const Parameters& p, double exact_mean, double invstd) const {
     const double factor = invstd * value_at(p.weight, p.dtype, channel, 1);
@@ -156,6 +158,39 @@ __device__ inline void finish_moments(const BatchNormForwardCall& c, int64_t cha
   k.set_affine(i, channel, p, mean, invstd);
 }
 
+// The limit of a channel's outputs: x is stored where an output is not >= it. NaN: of every value; -inf: of none.
+// Below `smallest`, the smallest normal number, an output's rounding is no longer relative.
+__device__ inline double stored_limit(const Parameters& p, int64_t channel, Activation activation, double slope,
+                                      double smallest) {
+  const double reach = kMaxAmplification * fabs(value_at(p.weight, p.dtype, channel, 1));
+  const double flat = activation == Activation::leaky_relu && slope < 1 ? slope : 1.0;
+  if (!(fabs(value_at(p.bias, p.dtype, channel, 0)) + smallest / flat <= reach)) return kNaN<double>;  // NaN too
+  return activation == Activation::elu ? -slope * reach / (1 + reach) : -kInfinity<double>;
+}
+
+// What a backward's sums and coefficients of a channel are of: x, or z where the forward kept its output and not all of
+// x, above `center`; (x - mean) * invstd is `inverse` times that.
+struct Deviation {
+  double center, inverse;
+  bool whole;
+};
+template <class A>
+__device__ inline Deviation deviation_of(const BatchNormBackwardCall& c, int64_t channel) {
+  const Parameters& p = c.parameters;
+  const double mean = c.mean[channel], invstd = c.invstd[channel];
+  if (!c.kept.from_output) return {mean, invstd, true};
+  const double limit = stored_limit(p, channel, c.activation, c.slope, c.kept.smallest);
+  if (limit != limit) return {mean, invstd, true};
+  const double scale = static_cast<double>(static_cast<A>(invstd * value_at(p.weight, p.dtype, channel, 1)));
+  return {value_at(p.bias, p.dtype, channel, 0), invstd / scale, false};  // as the forward multiplied
+}
+template <class A>
+__device__ inline void set_backward(const BatchNormBackwardCall& c, int64_t channel, const Deviation& d,
+                                    const Coefficients<A>& k, int64_t i) {
+  k.set_affine(i, channel, c.parameters, c.mean[channel], c.invstd[channel]);
+  if (c.kept.from_output) k.mean[i] = static_cast<A>(d.center), k.whole[i] = static_cast<A>(d.whole);
+}
+
 // The parameters' gradients and what every value of grad_x needs, from the sums of h and of h * (x - mean), the mean
 // rounded, over n values; the i-th coefficients.
 template <class A>
@@ -163,9 +198,9 @@ __device__ inline void finish_gradient(const BatchNormBackwardCall& c, int64_t c
                                        const Coefficients<A>& k, int64_t i) {
   const GhostBatch& g = c.ghost;
   const int64_t channels = c.shape.channels;
-  const double mean = c.mean[channel], invstd = c.invstd[channel];
-  const double dot = all.b - lost_of<A>(mean) * all.a;  // around the exact mean
-  const double grad_weight = (n > 0 ? dot * invstd : 0.0) + (g.first ? 0.0 : g.carried[channel]);
+  const Deviation d = deviation_of<A>(c, channel);
+  const double dot = (all.b - lost_of<A>(d.center) * all.a) * d.inverse;  // around the exact mean
+  const double grad_weight = (n > 0 ? dot : 0.0) + (g.first ? 0.0 : g.carried[channel]);
   const double grad_bias = (n > 0 ? all.a : 0.0) + (g.first ? 0.0 : g.carried[channels + channel]);
   if (g.last) {
     set_value(c.grad_weight, c.grad_dtype, channel, grad_weight);
@@ -173,8 +208,8 @@ __device__ inline void finish_gradient(const BatchNormBackwardCall& c, int64_t c
   } else {
     g.carried[channel] = grad_weight, g.carried[channels + channel] = grad_bias;
   }
-  k.set_affine(i, channel, c.parameters, mean, invstd);
-  k.set_means(i, mean, all.a / n, dot * invstd * invstd / (n - static_cast<double>(c.correction)));
+  set_backward(c, channel, d, k, i);
+  k.set_means(i, d.center, all.a / n, dot * d.inverse / (n - static_cast<double>(c.correction)));
 }
 
 }  // namespace cuda

@@ -1,7 +1,6 @@
 // How the batch-norm backward's kernels get h, the gradient before the activation, from the output's.
 #pragma once
-#include "batch_norm/cuda/activation.cuh"
-#include "batch_norm/cuda/loops.cuh"
+#include "batch_norm/cuda/kept_output.cuh"
 
 namespace fused_ops {
 namespace cuda {

@@ -4,7 +4,6 @@
 // a part of a channel, 24 where positions may not count. Stability: a thread's sums are pairs of floats, to which
 // 16-bit values come eight (planes) or some rows (columns) at a time; threads' sums are double.
 #pragma once
-#include "batch_norm/cuda/channel.cuh"
 #include "batch_norm/cuda/gradient.cuh"
 
 namespace fused_ops {
@@ -67,8 +66,8 @@ __global__ void __launch_bounds__(kBlock, (kFrom == From::any ? 2 : 4) / (sizeof
   const bool masked = kFrom != From::light && c.mask != nullptr;
   const bool added = kFrom == From::any && c.residual != nullptr && !masked && c.activation != Activation::none;
   const Coefficients<A> coefficients(c.scratch, s.channels);
-  const A mean = static_cast<A>(c.mean[channel]);
-  A scale = 0, shift = 0;
+  A mean = static_cast<A>(c.mean[channel]), scale = 0, shift = 0;
+  if (kFrom == From::any) mean = coefficients.mean[channel];
   if (kFrom != From::gradient) scale = coefficients.scale[channel], shift = coefficients.shift[channel];
   PlaneWalk walk(s, channel, part, parts);
   LongSum<A> sums, dots;
@@ -76,10 +75,11 @@ __global__ void __launch_bounds__(kBlock, (kFrom == From::any ? 2 : 4) / (sizeof
   for (int64_t turns = quotient(walk.left + threadIdx.x + kAhead * kBlock - 1, kAhead * kBlock); turns > 0; --turns) {
     Raw<T> raw[kAhead], grad[kAhead], extra[kAhead];
     int have[kAhead];
+    int64_t at[kAhead];
     unsigned bits[kAhead], counted[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      have[k] = walk.have<kFast>(), bits[k] = 0;
+      have[k] = walk.have<kFast>(), at[k] = walk.at(), bits[k] = 0;
       counted[k] = kFast ? 0u : counted_bits(s.valid, walk.position, have[k]);
       raw[k] = load_raw<T, kFast>(x + walk.at(), have[k]), grad[k] = load_raw<T, kFast>(g + walk.at(), have[k]);
       if (added) extra[k] = load_raw<T, kFast>(residual + walk.at(), have[k]);
@@ -90,12 +90,16 @@ __global__ void __launch_bounds__(kBlock, (kFrom == From::any ? 2 : 4) / (sizeof
     for (int k = 0; k < kAhead; ++k) {
       A v[kUnit], h[kUnit], z[kUnit];
       unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
-      if constexpr (kFrom != From::gradient) {
-        if (added) unpack_raw<T>(extra[k], z);
+      if (kFrom == From::any && c.kept.from_output) {
+        unit_from_output<T>(c, at[k], have[k], [&](int) { return channel; }, v, h);
+      } else {
+        if constexpr (kFrom != From::gradient) {
+          if (added) unpack_raw<T>(extra[k], z);
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean) * scale + (added ? shift + z[i] : shift);
+          for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean) * scale + (added ? shift + z[i] : shift);
+        }
+        unit_before<kFrom, A>(c, z, bits[k], h);
       }
-      unit_before<kFrom, A>(c, z, bits[k], h);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
         const bool there = kFast ? have[k] > 0 : (counted[k] >> i & 1u) != 0;
@@ -129,9 +133,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
   A mean[kUnit], scale[kUnit], shift[kUnit];
   channels_of(r, s, channel);
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    mean[i] = static_cast<A>(c.mean[channel[i]]);
-  }
+  for (int i = 0; i < kUnit; ++i)
+    mean[i] = kFrom == From::any ? coefficients.mean[channel[i]] : static_cast<A>(c.mean[channel[i]]);
   if constexpr (kFrom != From::gradient) {
     load_columns<kFast>(coefficients.scale, r, s, channel, scale);
     load_columns<kFast>(coefficients.shift, r, s, channel, shift);
@@ -157,12 +160,16 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || kFrom == From::any ?
     for (int k = 0; k < kRows; ++k) {
       A v[kUnit], h[kUnit], z[kUnit];
       unpack_raw<T>(raw[k], v), unpack_raw<T>(grad[k], h);
-      if constexpr (kFrom != From::gradient) {
-        if (added) unpack_raw<T>(extra[k], z);
+      if (kFrom == From::any && c.kept.from_output) {
+        unit_from_output<T>(c, s.row_at(base, k) * r.length + s.first, s.have, [&](int i) { return channel[i]; }, v, h);
+      } else {
+        if constexpr (kFrom != From::gradient) {
+          if (added) unpack_raw<T>(extra[k], z);
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+          for (int i = 0; i < kUnit; ++i) z[i] = (v[i] - mean[i]) * scale[i] + (added ? shift[i] + z[i] : shift[i]);
+        }
+        unit_before<kFrom, A>(c, z, bits[k], h);
       }
-      unit_before<kFrom, A>(c, z, bits[k], h);
       if (k >= rows || (!kFast && !row_counts(c.shape.valid, s.row_at(base, k)))) continue;
       ++n;
 #pragma unroll
