@@ -21,6 +21,12 @@ class Kept:
         numbers = {"activation": self.code, "slope": self.slope, "valid": self.valid, "groups": groups}
         self.y, self.statistics = torch.ops.fused_ops.batch_norm_forward(self.x, None, None, self.w, self.b, **numbers)
 
+    def to(self, device):
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        call = object.__new__(Kept)
+        vars(call).update(moved)
+        return call
+
     def keep(self, op):
         return op(self.y, self.x, self.w, self.b, self.valid, self.code, self.slope, self.groups)
 
@@ -73,8 +79,8 @@ def test_in_a_graph_there_is_room_for_all_and_nothing_is_read(host_ops, cuda_hos
         cuda_host.cuda_host_set_capturing(0)
     count = kept[0].numel()
     assert captured[0].numel() == call.x.numel() and torch.equal(captured[0][:count], kept[0])
-    for ours, theirs in zip(*(call.backward(host_ops["batch_norm_keep_backward"], k) for k in (kept, captured))):
-        assert torch.equal(ours, theirs)
+    found = [call.backward(host_ops["batch_norm_keep_backward"], k) for k in (kept, captured)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
     rebuilt = [
         reference.rebuild(call.y, call.w, call.b, call.statistics, k[0], call.code, call.slope, 1)
         for k in (kept, captured)

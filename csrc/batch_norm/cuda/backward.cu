@@ -188,7 +188,7 @@ int32_t backward(const BatchNormBackwardCall& call, void* stream) {
   const int64_t channels = c.shape.channels, each = partials_each(c.shape);
   const bool some = r.rows * r.units > 0;
   const bool sums = c.sums != nullptr || (c.means == nullptr && reduces(c));
-  const bool fast = fast_walk(c.shape, r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
+  const bool fast = fast_walk<T>(c.shape, r, {c.input, c.grad_output, c.residual, c.grad_input, c.grad_residual});
   const From from = c.kept.from_output                                        ? From::any
                     : c.activation == Activation::none || c.mask != nullptr   ? From::gradient
                     : light_activation(c.activation) && c.residual == nullptr ? From::light

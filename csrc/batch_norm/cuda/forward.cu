@@ -9,8 +9,7 @@
 // so that few channels or a small batch still fill the chip; a warp or a block a channel merges the parts in order: no
 // float atomics, the same bits always. A part of a channel costs 24 bytes twice.
 //
-// Stability: some values at a time around the first of them, from there in double around a shift; shifts are merged
-// around the mean of all (Chan et al., all at once). x - mean comes before any scaling. See docs/batch_norm.md.
+// Stability: statistics.cuh. x - mean comes before any scaling. See docs/batch_norm.md. A small tensor: packed.cu.
 #include "batch_norm/cuda/activation.cuh"
 #include "batch_norm/cuda/statistics.cuh"
 
@@ -148,12 +147,11 @@ void write_with(Launcher& launch, const BatchNormForwardCall& c, const Rows& r) 
 template <class T>
 void write_all(Launcher& launch, const BatchNormForwardCall& c, const Rows& r, bool fast) {
   if (r.rows * r.units == 0) return;
-  if (fast && light_activation(c.activation))
-    write_with<T, true, true>(launch, c, r);
-  else if (fast)
-    write_with<T, true, false>(launch, c, r);
-  else
-    write_with<T, false, false>(launch, c, r);
+  if constexpr (sizeof(T) < 8) {
+    if (fast && light_activation(c.activation)) return write_with<T, true, true>(launch, c, r);
+    if (fast) return write_with<T, true, false>(launch, c, r);
+  }
+  write_with<T, false, false>(launch, c, r);
 }
 
 template <class T>
@@ -161,7 +159,7 @@ int32_t forward(const BatchNormForwardCall& c, void* stream) {
   Launcher launch(stream);
   const Rows r = rows_of(c.shape);
   const bool some = r.rows * r.units > 0;
-  const bool fast = fast_walk(c.shape, r, {c.input, c.residual, c.output});
+  const bool fast = fast_walk<T>(c.shape, r, {c.input, c.residual, c.output});
   if (c.training && some) launch_moments<T>(launch, c, r, fast);
   const int64_t parts = some ? partials_each(c.shape) : 0;  // nothing was summed of an empty tensor
   const int64_t channels = std::max<int64_t>(c.shape.channels, c.moments != nullptr);  // which tells the number too

@@ -56,19 +56,20 @@ __device__ inline void unit_before(const BatchNormBackwardCall& c, const A* z, u
   }
 }
 
-// Runs the code with kFast and kFrom; what is rare has one kernel for all.
+// Runs the code with kFast and kFrom; what is rare, and float64, has one kernel for all.
 #define FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom, ...) \
   if (!(fast) || (from) == From::any) {                    \
     constexpr From kFrom = From::any;                      \
-    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__)          \
-  } else if ((from) == From::light) {                      \
-    constexpr From kFrom = From::light;                    \
+    FUSED_OPS_WITH_FAST(T, fast, kFast, __VA_ARGS__)       \
+  } else if constexpr (sizeof(T) < 8) {                    \
     constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
-  } else {                                                 \
-    constexpr From kFrom = From::gradient;                 \
-    constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
+    if ((from) == From::light) {                           \
+      constexpr From kFrom = From::light;                  \
+      __VA_ARGS__;                                         \
+    } else {                                               \
+      constexpr From kFrom = From::gradient;               \
+      __VA_ARGS__;                                         \
+    }                                                      \
   }
 
 }  // namespace cuda

@@ -39,56 +39,54 @@ struct StoredBits {
   }
 };
 
-// A unit of outputs and of upstream gradients, of which some have their x stored.
+// A unit of outputs, v, and of upstream gradients, h, and the channel of each.
 template <class A>
-struct StoredUnit {
+struct UnitOfOutput {
   A v[kUnit], h[kUnit];
   int64_t channel[kUnit];
 };
-// For those of `bits`: x or z, as the channel's deviation is, in place of the output, and the gradient before the
-// activation. Called, and without the call's struct: inlined, it leaves the kernels too few registers.
+// Makes of v x or z, as the channel's deviation is, and of h the gradient before the activation. `at` is the unit's
+// first value among all in memory. Called, and without the call's struct: inlined, it is a third of the kernels' code,
+// and leaves them too few registers.
 template <class T>
-__attribute__((noinline)) __device__ void take_stored(const T* stored, int64_t place, int64_t count, unsigned bits,
-                                                      const double* means, double* scratch, int64_t channels,
-                                                      Activation activation, acc_t<T> slope, StoredUnit<acc_t<T>>* u) {
+__attribute__((noinline)) __device__ void take_output(const int64_t* offsets, int64_t values, const T* stored,
+                                                      int64_t count, int64_t at, int have, const double* means,
+                                                      double* scratch, int64_t channels, Activation activation,
+                                                      acc_t<T> slope, UnitOfOutput<acc_t<T>>* u) {
   using A = acc_t<T>;
   const Coefficients<A> k(scratch, channels);
+  const StoredBits all(const_cast<int64_t*>(offsets), values);
+  const unsigned bits = offsets == nullptr ? 0u : all.of(at, have);
+  int64_t place = bits == 0 ? 0 : all.rank(at);
+#pragma unroll 1
   for (int i = 0; i < kUnit; ++i) {
-    if ((bits >> i & 1u) == 0) continue;
-    const int64_t j = u->channel[i];
-    const A mean = static_cast<A>(means[j]), x = place >= 0 && place < count ? to_acc(stored[place]) : mean;
-    const A z = (x - mean) * k.scale[j] + k.shift[j];
-    if (activation == Activation::elu) u->h[i] *= derivative<Activation::elu>(z, slope);
-    if (activation == Activation::leaky_relu && !(u->v[i] > A(0))) u->h[i] *= slope;
-    u->v[i] = k.whole[j] != A(0) ? x : z, ++place;
+    const A y = u->v[i], g = u->h[i];
+    const bool above = y > A(0);
+    A v = y, h = g;
+    if (activation == Activation::leaky_relu && !above) v = y / slope, h = g * slope;
+    if (activation == Activation::elu && !above) v = log1p_(y / slope), h = g * (y + slope);
+    if (bits >> i & 1u) {
+      const int64_t j = u->channel[i];
+      const A mean = static_cast<A>(means[j]), x = place >= 0 && place < count ? to_acc(stored[place]) : mean;
+      const A z = (x - mean) * k.scale[j] + k.shift[j];
+      v = k.whole[j] != A(0) ? x : z, ++place;
+      if (activation == Activation::elu) h = g * derivative<Activation::elu>(z, slope);
+    }
+    u->v[i] = v, u->h[i] = h;
   }
 }
 
-// From a unit of outputs, v, and of upstream gradients, h: x or z, as its channel's deviation is, into v, and the
-// gradient before the activation into h. channel(i): of value i.
+// The same for v and h in registers, the unit `at` of a call; channel(i): of value i.
 template <class T, class Channel>
 __device__ inline void unit_from_output(const BatchNormBackwardCall& c, int64_t at, int have, const Channel& channel,
                                         acc_t<T>* v, acc_t<T>* h) {
-  using A = acc_t<T>;
-  const A slope = static_cast<A>(c.slope), inverse_slope = static_cast<A>(1 / c.slope);
-  const StoredBits stored(const_cast<int64_t*>(c.kept.offsets), c.kept.values);
-  const unsigned bits = c.kept.offsets == nullptr ? 0u : stored.of(c.kept.origin + at, have);
-  if (bits != 0) {
-    StoredUnit<A> u;
+  UnitOfOutput<acc_t<T>> u;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) u.v[i] = v[i], u.h[i] = h[i], u.channel[i] = channel(i);
-    take_stored(static_cast<const T*>(c.kept.stored), stored.rank(c.kept.origin + at), c.kept.count, bits, c.mean,
-                c.scratch, c.shape.channels, c.activation, slope, &u);
+  for (int i = 0; i < kUnit; ++i) u.v[i] = v[i], u.h[i] = h[i], u.channel[i] = channel(i);
+  take_output(c.kept.offsets, c.kept.values, static_cast<const T*>(c.kept.stored), c.kept.count, c.kept.origin + at,
+              have, c.mean, c.scratch, c.shape.channels, c.activation, static_cast<acc_t<T>>(c.slope), &u);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) v[i] = u.v[i], h[i] = u.h[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    const A y = v[i];
-    if ((bits >> i & 1u) != 0 || y > A(0)) continue;
-    if (c.activation == Activation::leaky_relu) v[i] = y * inverse_slope, h[i] *= slope;
-    if (c.activation == Activation::elu) v[i] = log1p_(y * inverse_slope), h[i] *= y + slope;
-  }
+  for (int i = 0; i < kUnit; ++i) v[i] = u.v[i], h[i] = u.h[i];
 }
 
 }  // namespace cuda

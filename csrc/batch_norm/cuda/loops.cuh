@@ -153,9 +153,10 @@ __device__ inline void store_unit(T* p, int have, const acc_t<T>* v) {
     if (k < have) set(p[k], v[k]);
 }
 
-// Whether every unit is whole, counts, and is aligned in these tensors, of which some may be null.
-inline bool fast_walk(const BatchNormShape& s, const Rows& r, std::initializer_list<const void*> tensors) {
-  bool fast = r.length % kUnit == 0 && s.valid == nullptr;
+// Whether every unit is whole, counts, and is aligned in these tensors of T, of which some may be null.
+template <class T>
+bool fast_walk(const BatchNormShape& s, const Rows& r, std::initializer_list<const void*> tensors) {
+  bool fast = sizeof(T) < 8 && r.length % kUnit == 0 && s.valid == nullptr;
   for (const void* p : tensors) fast = fast && (reinterpret_cast<uintptr_t>(p) & 15u) == 0;
   return fast;
 }
@@ -416,6 +417,16 @@ __device__ inline double sum_columns(int lanes, double* v) {
   } else {                                     \
     constexpr bool kName = false;              \
     __VA_ARGS__;                               \
+  }
+
+// Runs the code with kFast, whether every unit is whole, counts, and is aligned. float64, which serves checks of
+// gradients, has kernels for units of any kind alone: a fast_walk of it is none.
+#define FUSED_OPS_WITH_FAST(T, fast, kFast, ...)  \
+  if constexpr (sizeof(T) < 8) {                  \
+    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__) \
+  } else {                                        \
+    constexpr bool kFast = false;                 \
+    __VA_ARGS__;                                  \
   }
 
 }  // namespace cuda

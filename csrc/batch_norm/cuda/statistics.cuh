@@ -153,7 +153,7 @@ void launch_moments(Launcher& launch, const BatchNormForwardCall& c, const Rows&
   const bool columns = sums_columns(r);
   const int64_t each = partials_each(c.shape);
   const Tiles t = tiles_of(r, kColumnBlocks);
-  FUSED_OPS_WITH_BOOL(fast && (columns || c.shape.spatial % kUnit == 0), kFast, {
+  FUSED_OPS_WITH_FAST(T, fast && (columns || c.shape.spatial % kUnit == 0), kFast, {
     if (columns)
       launch(column_moments<T, kFast>, t.across * t.parts, kBlock, c, r, t);
     else
