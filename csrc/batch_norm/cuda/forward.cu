@@ -11,6 +11,7 @@
 //
 // Stability: statistics.cuh. x - mean comes before any scaling. See docs/batch_norm.md. A small tensor: packed.cu.
 #include "batch_norm/cuda/activation.cuh"
+#include "batch_norm/cuda/mask.cuh"
 #include "batch_norm/cuda/statistics.cuh"
 
 namespace fused_ops {

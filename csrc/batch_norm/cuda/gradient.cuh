@@ -1,6 +1,7 @@
 // How the batch-norm backward's kernels get h, the gradient before the activation, from the output's.
 #pragma once
 #include "batch_norm/cuda/kept_output.cuh"
+#include "batch_norm/cuda/mask.cuh"
 
 namespace fused_ops {
 namespace cuda {

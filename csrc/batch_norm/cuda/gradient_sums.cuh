@@ -37,22 +37,6 @@ __host__ __device__ inline bool reduces(const BatchNormBackwardCall& c) {
   return (c.training && c.grad_input != nullptr) || c.grad_weight != nullptr;
 }
 
-// The forward's bits of a unit of a plane.
-__device__ inline unsigned plane_bits(const BatchNormBackwardCall& c, const PlaneWalk& walk, int64_t channel,
-                                      int have) {
-  const BatchNormShape& s = c.shape;
-  if (s.spatial > kSmallPlaneValues) return c.mask[have > 0 ? walk.byte : 0];
-  // Of a small plane they may begin within a byte, as a row of the mask runs through the channels.
-  const int64_t row_bytes = (s.channels * s.spatial + kUnit - 1) / kUnit;
-  const uint8_t* row = c.mask + quotient(walk.byte, s.channels * walk.units) * row_bytes;
-  unsigned bits = 0;
-  for (int j = 0; j < have; ++j) {
-    const int64_t bit = channel * s.spatial + walk.unit * kUnit + j;
-    bits |= ((row[bit / 8] >> (bit % 8)) & 1u) << j;
-  }
-  return bits;
-}
-
 // A block a (part, channel), as plane_moments.
 template <class T, bool kFast, From kFrom>
 __global__ void __launch_bounds__(kBlock, (kFrom == From::any ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1))

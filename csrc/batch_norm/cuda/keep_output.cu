@@ -2,7 +2,7 @@
 // output".
 //
 // Memory, with N values of e bytes: N / 8 for the bits, N e more of the output where activation is elu; and the stored
-// values twice. Four launches. How many there are is known on the device, after the second; a caller that wants no more
+// values twice. Four launches. How many there are is known on the device after the third; a caller that wants no more
 // memory for them than they need must read it there.
 #include "batch_norm/cuda/kept_output.cuh"
 

@@ -28,14 +28,12 @@ inline Tiles packed_tiles(const Rows& r) {
 
 // ---- planes: a block a channel
 
-template <class T>
 struct PackedPlanes {
-  using A = acc_t<T>;
   int64_t at[kPackedUnits], byte[kPackedUnits];
   int have[kPackedUnits];
   unsigned counted[kPackedUnits], bits[kPackedUnits];
 
-  // each(k, walk) of the thread's units.
+  // The units of a thread, of which each(this, k, walk) is called for the k-th.
   template <class Each>
   __device__ PackedPlanes(const BatchNormShape& s, int64_t channel, const Each& each) {
     PlaneWalk walk(s, channel, 0, 1);
@@ -56,7 +54,7 @@ __global__ void __launch_bounds__(kBlock, 2) packed_plane_forward(BatchNormForwa
   A v[kPackedUnits][kUnit];
   Shifted<A> sums;
   int64_t n = 0;
-  const PackedPlanes<T> u(c.shape, channel, [&](const PackedPlanes<T>& u, int k, const PlaneWalk&) {
+  const PackedPlanes u(c.shape, channel, [&](const PackedPlanes& u, int k, const PlaneWalk&) {
     load_unit(static_cast<const T*>(c.input) + u.at[k], u.have[k], v[k]);
     A counting[kUnit];
 #pragma unroll
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kBlock, 2) packed_plane_backward(BatchNormBack
   A v[kPackedUnits][kUnit], h[kPackedUnits][kUnit];
   LongSum<A> sums, dots;
   int64_t n = 0;
-  const PackedPlanes<T> u(c.shape, channel, [&](PackedPlanes<T>& u, int k, const PlaneWalk& walk) {
+  const PackedPlanes u(c.shape, channel, [&](PackedPlanes& u, int k, const PlaneWalk& walk) {
     load_unit(static_cast<const T*>(c.input) + u.at[k], u.have[k], v[k]);
     load_unit(static_cast<const T*>(c.grad_output) + u.at[k], u.have[k], h[k]);
     if (c.mask != nullptr) u.bits[k] = plane_bits(c, walk, channel, u.have[k]);
