@@ -23,7 +23,9 @@ CALLED_AS = {  # by whom, in the order of OPS
     + ["cross_entropy.functions._with_gradient_op", "cross_entropy.functions._scale_gradient_op"],
     "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op", "linear_cross_entropy.functions.rescale_op"],
     "batch_norm": [
-        f"batch_norm.functions.{name}_op" for name in ("_forward", "_backward", "_plain_forward", "_plain_backward")
+        *(f"batch_norm.functions._{name}_op" for name in ("forward", "backward", "plain_forward", "plain_backward")),
+        *(f"batch_norm.ranks._{name}_op" for name in ("moments", "normalise", "sums", "gradient")),
+        *(f"batch_norm.keep_output._{name}_op" for name in ("keep", "keep_backward")),
     ],
 }
 ON_CPU = functions._on_cpu

@@ -33,7 +33,10 @@ OPS = {  # the raw ops with kernels
     ]
     + ["cross_entropy_with_gradient", "cross_entropy_scale_gradient"],
     "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
-    "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")],
+    "batch_norm": [
+        *(f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")),
+        *(f"batch_norm_{part}" for part in ("moments", "normalise", "grad_sums", "gradient", "keep", "keep_backward")),
+    ],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write
 
@@ -213,24 +216,25 @@ class CrossEntropy:
 
 
 class BatchNorm:
-    """The kernels of csrc/batch_norm/cuda on CPU tensors, dense or channels_last."""
+    """The kernels of csrc/batch_norm/cuda on CPU tensors, dense or channels_last; if wanted, packed where they may."""
 
-    def __init__(self, library, order=0):
-        self.library, self.order = library, order
+    def __init__(self, library, order=0, packed=False):
+        self.library, self.order, self.packed = library, order, packed
 
-    def head(self, x, parameters, training, correction, activation):
+    def head(self, x, parameters, training, correction, activation, writes_mask=False):
         self.library.cuda_host_set_order(self.order)
         spatial, last = torch.Size(x.shape[2:]).numel(), x.dim() > 2 and not x.is_contiguous()
         kinds = [DTYPES.index(next((p.dtype for p in parameters if p is not None), x.dtype))]
         counts = [x.size(0), x.size(1), spatial, last, DTYPES.index(x.dtype), *kinds, activation, training, correction]
-        head = numbers([int(v) for v in counts])
-        return head, poisoned(self.library.bn_scratch(head), torch.float64)
+        head = numbers([*(int(v) for v in counts), 0])
+        head[9] = self.packed and self.library.bn_is_packed(head, int(writes_mask))
+        return head, None if head[9] else poisoned(self.library.bn_scratch(head), torch.float64)
 
     def forward(self, x, residual, running_mean, running_var, weight, bias, training, momentum, eps, *options):
         """As the raw op without ``valid`` and ``groups``."""
         correction, activation, slope, mask_bytes, output = options
         parameters = (weight, bias, running_mean, running_var)
-        head, scratch = self.head(x, parameters, training, correction, activation)
+        head, scratch = self.head(x, parameters, training, correction, activation, mask_bytes > 0)
         channels, update = x.size(1), training and running_mean is not None
         mean, invstd = poisoned(channels, torch.float64), poisoned(channels, torch.float64)
         new = [poisoned(channels, running_mean.dtype) if update else None for _ in range(2)]

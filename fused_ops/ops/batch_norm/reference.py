@@ -472,9 +472,8 @@ def rebuild(
         z = z / per_channel(weight.double(), z)
     mean, invstd = by_row(statistics, y, groups)
     x = mean + z / invstd
-    flat = in_memory_order(x, output).clone()
-    flat[in_memory_order(stored_mask(output, weight, bias, activation, slope), output)] = stored.double()
-    return _from_memory_order(flat, output)
+    mask = in_memory_order(stored_mask(output, weight, bias, activation, slope), output)
+    return _from_memory_order(in_memory_order(x, output).masked_scatter(mask, stored.double()), output)
 
 
 def before(grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor, activation: int, slope: float) -> Tensor:
