@@ -27,7 +27,8 @@ PLACES = (
 # eager call of one process runs through none of them.
 READ_AT_MOST = {"batch_norm": 44, "cross_entropy": 39, "linear_cross_entropy": 54}
 # The same of one eager call: files of Python in which code runs, and those of C++ behind the binding and the kernels.
-OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy": 40}
+# Linear cross-entropy's rose by one, with the dtypes that a device has: one place for all ops says them.
+OPENED_AT_MOST = {"batch_norm": 46, "cross_entropy": 28, "linear_cross_entropy": 41}
 PLAIN_PYTORCH = {"reference", "rows_reference", "shards_reference", "ranks_reference"}
 PLAIN_PYTORCH |= {"derivatives", "activations", "samples"}
 TWINS = {"vec_avx512.h", "vec_avx2.h", "vec_neon.h"}  # of csrc/simd/vec_generic.h, which says what each function does

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ops.core.memory_format import acc_dtype
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import (
     Call,
     Options,
     Saved,
-    acc_dtype,
     counted,
     group_size,
     param_dtype,

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import piece_elements
+from fused_ops.core.memory_format import acc_dtype, piece_elements
 from fused_ops.ops.cross_entropy import reference as cross_entropy
 from fused_ops.ops.cross_entropy import rows_reference as rows
-from fused_ops.ops.cross_entropy.reference import acc_dtype
 from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
 
 _FEWEST_COLUMNS = 64  # in memory a row's logits lie apart, those of one class side by side
