@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import acc_dtype, empty_output, is_channels_last
+from fused_ops.core.memory_format import acc_dtype, empty_output, is_channels_last, wide, wide_dtype
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import backward, by_row, param_dtype, per_channel
 
@@ -32,9 +32,9 @@ def _from_memory_order(flat: Tensor, output: Tensor) -> Tensor:
 def stored_mask(output: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, slope: float) -> Tensor:
     """Where x is stored beside the output."""
     channels = output.size(1)
-    none = output.new_zeros(channels, dtype=torch.float64)
-    size = none + 1 if weight is None else weight.double().abs()
-    shift = none if bias is None else bias.double().abs()
+    none = output.new_zeros(channels, dtype=wide_dtype(output))
+    size = none + 1 if weight is None else wide(weight).abs()
+    shift = none if bias is None else wide(bias).abs()
     flat = min(1.0, slope) if activation == activations.LEAKY_RELU else 1.0
     reach = MAX_AMPLIFICATION * size
     smallest = torch.finfo(output.dtype).smallest_normal / flat if flat else torch.inf
@@ -72,31 +72,46 @@ def rebuild(
     slope: float,
     groups: int,
 ) -> Tensor:
-    """x in float64."""
-    y = output.double()
-    z = y
+    """x, in the dtype of the computation."""
+    mask = stored_mask(output, weight, bias, activation, slope)
+    kept, centered = _centered(output, weight, bias, statistics, stored, activation, slope, groups, mask)
+    return torch.where(mask, kept, (centered + by_row(statistics, output, groups)[0]).to(centered.dtype))
+
+
+def _centered(
+    output: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    stored: Tensor,
+    activation: int,
+    slope: float,
+    groups: int,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The stored x, 0 elsewhere, and x - mean of all: of the others (activation^-1(y) - bias) / (weight * invstd)."""
+    dtype = acc_dtype(output.dtype)
+    z = y = output.to(dtype)
     if activation == activations.LEAKY_RELU:
         z = torch.where(y > 0, y, y / slope)
     elif activation == activations.ELU:
         z = torch.where(y > 0, y, (y.clamp(max=0) / slope).log1p())
-    if bias is not None:
-        z = z - per_channel(bias.double(), z)
-    if weight is not None:
-        z = z / per_channel(weight.double(), z)
-    mean, invstd = by_row(statistics, y, groups)
-    x = mean + z / invstd
-    flat = in_memory_order(x, output).clone()
-    flat[in_memory_order(stored_mask(output, weight, bias, activation, slope), output)] = stored.double()
-    return _from_memory_order(flat, output)
+    mean, scale = by_row(statistics, output, groups)
+    scale = scale if weight is None else scale * wide(per_channel(weight, y))
+    z = z if bias is None else z - per_channel(bias.to(dtype), y)
+    flat = y.new_zeros(y.numel())
+    flat[in_memory_order(mask, output)] = stored.to(dtype)
+    kept, near = _from_memory_order(flat, output), mean.to(dtype)
+    return kept, torch.where(mask, (kept - near) - (mean - near).to(dtype), z / scale.to(dtype))
 
 
 def before(grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor, activation: int, slope: float) -> Tensor:
     """grad_output times activation': from the output, or from z where x was stored."""
-    grad = grad_output.double()
+    y = output.to(z.dtype)
+    grad = grad_output.to(z.dtype)
     if activation == activations.LEAKY_RELU:
-        return torch.where(output > 0, grad, grad * slope)
+        return torch.where(y > 0, grad, grad * slope)
     if activation == activations.ELU:
-        y = output.double()
         below = torch.where(stored, slope * z.clamp(max=0).exp(), y + slope)
         return torch.where(torch.where(stored, z, y) > 0, grad, grad * below)
     return grad
@@ -119,15 +134,16 @@ def keep_backward(
     valid: Tensor | None,
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward`` from the forward's output, from which x is rebuilt."""
+    """``backward`` from the forward's output, from which x - mean is rebuilt."""
     y = output
-    x = rebuild(y, weight, bias, statistics, stored, activation, slope, groups)
-    mean, invstd = by_row(statistics, x, groups)
-    z = (x - mean) * invstd
-    z = z if weight is None else z * per_channel(weight.double(), z)
-    z = z if bias is None else z + per_channel(bias.double(), z)
-    h = before(grad_output, y, z, stored_mask(y, weight, bias, activation, slope), activation, slope)
-    tensors = h, x, weight, bias, statistics
+    mask = stored_mask(y, weight, bias, activation, slope)
+    _, centered = _centered(y, weight, bias, statistics, stored, activation, slope, groups, mask)
+    invstd = by_row(statistics, y, groups)[1]
+    scale = invstd if weight is None else invstd * wide(per_channel(weight, y))
+    z = centered * scale.to(centered.dtype)
+    z = z if bias is None else z + per_channel(bias.to(z.dtype), z)
+    h = before(grad_output, y, z, mask, activation, slope)
+    tensors = h, centered, weight, bias, torch.stack((torch.zeros_like(statistics[0]), statistics[1]))
     grad_input, *grads = backward(*tensors, training, need_input, need_params, correction, valid=valid, groups=groups)
     kind = param_dtype(y, weight, bias)
     to = empty_output(y).copy_(grad_input) if need_input else y.new_empty(0)
