@@ -145,10 +145,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
-def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False) -> Tensor:
-    """The sum of a piece's values in ``wide_dtype``; PyTorch's own goes in blocks where there is float64."""
+def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False, exact: bool = False) -> Tensor:
+    """The sum of a piece's values in ``wide_dtype``.
+
+    Where there is float64, PyTorch's own float32 sum, which goes in blocks, or with ``exact`` one in float64, which
+    takes four times as long: for what PyTorch's op sums in float64 too.
+    """
     if wide_dtype(values) == torch.float64:
-        return values.sum(dims, keepdim=keepdim).double()
+        return values.sum(dims, keepdim=keepdim, dtype=torch.float64 if exact else None).double()
     dims = [dims] if isinstance(dims, int) else dims
     for dim in dims:
         values = _sum_of_blocks(values, dim)

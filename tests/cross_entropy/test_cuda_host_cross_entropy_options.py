@@ -7,7 +7,9 @@ from test_cuda_host_cross_entropy import LAYOUTS
 
 from fused_ops.core.memory_format import acc_dtype
 from fused_ops.ops.cross_entropy import rows_reference as reference
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import Row as row_of
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.testing import assert_no_worse_than
 
 # Around a vector of each type, groups of 4 and 32 threads, steps of a warp and a block; then a block a row or several.
@@ -100,7 +102,7 @@ def run(ops, a, o, offset=0):
 
 def plain(a, o, dtype):
     """nll, lse, entropy and the gradient by the reference's formulas in this dtype."""
-    row = reference._Row(a, o, dtype)
+    row = row_of(a, o, dtype)
     lse = torch.where(row.valid | o.statistics, row.u.logsumexp(row.dim), 0.0)
     found = [-row.dot(row.log_p, a.probabilities, a.weight).to(dtype), lse]
     if o.statistics:
@@ -111,7 +113,7 @@ def plain(a, o, dtype):
 
 def assert_gradient_is_no_worse(ours, theirs, truth, a, o):
     """The error rule, with a rounding of each of the terms that the gradient is the sum of."""
-    row = reference._Row(a, o, torch.float64)
+    row = row_of(a, o, torch.float64)
     p, log_p = row.neg_entropy_terms()
     q, entropy = row.q(a.probabilities, a.weight), -(p * log_p).sum(row.dim, keepdim=True)
     given = gradients_of_rows(a, o)

@@ -26,7 +26,7 @@ from fused_ops.core.torch_private import (
     transforms_active,
     without_overrides,
 )
-from fused_ops.ops.batch_norm import activations, derivatives, ranks, reference
+from fused_ops.ops.batch_norm import activations, backward_reference, derivatives, ranks, reference
 from fused_ops.ops.batch_norm.reference import BackwardArguments, Call, ForwardArguments, Options, Saved, as_call
 
 _STRIDED = torch.strided
@@ -67,10 +67,10 @@ _plain_forward_op: Any = register(
     f"batch_norm_plain_forward({_FORWARD}) -> {_OUTPUTS}", reference.forward, _fake_forward
 )
 _backward_op: Any = register(
-    f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}", reference.backward, _fake_backward
+    f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}", backward_reference.backward, _fake_backward
 )
 _plain_backward_op: Any = register(
-    f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}", reference.backward, _fake_backward
+    f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}", backward_reference.backward, _fake_backward
 )
 
 

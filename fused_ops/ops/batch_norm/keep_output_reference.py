@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fused_ops.core.memory_format import acc_dtype, empty_output, is_channels_last, wide, wide_dtype
 from fused_ops.ops.batch_norm import activations
-from fused_ops.ops.batch_norm.reference import backward, by_row, param_dtype, per_channel
+from fused_ops.ops.batch_norm.backward_reference import backward
+from fused_ops.ops.batch_norm.reference import by_row, param_dtype, per_channel
 
 INVERTIBLE = (activations.NONE, activations.LEAKY_RELU, activations.ELU)
 MAX_AMPLIFICATION = 4.0  # kMaxAmplification of csrc/batch_norm/kernels.h

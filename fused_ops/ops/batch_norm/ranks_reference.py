@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import empty_output, wide_dtype
-from fused_ops.ops.batch_norm import reference
-from fused_ops.ops.batch_norm.reference import (
-    Affine,
-    BackwardArguments,
-    ForwardArguments,
-    affine_of,
-    normalised,
-    unpack,
-)
+from fused_ops.ops.batch_norm import backward_reference, reference
+from fused_ops.ops.batch_norm.reference import Affine, BackwardArguments, ForwardArguments, normalised, unpack
 
 
 class Merged(NamedTuple):
@@ -74,7 +67,7 @@ def _backward_of(*arguments: Any) -> tuple[BackwardArguments, Affine, Tensor | N
     a = BackwardArguments(grad_output, input, weight, bias, statistics, True, True, True, 0, activation, slope, *more)
     return (
         a,
-        affine_of(a, *statistics.unbind(0)),
+        backward_reference.affine_of(a, *statistics.unbind(0)),
         None if a.mask is None or not a.mask.numel() else unpack(a.mask, input),
     )
 
@@ -85,7 +78,7 @@ def grad_sums(*arguments: Any) -> Tensor:
     Args:
         *arguments: grad_output, input, weight, bias, statistics, activation, slope, residual, mask, valid.
     """
-    return torch.stack(reference.sums(*_backward_of(*arguments)))
+    return torch.stack(backward_reference.sums(*_backward_of(*arguments)))
 
 
 def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any) -> Tensor:
@@ -93,5 +86,6 @@ def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any
     a, affine, positive = _backward_of(*arguments)
     a = a._replace(grad_residual=grad_residual)
     grad_input = None if means is None else empty_output(a.input)
-    reference.write_gradients(a, affine, positive, None if means is None else tuple(means.unbind(0)), grad_input)
+    pair = None if means is None else (means[0], means[1])
+    backward_reference.write_gradients(a, affine, positive, pair, grad_input)
     return a.input.new_empty(0) if grad_input is None else grad_input

@@ -29,6 +29,7 @@ from fused_ops.core.memory_format import (
     is_channels_last,
     pieces,
     wide,
+    wide_dtype,
     wide_sum,
 )
 from fused_ops.ops.batch_norm import activations
@@ -302,6 +303,7 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
     """How many values of each channel count, and their mean and M2, wide, merged from those of pieces."""
     channels, dtype, found, scratch = input.size(1), acc_dtype(input.dtype), [], Scratch()
+    exact = sums_exactly(input)
     for piece in pieces(input):
         x, dims = scratch.copy("x", input[piece.all], dtype), all_but_channels(input)
         if valid is not None:
@@ -309,12 +311,13 @@ def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
             x, dims = x.movedim(1, -1).reshape(-1, channels)[keep], [0]
         count = x.numel() // max(channels, 1)
         if count:
-            near = x.mean(dims, keepdim=True)  # near the mean: what is left of the sum says how near
+            mean = wide_sum(x, dims, True, exact) / count
+            near = mean.to(dtype)
             x = torch.sub(x, near, out=scratch.like("x", x, dtype))
-            rest, m2 = wide_sum(x, dims), wide_sum(x.square_(), dims)
-            near = wide(near.flatten())
-            mean = torch.where(near.isfinite(), near + rest / count, near)
-            found.append((count, mean, m2 - rest.square() / count))
+            rest = mean - near if exact else wide_sum(x, dims, True) / count  # says how near the mean it is
+            rest = torch.where(near.isfinite(), rest, 0.0).flatten()
+            m2 = wide_sum(x.square_(), dims) - count * rest.square()
+            found.append((count, near.flatten() + rest, m2))
     n = sum(count for count, _, _ in found)
     if not n:
         return 0, wide(input.new_full((channels,), math.nan)), wide(input.new_zeros(channels))
@@ -326,122 +329,13 @@ def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
     return n, mean, torch.stack([m2 + count * (m - mean).square() for count, m, m2 in found]).sum(0)
 
 
+def sums_exactly(input: Tensor) -> bool:
+    """Whether sums are taken in float64: of 32-bit values, as by PyTorch, which sums 16-bit values in float32."""
+    return input.dtype == torch.float32 and wide_dtype(input) == torch.float64
+
+
 def all_but_channels(input: Tensor) -> list[int]:
     return [d for d in range(input.dim()) if d != 1]
-
-
-def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias, empty where not needed, in one step; writes ``grad_residual``."""
-    a = BackwardArguments(*arguments, **named)
-    input = a.input
-    groups = a.groups if a.training else 1
-    positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
-    size, channels = group_size(input.size(0), groups), input.size(1)
-    grad_input, sums, dots = empty_output(input) if a.need_input else None, [], []
-    for i, begin in enumerate(range(0, max(input.size(0), 1), size)):
-        rows, here = slice(begin, begin + size), slice(i * channels, (i + 1) * channels)
-        part = _batch_entries(a, rows)
-        signs = None if positive is None else positive[rows]
-        to = None if grad_input is None else grad_input[rows]
-        total, dot = _backward_of_group(part, signs, a.statistics[0, here], a.statistics[1, here], to)
-        sums.append(total)
-        dots.append(dot)
-    kind, none = param_dtype(input, a.weight, a.bias), input.new_empty(0)
-    return (
-        none if grad_input is None else grad_input,
-        torch.stack(dots).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
-        torch.stack(sums).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
-    )
-
-
-def _batch_entries(a: BackwardArguments, rows: slice) -> BackwardArguments:
-    residual, valid, grad_residual = (None if t is None else t[rows] for t in (a.residual, a.valid, a.grad_residual))
-    a = a._replace(grad_output=a.grad_output[rows], input=a.input[rows])
-    return a._replace(residual=residual, valid=valid, grad_residual=grad_residual)
-
-
-def _backward_of_group(
-    a: BackwardArguments, positive: Tensor | None, mean: Tensor, invstd: Tensor, grad_input: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of bias and weight of one group, wide; writes those of the input and the residual."""
-    n = a.input.numel() // max(a.input.size(1), 1) if a.valid is None else int(a.valid.sum())
-    affine = affine_of(a, mean, invstd)
-    total, dot = invstd.new_zeros(invstd.shape), invstd.new_zeros(invstd.shape)
-    if a.need_params or (a.training and grad_input is not None):
-        total, dot = sums(a, affine, positive)
-    means = (total / n, dot * invstd.square() / (n - a.correction)) if n and a.training else None
-    write_gradients(a, affine, positive, means, grad_input)
-    return total, dot * invstd if n else dot
-
-
-def affine_of(a: BackwardArguments, mean: Tensor, invstd: Tensor) -> Affine:
-    """Of one group, from its (channels,) statistics."""
-    return Affine.of(per_channel(mean, a.input), per_channel(invstd, a.input), a.weight, a.bias, a.input)
-
-
-def sums(a: BackwardArguments, affine: Affine, positive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per channel the sums of h and of h * (x - mean), wide."""
-    dims = all_but_channels(a.input)
-    total = dot = wide(a.input.new_zeros(a.input.size(1)))
-    scratch = Scratch()
-    for piece in pieces(a.input):
-        h, centered, _ = _before_activation(a, affine, piece, positive, scratch)
-        total, dot = total + wide_sum(h, dims), dot + wide_sum(centered.mul_(h), dims)
-    rest = affine.rest.flatten()
-    return total, dot - torch.where(rest == 0, 0.0, rest * total)
-
-
-def write_gradients(
-    a: BackwardArguments,
-    affine: Affine,
-    positive: Tensor | None,
-    means: tuple[Tensor, Tensor] | None,
-    grad_input: Tensor | None,
-) -> None:
-    """Writes the gradients of input and residual; ``means`` are grad_mean and grad_slope of a training batch."""
-    if grad_input is None and a.grad_residual is None:
-        return
-    dtype, x = acc_dtype(a.input.dtype), a.input
-    if means is not None:
-        grad_mean, grad_slope = (per_channel(m, x) for m in means)
-        grad_mean = grad_mean - torch.where(affine.rest == 0, 0.0, affine.rest * grad_slope)
-        grad_mean, grad_slope = grad_mean.to(dtype), grad_slope.to(dtype)
-    scratch = Scratch()
-    for piece in pieces(x):
-        h, centered, keep = _before_activation(a, affine, piece, positive, scratch)
-        if a.grad_residual is not None:
-            a.grad_residual[piece.all] = h
-        if grad_input is None:
-            continue
-        to = grad_input[piece.all]
-        grad = to if to.dtype == dtype else centered
-        if means is not None:
-            torch.sub(h, centered.mul_(grad_slope).add_(grad_mean), out=grad).mul_(affine.scale)
-        else:
-            torch.mul(h, affine.scale, out=grad)
-        if keep is not None:
-            grad.masked_fill_(~keep, 0.0)
-        if grad is not to:
-            to.copy_(grad)
-
-
-def _before_activation(
-    a: BackwardArguments, affine: Affine, piece: Piece, positive: Tensor | None, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h, x - near (to be written over) and which positions count, of a piece."""
-    x, dtype = a.input[piece.all], affine.near.dtype
-    centered, h = scratch.like("x", x, dtype), scratch.copy("h", a.grad_output[piece.all], dtype)
-    torch.sub(scratch.copy("x", x, dtype), affine.near, out=centered)
-    if positive is not None:
-        h = h * activations.sign_derivative(a.activation, positive[piece.all], a.slope, dtype)
-    elif a.activation != activations.NONE:
-        z = torch.mul(centered, affine.scale, out=scratch.like("z", x, dtype)).add_(affine.shift)
-        z = z if a.residual is None else z.add_(a.residual[piece.all])
-        h = activations.backward(a.activation, h, z, a.slope)
-    if a.valid is None:
-        return h, centered, None
-    keep = counted(a.valid, a.input)[piece.all].bool()
-    return torch.where(keep, h, 0.0), centered.masked_fill_(~keep, 0.0), keep
 
 
 def check_written(*statistics: Tensor | None) -> None:

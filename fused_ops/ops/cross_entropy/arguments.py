@@ -19,7 +19,7 @@ from fused_ops.core.graph import needs_formulas
 from fused_ops.core.memory_format import acc_dtype
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.cross_entropy.reference import class_dim
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, is_index_alone
 
 _REAL: Any = (numbers.Real, torch.SymFloat, torch.SymInt)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -28,7 +28,8 @@ from fused_ops.core.torch_private import (
 )
 from fused_ops.ops.cross_entropy import reference, rows_reference
 from fused_ops.ops.cross_entropy.reference import class_dim
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 
 # Logits of a call whose gradient may come with its loss: one task of the kernels, so that one thread loses nothing.
 _SMALL = 32768

@@ -17,7 +17,7 @@ from fused_ops.ops.cross_entropy import shards
 from fused_ops.ops.cross_entropy.arguments import Call, number
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.shards import Place, Ranks
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward

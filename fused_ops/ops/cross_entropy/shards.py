@@ -23,7 +23,8 @@ from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import rows_reference, shards_reference
 from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, refuse_inplace_transforms, row_grads
 from fused_ops.ops.cross_entropy.reference import class_dim
-from fused_ops.ops.cross_entropy.rows_reference import Across, RowArgs, RowGrads, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.row import Across, RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards_reference import Merged, merge
 
 __all__ = ["Merged", "Shard", "gradient", "gradient_", "merge", "partial", "rows"]

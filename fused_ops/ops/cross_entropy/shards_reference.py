@@ -24,18 +24,15 @@ from torch import Tensor
 from fused_ops.core.memory_format import Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
 from fused_ops.core.torch_private import assert_async
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import (
+from fused_ops.ops.cross_entropy.row import (
     Across,
+    Row,
     RowArgs,
-    RowGrads,
     RowOptions,
-    _piece_of,
-    _Row,
     counted_rows,
-    grad_input,
-    over_logits,
     rows_shape,
 )
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads, grad_input, over_logits, piece_of
 
 
 class Part(NamedTuple):
@@ -119,12 +116,12 @@ def forward(
     found = wide(input.new_empty(0)).new_empty((parts(o), *rows_shape(input)))
     for piece in pieces(input):
         each = allowed[piece.row] if allowed.dim() else allowed
-        row = _Row(_piece_of(a, piece), o, acc_dtype(input.dtype), across=Across(first, each, _lse_of_part))
+        row = Row(piece_of(a, piece), o, acc_dtype(input.dtype), across=Across(first, each, _lse_of_part))
         found[(slice(None), *piece.row)] = _part(row, first, classes)
     return found
 
 
-def _part(row: _Row, first: int, classes: int) -> Tensor:
+def _part(row: Row, first: int, classes: int) -> Tensor:
     a, o, dim = row.a, row.o, row.dim
     n, one = row.u.size(dim), a.indices is not None and a.probabilities is None
     zero = wide(row.u.new_zeros(rows_shape(a.input)))
@@ -344,7 +341,7 @@ def backward(
         )
         assert top is not None and rest is not None and each is not None
         across = Across(first, each, _found(top, rest), mass=total, entropy=known)
-        found = grad_input(g_piece, _piece_of(a, piece), o, acc_dtype(input.dtype), across, scratch)
+        found = grad_input(g_piece, piece_of(a, piece), o, acc_dtype(input.dtype), across, scratch)
         grad[piece.all] = found
     return grad
 

@@ -25,7 +25,7 @@ from fused_ops.ops.cross_entropy.reduction import (
     reduced_loss,
     row_scale,
 )
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.shards import Ranks, check_place, check_ranks, find_place
 from fused_ops.ops.linear_cross_entropy import by_shards, dtensors, reference
 from fused_ops.ops.linear_cross_entropy.arguments import (

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide, wide_dtype
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, is_index_alone
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
 

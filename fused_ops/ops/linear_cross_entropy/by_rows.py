@@ -13,7 +13,8 @@ from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide, wide_dtype
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head

@@ -20,7 +20,8 @@ from fused_ops.core.memory_format import wide_dtype
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import functions, shards
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards import Merged, Place, Ranks, Shard
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import by_rows, graph, plan, reference

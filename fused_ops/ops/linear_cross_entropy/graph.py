@@ -21,7 +21,8 @@ from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as rows
 from fused_ops.ops.cross_entropy.reduction import fixed_order_sum
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_rows as chunks
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.arguments import at_least_one

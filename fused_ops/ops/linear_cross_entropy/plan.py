@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy.by_classes import suits
 from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
