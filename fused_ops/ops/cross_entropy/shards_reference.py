@@ -117,7 +117,8 @@ def forward(
     for piece in pieces(input):
         each = allowed[piece.row] if allowed.dim() else allowed
         row = Row(piece_of(a, piece), o, acc_dtype(input.dtype), across=Across(first, each, _lse_of_part))
-        found[(slice(None), *piece.row)] = _part(row, first, classes)
+        here = (slice(None), *piece.row)
+        found[here] = _part(row, first, classes)
     return found
 
 
