@@ -145,14 +145,15 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
-def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False, exact: bool = False) -> Tensor:
+def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False, exact: Scratch | None = None) -> Tensor:
     """The sum of a piece's values in ``wide_dtype``.
 
-    Where there is float64, PyTorch's own float32 sum, which goes in blocks, or with ``exact`` one in float64, which
-    takes four times as long: for what PyTorch's op sums in float64 too.
+    Where there is float64, PyTorch's own float32 sum, which goes in blocks, or, with memory for it, one in float64,
+    which takes four times as long: for what PyTorch's op sums in float64 too.
     """
     if wide_dtype(values) == torch.float64:
-        return values.sum(dims, keepdim=keepdim, dtype=torch.float64 if exact else None).double()
+        values = values if exact is None else exact.copy("wide", values, torch.float64)
+        return values.sum(dims, keepdim=keepdim).double()
     dims = [dims] if isinstance(dims, int) else dims
     for dim in dims:
         values = _sum_of_blocks(values, dim)

@@ -73,9 +73,9 @@ def affine_of(a: BackwardArguments, mean: Tensor, invstd: Tensor) -> Affine:
 
 def sums(a: BackwardArguments, affine: Affine, positive: Tensor | None) -> tuple[Tensor, Tensor]:
     """Per channel the sums of h and of h * (x - mean), wide."""
-    dims, exact = all_but_channels(a.input), sums_exactly(a.input)
+    dims, scratch = all_but_channels(a.input), Scratch()
+    exact = scratch if sums_exactly(a.input) else None
     total = dot = wide(a.input.new_zeros(a.input.size(1)))
-    scratch = Scratch()
     for piece in pieces(a.input):
         h, centered, _ = _before_activation(a, affine, piece, positive, scratch)
         total, dot = total + wide_sum(h, dims, exact=exact), dot + wide_sum(centered.mul_(h), dims, exact=exact)

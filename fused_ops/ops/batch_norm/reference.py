@@ -203,6 +203,10 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if a.eps < 0 or (training and a.eps == 0):
         raise ValueError(f"batch_norm eps must be positive, but got {a.eps}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"batch_norm: input must be a floating-point tensor, got {input.dtype}")
+    if (a.running_mean is None) != (a.running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not training:
         if a.running_mean is None or a.running_var is None:
             raise RuntimeError("running_mean must be defined in evaluation mode")
@@ -303,7 +307,7 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
     """How many values of each channel count, and their mean and M2, wide, merged from those of pieces."""
     channels, dtype, found, scratch = input.size(1), acc_dtype(input.dtype), [], Scratch()
-    exact = sums_exactly(input)
+    exact = scratch if sums_exactly(input) else None
     for piece in pieces(input):
         x, dims = scratch.copy("x", input[piece.all], dtype), all_but_channels(input)
         if valid is not None:
@@ -316,7 +320,7 @@ def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
             x = torch.sub(x, near, out=scratch.like("x", x, dtype))
             rest = mean - near if exact else wide_sum(x, dims, True) / count  # says how near the mean it is
             rest = torch.where(near.isfinite(), rest, 0.0).flatten()
-            m2 = wide_sum(x.square_(), dims) - count * rest.square()
+            m2 = wide_sum(x.square_(), dims, exact=exact) - count * rest.square()
             found.append((count, near.flatten() + rest, m2))
     n = sum(count for count, _, _ in found)
     if not n:
