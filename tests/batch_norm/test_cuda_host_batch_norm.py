@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cuda_host import DTYPES, BatchNorm, Guarded, aligned
 
-from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.batch_norm import activations, backward_reference, reference
 from fused_ops.testing import assert_no_worse_than
 
 # Planes around a unit of 8 values and the 32 below which a mask's rows run through the channels; tiles of columns of
@@ -75,7 +75,7 @@ def expected(case, training=True, activation=NONE, slope=0.1, correction=0, affi
     options = {"correction": correction, "activation": activation, "slope": slope, "residual": residual}
     y, statistics = reference.forward(x, *stats, weight, bias, training, mask=mask, **options)
     grad_residual = None if residual is None else torch.empty_like(residual)
-    grads = reference.backward(
+    grads = backward_reference.backward(
         to(case.grad), x, weight, bias, statistics, training, grad_residual=grad_residual, **options
     )
     return (y, *statistics, *stats, mask), (grads[0], grad_residual, *grads[1:])
@@ -314,7 +314,7 @@ def near(name, found, wanted):
 def compare_parts(ops, case, *options):
     found = call_parts(ops, case, *options)
     wanted = call_parts(
-        {f"batch_norm_{f.__name__}": f for f in (reference.forward, reference.backward)}, case, *options
+        {f"batch_norm_{f.__name__}": f for f in (reference.forward, backward_reference.backward)}, case, *options
     )
     for name, ours in found.items():
         if ours is None or ours.dtype == torch.uint8:

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
 from fused_ops.core.library import cuda_missing_reason, register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import acc_dtype, empty_output, wide_dtype
 from fused_ops.core.torch_private import (
     call_backward_directly,
     dispatch_modes,
@@ -27,8 +27,9 @@ from fused_ops.core.torch_private import (
     without_overrides,
 )
 from fused_ops.ops.cross_entropy import reference, rows_reference
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.reference import class_dim
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 
 # Logits of a call whose gradient may come with its loss: one task of the CPU's kernels, so that one thread loses
 # nothing, and so few on a GPU that the launches of its kernels take longer than they do.
@@ -46,8 +47,8 @@ REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.S
 
 def fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = target.shape if reduction == reference.NONE else ()
-    lse = input.new_empty(target.shape, dtype=torch.float64)
-    return input.new_empty(shape), lse, input.new_empty((), dtype=torch.float64)
+    lse = input.new_empty(target.shape, dtype=wide_dtype(input))
+    return input.new_empty(shape), lse, lse.new_empty(())
 
 
 def _fake_with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
@@ -273,7 +274,7 @@ def fake_rows_forward(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dim = class_dim(input)
     rows = (*input.shape[:dim], *input.shape[dim + 1 :])
     wanted = rows if rest[-1] else (0,)
-    doubles = [input.new_empty(shape, dtype=torch.float64) for shape in (rows, rows, rows, rows, wanted, wanted)]
+    doubles = [input.new_empty(shape, dtype=wide_dtype(input)) for shape in (rows, rows, rows, rows, wanted, wanted)]
     return *doubles[:5], input.new_empty(wanted, dtype=torch.int64), doubles[5]
 
 
@@ -311,7 +312,7 @@ def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
 
 
 class CrossEntropyRowsFunction(FusedFunction):
-    """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, float64.
+    """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, wide.
 
     nll, lse, entropy and target_log_probability are differentiable. The gradient of the gradient, and anything beyond,
     goes through the plain-PyTorch formulas of the reference.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy.by_classes import suits
 from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -20,7 +20,7 @@ _SHARE = 0.03  # of the logits, which a call may take by default; more where fas
 # with AVX-512, calls were 1.05, 1.05 and 1.09 times as fast in float32 (with 3/32 0.99, 0.97 and 1.01), and 1.14, 1.14
 # and 1.10 in bfloat16.
 _NEAR, _NEAR_OF_16_BITS = 3 / 64, 3 / 32
-_AGAIN = 0.1  # what it costs, besides the rows, to compute any again: of 1024x512x32000 33 rows took 0.16 in place of 0.01
+_AGAIN = 0.1  # what computing any rows again costs besides: 33 rows of 1024x512x32000 took 0.16 of the products' time
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
