@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -113,17 +112,23 @@ class Row:
             found = (part.to(dtype) for part in across.normalise(self.u, self.dim))
             self.high, self.low = (t if quiet is None else torch.where(quiet, 0.0, t) for t in found)
         self.valid = counted_rows(a, o.ignore_index)
+        self._log_p: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def log_p(self) -> Tensor:
-        """The logarithm of the softmax."""
+        """The logarithm of the softmax, found when it is first asked for; functools' way of that stops Dynamo."""
+        if self._log_p is None:
+            self._log_p = self._find_log_p()
+        return self._log_p
+
+    def _find_log_p(self) -> Tensor:
         if self.across is not None:
             return (self.u - self.high.unsqueeze(self.dim)) - self.copy(self.low).unsqueeze(self.dim)
         if self.scratch is None:
             return self.u.log_softmax(self.dim)
         return torch.log_softmax(self.u, self.dim, out=self.scratch.like("log_p", self.u))
 
-    @functools.cached_property
+    @property
     def log_p_allowed(self) -> Tensor:
         """log p where it is a factor: a masked class, whose log p is -inf for good, has the derivative 0."""
         return self.log_p if self.allowed is None else torch.where(self.allowed, self.log_p, 0.0)
@@ -154,7 +159,7 @@ class Row:
 
     # ---- the target's indices
 
-    @functools.cached_property
+    @property
     def here(self) -> tuple[Tensor, Tensor]:
         """Which of the indices are of classes that are here, and the indices among those, 0 for the others."""
         indices = self.a.indices
@@ -168,9 +173,9 @@ class Row:
     def at_indices(self, values: Tensor) -> Tensor:
         """The values of the indices' classes, of the indices' shape; 0 where ignored or not here."""
         here, safe = self.here
-        if values.size(self.dim) == 0:
-            return torch.zeros_like(safe, dtype=values.dtype)
         one = self.a.probabilities is None
+        if values.size(self.dim) == 0:  # zeros that depend on the values: on all ranks the same collectives follow
+            return values.sum(self.dim, keepdim=not one).expand(safe.shape)
         found = values.gather(self.dim, safe.unsqueeze(self.dim) if one else safe)
         return torch.where(here, found.squeeze(self.dim) if one else found, 0.0)
 
@@ -178,8 +183,9 @@ class Row:
         """t_j w_j of the indices, of their shape; 0 where ignored or not here."""
         here, safe = self.here
         found = torch.ones_like(here, dtype=self.u.dtype) if probabilities is None else probabilities.to(self.u.dtype)
-        if weight is not None and weight.numel():
-            found = found * weight.to(found.dtype)[safe]
+        if weight is not None:
+            weight = weight.to(found.dtype)
+            found = found * (weight[safe] if weight.numel() else weight.sum())
         return torch.where(here, found, 0.0)
 
     def scatter_add(self, to: Tensor, values: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def grad_input(
         return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(row.dim)
 
     p = row.p()
-    more = torch.zeros_like(p[:0])
+    more: Tensor | None = None  # not by its size: on a rank without classes all of it is empty
     if g.lse is not None:
         more = each(g.lse, not o.statistics) * p
     if g.entropy is not None:
@@ -144,16 +144,16 @@ def grad_input(
             sum = row.along(wide_sum(p, row.dim))
             entropy, grad = entropy / sum, grad / sum
         entropy_grad = grad * p * (log_p + entropy)
-        more = more - entropy_grad if more.numel() else -entropy_grad
+        more = -entropy_grad if more is None else more - entropy_grad
     if g.target_log_probability is not None and a.probabilities is None:
         grad = each(g.target_log_probability)
         less = row.scatter_add(-grad * p, torch.where(row.here[0], grad.squeeze(row.dim), 0.0))
-        more = more + less if more.numel() else less
+        more = less if more is None else more + less
     if g.nll is None:
-        grad_u = more if more.numel() else torch.zeros_like(p)
+        grad_u = torch.zeros_like(p) if more is None else more
     else:
         grad_u = _of_nll(row, p, row.copy(g.nll))
-        grad_u = grad_u + more if more.numel() else grad_u
+        grad_u = grad_u if more is None else grad_u + more
     if not (type(row.slope) is float and row.slope == 1):
         grad_u = _times(grad_u, row.slope, scratch)
     return grad_u if row.allowed is None else torch.where(row.allowed, grad_u, 0.0)
