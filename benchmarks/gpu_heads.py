@@ -6,12 +6,8 @@ Times are of a forward and backward: the three matrix products alone, eager, our
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from statistics import median
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +16,7 @@ from torch import Tensor
 
 import fused_ops
 
-from . import rivals
-
-Run = Callable[[], object]
+from . import gpu_rows, rivals
 
 
 class Head(NamedTuple):
@@ -61,7 +55,7 @@ def questions(first: Head) -> Iterator[tuple[str, Head, dict[str, dict[str, Any]
     yield "rivals", first, dict.fromkeys(("liger-kernel", "cut-cross-entropy"))  # last: they compile for long
 
 
-def run_of(way: str, options: dict[str, Any] | None, head: Head, device: str) -> Run:
+def run_of(way: str, options: dict[str, Any] | None, head: Head, device: str) -> gpu_rows.Run:
     """A forward and backward."""
     torch.manual_seed(0)
     x, w = (torch.randn(n, head.features, device=device) for n in (head.rows, head.classes))
@@ -91,59 +85,13 @@ def run_of(way: str, options: dict[str, Any] | None, head: Head, device: str) ->
     return lambda: train(lambda: fused_ops.linear_cross_entropy(x, w, target, **options))
 
 
-def timed(run: Run, device: str, rounds: int = 7, limit_s: float = 4.0) -> list[float]:
-    """Milliseconds, after one run that is not counted; fewer rounds where they would take longer than the limit."""
-    found: list[float] = []
-    run()
-    began = time.perf_counter()
-    while len(found) < rounds and (len(found) < 2 or time.perf_counter() - began < limit_s):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        found.append(1e3 * (time.perf_counter() - start))
-    return found
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_mib(run: Run, device: str) -> float | None:
-    """Of one run, beyond what is there before it."""
-    if device != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def figures(way: str, options: dict[str, Any] | None, head: Head, device: str) -> dict[str, Any]:
-    """Times and peak, or why there are none."""
-    try:
-        run = run_of(way, options, head, device)
-        times = timed(run, device)
-        return {"ms": median(times), "least_ms": min(times), "rounds": len(times), "peak_mib": peak_mib(run, device)}
-    except Exception as error:  # a rival's, or too little memory: the next row is worth having
-        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Asks all questions."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args(argv)
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
-    for question, head, ways in questions(TINY if given.tiny else LLAMA):
+def rows(tiny: bool, device: str) -> Iterator[gpu_rows.Row]:
+    """All questions."""
+    for question, head, ways in questions(TINY if tiny else LLAMA):
         for way, options in ways.items():
-            rows.append({"question": question, **head._asdict(), "way": way, **figures(way, options, head, device)})
-            print(json.dumps(rows[-1]), flush=True)
-            given.file.write_text(json.dumps(rows, indent=1))
+            fields = {"question": question, **head._asdict(), "way": way}
+            yield fields, partial(run_of, way, options, head, device)
 
 
 if __name__ == "__main__":
-    main()
+    gpu_rows.main(__doc__, {"heads": rows})

@@ -13,6 +13,7 @@ from .machine import ALLOCATORS, ROOT
 from .results import Row, Tables
 
 IN_PLACE = f"{OURS} in place"
+NO_FIGURES = "No figures yet.\n"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("performance", "linear_cross_entropy", "cuda")))
 _MARKER = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 
@@ -30,7 +31,7 @@ def mebibytes(value: object) -> str:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; the first column is left-aligned, the others right."""
     if not rows:
-        return "No figures yet.\n"
+        return NO_FIGURES
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -238,7 +239,7 @@ def plots(tables: Tables, folder: Path) -> str:
     """The PNGs of the machine."""
     found = sorted((folder / "plots").glob("*.png"))
     lines = [f"![{p.stem.replace('_', ' ')}](../{p.relative_to(ROOT).as_posix()})\n" for p in found]
-    return "\n".join(lines) or "No plots yet.\n"
+    return "\n".join(lines) or NO_FIGURES
 
 
 def summary(tables: Tables) -> str:
@@ -256,6 +257,32 @@ def summary(tables: Tables) -> str:
                 lines.append([*line, *(_ratio(there, OURS, rival) for rival in (TRUTH, COMPILE))])
     columns = ["forward + backward", "eager", "fused_ops", "vs eager", "vs torch.compile"]
     return markdown([*columns, "recycled memory: vs eager", "vs torch.compile "], lines)
+
+
+def instruction_sets(machines: Sequence[Tables]) -> str:
+    """The same cases against eager on each machine, with the C library's own choice of memory and with recycled one."""
+    columns, found = ["forward + backward, eager / fused_ops"], {}
+    for known in machines:
+        rows = [
+            r for r in known["timings"] if r["part"] == "micro" and r["direction"] == "both" and r["case"] in SUMMARY
+        ]
+        if not recycled(rows):
+            continue
+        columns += [f"{rows[0]['isa']}", f"{rows[0]['isa']}, recycled memory"]
+        kinds = [
+            {op: _of_op(kind(rows), op) for op in dict.fromkeys(r["op"] for r in rows)}
+            for kind in (by_default, recycled)
+        ]
+        for op, groups in kinds[0].items():
+            for key, group in groups.items():
+                again = kinds[1][op].get(key, {})
+                ratios = [_ratio(g, OURS, TRUTH) for g in (group, again)]
+                found.setdefault(f"{op} {key[0]}", []).extend(ratios)
+    return markdown(columns, [[case, *ratios] for case, ratios in found.items() if len(ratios) == len(columns) - 1])
+
+
+def _of_op(rows: list[Row], op: str) -> dict[tuple[str, str], dict[str, Row]]:
+    return _grouped(most_threads([r for r in rows if r["op"] == op]))
 
 
 def models_table(tables: Tables) -> str:
@@ -332,18 +359,22 @@ def render(page: str, folders: Sequence[Path]) -> str:
     def section(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         on_gpu = name in GPU_SECTIONS
+        if name == "instruction_sets":
+            everywhere = [best[1] for best in map(results.best, folders) if best and not gpu_tables.is_gpu(best[1])]
+            return f"{opening}\n{instruction_sets(everywhere)}\n{closing}"
         make = ALL_SECTIONS.get(name)
         if make is None:
             raise KeyError(f"unknown section benchmarks:{name}, expected one of {', '.join(ALL_SECTIONS)}")
         known = [(folder, results.best(folder)) for folder in folders]
         mine = [(folder, *best) for folder, best in known if best is not None and gpu_tables.is_gpu(best[1]) == on_gpu]
-        parts = []
+        parts: list[tuple[str, str]] = []
         for folder, suite, found in mine:
             if name not in OF_ALLOCATORS:
                 found = {**found, "timings": by_default(found["timings"])}
             title = f"*{folder.name}, {suite} suite*\n\n" if len(mine) > 1 or "conditions" in name else ""
-            parts.append(title + make(found, folder))
-        return f"{opening}\n" + "\n".join(parts) + f"\n{closing}"
+            parts.append((title, make(found, folder)))
+        known_parts = [part for part in parts if part[1] != NO_FIGURES] or parts[:1]
+        return f"{opening}\n" + "\n".join(title + table for title, table in known_parts) + f"\n{closing}"
 
     return _MARKER.sub(section, page)
 

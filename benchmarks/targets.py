@@ -19,6 +19,7 @@ class SpeedTarget:
     minimum: float
     direction: str = "both"
     threads: int | None = None  # the most that were measured, unless a number is given
+    isa: str | None = None  # stated for this instruction set alone
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def _judge(rows: list[Row], allocator: str, threads: int) -> list[Verdict]:
         for row in rows
         if row["allocator"] == allocator
     }
-    device = str(rows[0]["device"]) if rows else "cpu"
-    return [_judge_one(target, index, threads) for target in all_targets(device)]
+    device, isa = (str(rows[0]["device"]), rows[0]["isa"]) if rows else ("cpu", None)
+    stated = [t for t in all_targets(device) if getattr(t, "isa", None) in (None, isa)]
+    return [_judge_one(target, index, threads) for target in stated]
 
 
 Index = dict[tuple[object, ...], Row]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_ops
 import fused_ops.ops
 from fused_ops.core.graph import implementations
+from fused_ops.core.memory_format import wide
 from fused_ops.core.sample import Sample
 from fused_ops.core.torch_private import tree_flatten, tree_map, tree_unflatten
 
@@ -106,7 +107,7 @@ def _compare(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: floa
         raise ValueError(
             f"gradients[{name!r}]: expected the reference's shape {list(reference.shape)}, got {list(ours.shape)}"
         )
-    a, b = ours.double(), reference.double()
+    a, b = wide(ours), wide(reference)
     difference = (a - b).abs()
     norm = float(b.norm())
     return GradientRow(

@@ -188,6 +188,8 @@ THINNED = {
     "batch_norm/test_batch_norm_numerics.py": 2,
     "batch_norm/test_batch_norm_streaming.py": 3,
     "batch_norm/test_cuda_host_batch_norm.py": 3,
+    "batch_norm/test_cuda_host_batch_norm_parts.py": 3,
+    "batch_norm/test_cuda_host_kept_output.py": 3,
     "contracts/test_batch_norm_seams.py": 3,
     "contracts/test_cross_entropy_seams.py": 2,
     "contracts/test_devices_and_data.py": 2,

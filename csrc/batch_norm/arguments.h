@@ -1,6 +1,7 @@
 // Arguments of the batch-norm ops, as their Python schemas list them, and what is checked of them on every device.
 #pragma once
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -170,6 +171,53 @@ struct GradientArguments : GivenMeans, BackwardArguments {
     need_input = training = means.has_value(), need_params = false;
   }
 };
+
+struct KeepArguments {
+  Tensor output, input;      // input: as output
+  MaybeTensor weight, bias;  // (channels,)
+  MaybeTensor valid;         // (batch, ...)
+  int64_t activation;
+  double slope;
+  int64_t groups;
+
+  explicit KeepArguments(Arguments& in)
+      : output(in.tensor()),
+        input(in.tensor()),
+        weight(in.maybe_tensor()),
+        bias(in.maybe_tensor()),
+        valid(in.maybe_tensor()),
+        activation(in.integer()),
+        slope(in.number()),
+        groups(in.integer()) {
+    in.check.next("output", output), in.check.next("input", input);
+    in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("valid", valid);
+  }
+};
+
+// What a call that keeps its output is asked for: an activation that its output can be turned back by.
+struct KeptOptions {
+  Activation activation;
+  double slope;
+};
+
+inline KeptOptions kept_options(int64_t activation, double slope) {
+  const Activation kind = activation_of(activation);
+  const bool sloped = kind == Activation::leaky_relu || kind == Activation::elu;
+  if (!sloped && kind != Activation::none)
+    raise(kOp, ": the activation of a kept output must be none, leaky_relu or elu, got code ", activation);
+  if (sloped && !(slope > 0 && slope <= std::numeric_limits<float>::max()))
+    raise(kOp, ": the slope of a kept output must be positive, got ", slope);
+  return {kind, slope};
+}
+
+// The smallest normal number of the dtype: below it the output's rounding is no longer relative.
+inline double smallest_normal(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return std::numeric_limits<double>::min();
+    case DType::float16: return 6.103515625e-5;
+    default: return static_cast<double>(std::numeric_limits<float>::min());
+  }
+}
 
 inline void check_input(const Tensor& input) {
   if (input.dim() < 2) raise(kOp, ": input must be (batch, channels, ...), got shape ", shape_of(input));

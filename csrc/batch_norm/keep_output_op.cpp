@@ -1,7 +1,6 @@
 // Checks, allocation and dispatch of batch norm that keeps its output instead of its input, on the CPU. Tensors stop
 // here.
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -9,30 +8,6 @@
 
 namespace fused_ops {
 namespace {
-
-struct Options {
-  Activation activation;
-  double slope;
-};
-
-Options options_of(int64_t activation, double slope) {
-  const Activation kind = activation_of(activation);
-  const bool sloped = kind == Activation::leaky_relu || kind == Activation::elu;
-  if (!sloped && kind != Activation::none)
-    raise(kOp, ": the activation of a kept output must be none, leaky_relu or elu, got code ", activation);
-  if (sloped && !(slope > 0 && slope <= std::numeric_limits<float>::max()))
-    raise(kOp, ": the slope of a kept output must be positive, got ", slope);
-  return {kind, slope};
-}
-
-// The smallest normal number of the dtype: below it the output's rounding is no longer relative.
-double smallest_normal(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return std::numeric_limits<double>::min();
-    case DType::float16: return 6.103515625e-5;
-    default: return static_cast<double>(std::numeric_limits<float>::min());
-  }
-}
 
 enum Row { kBias, kMean, kFactor, kShift, kLimit, kScale, kGradMean, kGradSlope, kRows };
 
@@ -53,7 +28,7 @@ class Columns {
     each(channel, [&](int64_t column) { values_.set(which, column, value); });
   }
   // Returns which of the channel's x are stored.
-  Keep set_keep(int64_t channel, double weight, double bias, const Options& o, DType dtype) {
+  Keep set_keep(int64_t channel, double weight, double bias, const KeptOptions& o, DType dtype) {
     const double flat = o.activation == Activation::leaky_relu ? std::min(1.0, o.slope) : 1.0;
     const double size = std::fabs(weight), reach = kMaxAmplification * size;
     Keep keep = Keep::none;
@@ -70,7 +45,7 @@ class Columns {
   }
   bool any() const { return any_; }
 
-  BatchNormFromOutput args(DType dtype, const Options& o) {
+  BatchNormFromOutput args(DType dtype, const KeptOptions& o) {
     BatchNormFromOutput a{};
     a.dtype = dtype, a.layout = layout, a.activation = o.activation, a.slope = o.slope;
     a.keep = keep_.data();
@@ -131,31 +106,9 @@ class Columns {
   bool any_ = false;
 };
 
-struct KeepArguments {
-  Tensor output, input;      // input: as output
-  MaybeTensor weight, bias;  // (channels,)
-  MaybeTensor valid;         // (batch, ...)
-  int64_t activation;
-  double slope;
-  int64_t groups;
-
-  explicit KeepArguments(Arguments& in)
-      : output(in.tensor()),
-        input(in.tensor()),
-        weight(in.maybe_tensor()),
-        bias(in.maybe_tensor()),
-        valid(in.maybe_tensor()),
-        activation(in.integer()),
-        slope(in.number()),
-        groups(in.integer()) {
-    in.check.next("output", output), in.check.next("input", input);
-    in.check.next("weight", weight), in.check.next("bias", bias), in.check.next("valid", valid);
-  }
-};
-
 std::tuple<Tensor, Tensor> keep(const KeepArguments& a) {
   check_input(a.output);
-  const Options o = options_of(a.activation, a.slope);
+  const KeptOptions o = kept_options(a.activation, a.slope);
   check_parameters(a.output, {{"weight", &a.weight}, {"bias", &a.bias}});
   const bool last = is_channels_last(a.output);
   const Tensor output = last ? a.output : dense(a.output);
@@ -282,7 +235,7 @@ void run_group(const Group& g, const Finish& finish) {
 std::tuple<Tensor, Tensor, Tensor> keep_backward(const KeepBackwardArguments& a) {
   check_input(a.input);
   check_parameters(a.input, {{"weight", &a.weight}, {"bias", &a.bias}});
-  const Options options = options_of(a.code, a.slope);
+  const KeptOptions options = kept_options(a.code, a.slope);
   const bool last = is_channels_last(a.input);
   const Tensor output = last ? a.input : dense(a.input);
   const Tensor grad_output = *matching("grad_output", a.grad_output, output);

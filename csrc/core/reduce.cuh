@@ -56,6 +56,15 @@ struct LossSum {
 __device__ inline LossSum shuffled(LossSum v, int lanes) { return {shuffled(v.sum, lanes), shuffled(v.count, lanes)}; }
 __device__ inline LossSum operator+(const LossSum& a, const LossSum& b) { return {a.sum + b.sum, a.count + b.count}; }
 
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never joined to an addition
+__device__ inline double rounded_product(double a, double b) { return a * b; }
+
+// What a - b, rounded to `difference`, has lost (Knuth).
+__device__ inline float lost_by_difference(float a, float b, float difference) {
+  const float taken = a - difference;
+  return (a - (difference + taken)) + (taken - b);
+}
+
 // A sum of many terms to far more digits than float has, and without float64 arithmetic, which takes 64 times as long
 // on many GPUs: `low` adds up what the additions to `high` round off (Knuth's two-sum) and what the products round off.
 // Of double it is the plain sum.
@@ -76,7 +85,7 @@ struct LongSum {
     if constexpr (std::is_same_v<A, double>) {
       high += a * b;
     } else {
-      const float product = __fmul_rn(a, b);  // never joined to the addition, whose loss is taken of this very term
+      const float product = rounded_product(a, b);  // whose loss is taken of this very term
       add(product);
       low += fmaf(a, b, -product);
     }

@@ -48,6 +48,16 @@ struct IndexBackward {
   }
 };
 
+struct ScaleGradient {
+  Tensor gradient, grad_loss, target;
+  int64_t ignore_index;
+
+  explicit ScaleGradient(Arguments& in)
+      : gradient(in.tensor()), grad_loss(in.tensor()), target(in.tensor()), ignore_index(in.integer()) {
+    in.check.next("gradient", gradient), in.check.next("grad_loss", grad_loss), in.check.next("target", target);
+  }
+};
+
 // What the loss of each row is: the rows' ops have these tensors and, as their last arguments, these options.
 struct RowTensors {
   Tensor input;

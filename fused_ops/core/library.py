@@ -13,6 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ CUDA_LIBRARY_PATH = LIBRARY_PATH.with_name("_C_cuda.so")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ISAS = ("DEFAULT", "AVX2", "AVX512")
 _registered: list[str] = []  # raw ops, in the order of registration
+references: dict[Any, Callable[..., Any]] = {}  # of every op: what serves a device without a kernel
 
 _fragment = torch.library.Library("fused_ops", "FRAGMENT")
 
@@ -88,7 +90,7 @@ def register(
     packet = getattr(torch.ops.fused_ops, name)
     arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ") if argument]
-    reference = checked(name, names, reference, reads=True)
+    references[packet.default] = reference = checked(name, names, reference, reads=True)
     if native:  # what strings other ops together is no slower on a GPU than elsewhere
         reference = _with_notice(name, reference)
     _fragment.impl(name, reference, "CompositeExplicitAutograd")

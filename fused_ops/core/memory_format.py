@@ -1,5 +1,5 @@
-"""The memory format of what the ops return, channels_last for a channels_last input, else contiguous; and the pieces
-of a tensor in which plain PyTorch works, so that what it makes on the way is small.
+"""The memory format of what the ops return, channels_last for a channels_last input, else contiguous; and what plain
+PyTorch works in: the pieces of a tensor, so that what it makes on the way is small, and the dtypes that a device has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from torch import Tensor
 from fused_ops.core.torch_private import transforms_active
 
 # Elements of a piece: on the CPU what stays in the cache, elsewhere what makes a launch of a kernel worth its while.
-_CPU_PIECE, _PIECE = 1 << 18, 1 << 24
+_CPU_PIECE, _PIECE = 1 << 19, 1 << 24
+# Types of devices that have no float64: what is in float64 elsewhere is in float32 there, and summed in blocks.
+_WITHOUT_FLOAT64 = ("mps",)
+_BLOCK = 512  # Values of a block: a float32 sum of so few is off by no more than a few roundings.
 
 
 def is_channels_last(input: Tensor) -> bool:
@@ -104,3 +107,62 @@ def pieces(input: Tensor) -> list[Piece]:
     step = max(piece_elements(input) // (one // length), 1)
     inner = [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
     return [Piece((part, slice(None), i), (part, i)) for part in rows for i in inner]
+
+
+class Scratch:
+    """Memory that the pieces of a call use one after another: fresh memory for each costs more than what fills it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def like(self, name: str, piece: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What has this name, uninitialised, of the piece's shape."""
+        found = self._found.get(name)
+        if found is None or found.shape != piece.shape:
+            found = self._found[name] = torch.empty_like(piece, dtype=dtype)
+        return found
+
+    def copy(self, name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """The piece in that dtype, for reading: itself if it has it."""
+        return piece if piece.dtype == dtype else self.like(name, piece, dtype).copy_(piece)
+
+
+# ---- dtypes
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an op computes in: float32 for the 16-bit types, else the type itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums and statistics are in on a tensor's device: float64, or float32 where there is none."""
+    return torch.float32 if tensor.device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in ``wide_dtype``."""
+    return tensor.to(wide_dtype(tensor))
+
+
+def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False, exact: Scratch | None = None) -> Tensor:
+    """The sum of a piece's values in ``wide_dtype``.
+
+    Where there is float64, PyTorch's own float32 sum, which goes in blocks, or, with memory for it, one in float64,
+    which takes four times as long: for what PyTorch's op sums in float64 too.
+    """
+    if wide_dtype(values) == torch.float64:
+        values = values if exact is None else exact.copy("wide", values, torch.float64)
+        return values.sum(dims, keepdim=keepdim).double()
+    dims = [dims] if isinstance(dims, int) else dims
+    for dim in dims:
+        values = _sum_of_blocks(values, dim)
+    return values if keepdim else values.squeeze(tuple(dims))
+
+
+def _sum_of_blocks(values: Tensor, dim: int) -> Tensor:
+    while (n := values.size(dim)) > _BLOCK:
+        whole = n - n % _BLOCK
+        blocks = values.narrow(dim, 0, whole).unflatten(dim, (-1, _BLOCK)).sum(dim + 1)
+        values = torch.cat((blocks, values.narrow(dim, whole, n - whole).sum(dim, keepdim=True)), dim)
+    return values.sum(dim, keepdim=True)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import fused_ops
 from fused_ops.ops.batch_norm import activations
-from fused_ops.ops.batch_norm.reference import before
+from fused_ops.ops.batch_norm.keep_output_reference import before
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")

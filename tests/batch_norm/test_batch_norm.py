@@ -7,6 +7,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_ops
 from fused_ops.ops.batch_norm import activations, arguments, reference
+from fused_ops.ops.batch_norm.samples import samples
 from fused_ops.testing import _opcheck
 
 
@@ -29,7 +30,7 @@ def checked(sample):
 
 
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sample", reference.samples(), ids=lambda s: s.name)
+@pytest.mark.parametrize("sample", samples(), ids=lambda s: s.name)
 def test_derivatives(sample, fast):
     """All of the first derivatives, and of the second ones all or what a random direction sees of them."""
     function, inputs = checked(sample)
@@ -37,7 +38,7 @@ def test_derivatives(sample, fast):
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast)
 
 
-ORDINARY = [s for s in reference.samples() if not s.kwargs.get("inplace_activated")]
+ORDINARY = [s for s in samples() if not s.kwargs.get("inplace_activated")]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.batch_norm import activations, keep_output_reference, reference
 from fused_ops.testing import assert_no_worse_than
 
 LAYOUTS = {
@@ -86,8 +86,10 @@ def _errors(x, g, w, b, training, activation):
     y = truth["output"].to(ours["output"].dtype).double()
     stats = [torch.full_like(w, v) for v in (0.5, 2.0)]
     statistics = reference.forward(x, *stats, w, b, training)[1]
-    kept = reference.keep(y, x, w, b, None, code, slope, 1)
-    rounded = reference.keep_backward(g, y, w, b, statistics, *kept, training, True, True, 0, code, slope, None, 1)
+    kept = keep_output_reference.keep(y, x, w, b, None, code, slope, 1)
+    rounded = keep_output_reference.keep_backward(
+        g, y, w, b, statistics, *kept, training, True, True, 0, code, slope, None, 1
+    )
     spread = dict(zip(("grad_input", "grad_weight", "grad_bias"), rounded, strict=True))
     for name, value in ours.items():
         exact = truth[name]
@@ -131,12 +133,12 @@ def test_kernel_equals_reference(dtype, activation, layout, groups):
     y, statistics = ops.batch_norm_forward(x, None, None, w, b, **numbers)
     kept = (
         ops.batch_norm_keep(y, x, w, b, valid, code, slope, groups),
-        reference.keep(y, x, w, b, valid, code, slope, groups),
+        keep_output_reference.keep(y, x, w, b, valid, code, slope, groups),
     )
     assert torch.equal(kept[0][0], kept[1][0]) and kept[0][0].numel() > 0
     found = [
         f(g, y, w, b, statistics, *its, True, True, True, 0, code, slope, valid, groups)
-        for f, its in zip((ops.batch_norm_keep_backward, reference.keep_backward), kept, strict=True)
+        for f, its in zip((ops.batch_norm_keep_backward, keep_output_reference.keep_backward), kept, strict=True)
     ]
     for ours, want in zip(*found, strict=True):
         scale = float(want.abs().max())

@@ -326,7 +326,7 @@ def test_raw_ops_reject_garbage():
 
 CHILD = """
 import torch, fused_ops
-from fused_ops.ops.batch_norm import reference as R
+from fused_ops.ops.batch_norm import backward_reference as B, reference as R
 ops = torch.ops.fused_ops
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 4e-6, torch.float64: 1e-12}[dtype]
@@ -337,7 +337,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             w, b = (torch.randn(shape[1]).to(R.acc_dtype(dtype)) for _ in range(2))
             numbers = dict(activation=act, slope=0.0 if act == 1 else 0.1)
             found = []
-            for forward, backward in ((ops.batch_norm_forward, ops.batch_norm_backward), (R.forward, R.backward)):
+            for forward, backward in ((ops.batch_norm_forward, ops.batch_norm_backward), (R.forward, B.backward)):
                 signs = torch.empty(R.mask_bytes(x), dtype=torch.uint8) if R.has_mask(r, None, act) else None
                 y, statistics = forward(x, None, None, w, b, residual=r, mask=signs, **numbers)
                 if not found:  # both backwards get the same signs of z

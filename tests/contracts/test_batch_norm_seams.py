@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import fused_ops
-from fused_ops.ops.batch_norm.reference import samples
+from fused_ops.ops.batch_norm.samples import samples
 from fused_ops.testing import _as_if_compiling, _RecordRawOps
 
 # One call of each class of options: its keywords, and those that say how the tensors are made.

@@ -223,7 +223,7 @@ def test_a_flat_leaky_relu_keeps_every_input():
     """What the output says nothing about; the reference used to divide by the slope."""
     output, one = torch.randn(4, 3), torch.ones(3)
     leaky_relu = fused_ops.ops.batch_norm.activations.LEAKY_RELU
-    assert fused_ops.ops.batch_norm.reference.stored_mask(output, one, one, leaky_relu, 0.0).all()
+    assert fused_ops.ops.batch_norm.keep_output_reference.stored_mask(output, one, one, leaky_relu, 0.0).all()
 
 
 @pytest.mark.parametrize("layout", ["rows", "small planes", "planes", "channels last"])

@@ -100,6 +100,7 @@ def recorded():
         found.setdefault(function._schema.name.split("::")[1], []).append(args)
     found["linear_cross_entropy_buffer"] = [(torch.randn(3), 2, 3)]
     found["linear_cross_entropy_rescale_"] = [(torch.randn(2, 3), torch.rand(()))]
+    found["cross_entropy_scale_gradient"] = [(torch.randn(2, 3), torch.rand(()), torch.tensor([0, 2]), -100)]
     rows, classes = 4, 6
     head = [torch.randn(s) for s in ((rows, 3), (classes, 3), (classes,))]
     indices = torch.randint(0, classes, (rows,))

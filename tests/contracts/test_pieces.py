@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from fused_ops.core import memory_format
 from fused_ops.core.memory_format import pieces
 from fused_ops.ops.batch_norm import reference as batch_norm
+from fused_ops.ops.batch_norm.backward_reference import backward as batch_norm_backward
 from fused_ops.ops.cross_entropy import reference, rows_reference
 from fused_ops.ops.linear_cross_entropy import reference as head
 
@@ -56,7 +57,7 @@ def calls(dtype):
         "batch_norm": lambda: batch_norm.forward(image, None, None, weight, bias, True, 0.1, 1e-5, 0, 1),
         "batch_norm of rows": lambda: batch_norm.forward(many, None, None, weight, bias, True),
         "groups": lambda: batch_norm.forward(image, None, None, weight, bias, True, groups=3, valid=valid),
-        "batch_norm's backward": lambda: batch_norm.backward(
+        "batch_norm's backward": lambda: batch_norm_backward(
             grad, image, weight, bias, statistics, activation=1, valid=valid
         ),
     }

@@ -100,6 +100,7 @@ REFERENCES = {
         ("cross_entropy", "cross_entropy.reference"),
         ("cross_entropy_rows", "cross_entropy.rows_reference"),
         ("batch_norm", "batch_norm.reference"),
+        ("batch_norm", "batch_norm.backward_reference"),
         ("linear_cross_entropy", "linear_cross_entropy.reference"),
     )
     for suffix in (*("forward", "backward", "backward_", "chunk_", "small"),)

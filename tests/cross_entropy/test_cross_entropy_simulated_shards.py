@@ -11,7 +11,8 @@ from cross_entropy_formulas import DTYPES, draw, layouts
 
 import fused_ops
 from fused_ops.ops.cross_entropy import shards, shards_reference
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards import Shard
 from fused_ops.testing import assert_no_worse_than
 

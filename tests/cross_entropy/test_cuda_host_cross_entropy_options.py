@@ -5,9 +5,11 @@ import torch
 from cuda_host import DTYPES, Guarded, aligned
 from test_cuda_host_cross_entropy import LAYOUTS
 
+from fused_ops.core.memory_format import acc_dtype
 from fused_ops.ops.cross_entropy import rows_reference as reference
-from fused_ops.ops.cross_entropy.reference import acc_dtype
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import Row as row_of
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.testing import assert_no_worse_than
 
 # Around a vector of each type, groups of 4 and 32 threads, steps of a warp and a block; then a block a row or several.
@@ -100,9 +102,9 @@ def run(ops, a, o, offset=0):
 
 def plain(a, o, dtype):
     """nll, lse, entropy and the gradient by the reference's formulas in this dtype."""
-    row = reference._Row(a, o, dtype)
+    row = row_of(a, o, dtype)
     lse = torch.where(row.valid | o.statistics, row.u.logsumexp(row.dim), 0.0)
-    found = [row.dot(row.q(), -row.log_p), lse]
+    found = [-row.dot(row.log_p, a.probabilities, a.weight).to(dtype), lse]
     if o.statistics:
         p, log_p = row.neg_entropy_terms()
         found.append(-(p * log_p).sum(row.dim))
@@ -111,14 +113,14 @@ def plain(a, o, dtype):
 
 def assert_gradient_is_no_worse(ours, theirs, truth, a, o):
     """The error rule, with a rounding of each of the terms that the gradient is the sum of."""
-    row = reference._Row(a, o, torch.float64)
+    row = row_of(a, o, torch.float64)
     p, log_p = row.neg_entropy_terms()
-    q, entropy = row.q(), -(p * log_p).sum(row.dim, keepdim=True)
+    q, entropy = row.q(a.probabilities, a.weight), -(p * log_p).sum(row.dim, keepdim=True)
     given = gradients_of_rows(a, o)
     g = [0.0 if v is None else v.abs().unsqueeze(row.dim) for v in given]
     terms = g[0] * (p * q.sum(row.dim, keepdim=True) + q) + (g[1] + g[3]) * p + g[2] * p * (log_p.abs() + entropy)
     eps, error = torch.finfo(ours.dtype).eps, (ours.double() - truth).abs()
-    assert bool((error <= (theirs.double() - truth).abs().max() + eps * terms * row.slope.abs()).all())
+    assert bool((error <= (theirs.double() - truth).abs().max() + eps * terms * abs(row.slope)).all())
 
 
 def compare(ops, a, o, offset=0):

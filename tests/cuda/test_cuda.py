@@ -3,18 +3,24 @@
 ``make gpu-report`` runs all of it, and what is called sanitized under compute-sanitizer besides.
 """
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_host import OPS
+from test_batch_norm_inplace import ACTIVATIONS
+from test_cuda_host_batch_norm_parts import call_ranks
 from test_cuda_host_cross_entropy_options import CASES, draw, laid_out
 from test_cuda_host_cross_entropy_options import compare as compare_rows
+from test_cuda_host_kept_output import MORE, Kept
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fused_ops
 from fused_ops.core import library
 from fused_ops.core.sample import Sample
 from fused_ops.core.torch_private import has_kernel
+from fused_ops.ops.batch_norm import activations, reference
 from fused_ops.testing import assert_no_worse_than, check_op, samples_of
 
 DEVICE = "cuda"
@@ -22,7 +28,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CE_SHAPES = [(33, 2), (100, 10), (64, 1000), (9, 2049), (5, 50257), (2, 300001), (3, 19, 20, 33), (2, 150, 65)]
 BN_SHAPES = [(129, 33), (8, 64, 7, 7), (4, 32, 56, 56), (16, 3, 4, 4), (2, 5, 100001), (4096, 256)]
-BN_SHAPES += [(40, 24, 7, 7), (64, 16, 4, 4), (20000, 8)]
+BN_SHAPES += [(40, 24, 7, 7), (64, 16, 4, 4), (20000, 8), (32, 64), (8, 16, 7, 7), (4, 3, 32, 32)]  # some are packed
 
 
 def reversed_last(x):
@@ -101,6 +107,38 @@ def test_sanitized_samples(op, dtype):
                 torch.testing.assert_close(mine.cpu(), other, rtol=1e-8, atol=1e-9)
 
 
+# Rows of a thread, a warp and a block, of one block and of several, and those that are read twice.
+WITH_GRADIENT = [(37, 27), (1300, 9), (20, 130), (100, 513), (3, 2500), (9, 4001), (3, 20001), (3, 19, 20, 33)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("shape", WITH_GRADIENT, ids=str)
+def test_sanitized_losses_with_gradients(shape, dtype):
+    """The op that brings the gradient, and what scales it, by the error rule; rows of any alignment."""
+    ops, classes = torch.ops.fused_ops, shape[1]
+    target = torch.randint(0, classes, (shape[0], *shape[2:]), device=DEVICE)
+    target.view(-1)[1] = -100
+    scale = torch.tensor(-2.0, device=DEVICE, dtype=dtype)
+    for reduction, name in ((1, "mean"), (2, "sum")):
+        x = (torch.randn(shape, device=DEVICE) * 3).to(dtype)
+        if len(shape) == 2:
+            x = torch.cat([x, x[:, :1]], 1)[:, :classes]
+        loss, grad, ignored = ops.cross_entropy_with_gradient(x, target, -100, reduction)
+        scaled = ops.cross_entropy_scale_gradient(grad, scale, target, -100)
+        assert ignored == -1 and torch.equal(scaled, grad * scale)
+        infinite = ops.cross_entropy_scale_gradient(grad, scale * torch.inf, target, -100)
+        assert not infinite.movedim(1, -1)[target == -100].any()
+        other, truth = (
+            run(lambda v, n=name: F.cross_entropy(v, target, reduction=n), [x.to(kind)], torch.ones((), device=DEVICE))
+            for kind in (dtype, torch.float64)
+        )
+        for mine, theirs, exact in zip((loss, grad), other, truth, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-13)
+            else:
+                assert_no_worse_than(mine, theirs, exact, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("case", CASES)
 def test_cross_entropy_options(case, dtype):
@@ -177,6 +215,29 @@ def test_batch_norm(shape, dtype):
             compare(call(fused_ops.batch_norm), call(F.batch_norm), [x, *params], upstream)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", MORE)
+def test_batch_norm_that_keeps_its_output(layout, activation, dtype):
+    """What is stored to the bit, and the gradients, as by the reference on the CPU; in a graph too, without waiting."""
+    here = Kept(layout, dtype, activation)
+    call, ops = here.to(DEVICE), torch.ops.fused_ops
+    wanted = here.keep(reference.keep)
+    kept = call.keep(ops.batch_norm_keep)
+    assert torch.equal(kept[0].cpu(), wanted[0])
+    found = call.backward(ops.batch_norm_keep_backward, kept)
+    for ours, want in zip(found, here.backward(reference.keep_backward, wanted), strict=True):
+        scale, roundings = float(want.abs().max()), 100 if dtype == torch.float64 else 4
+        assert (ours.cpu().double() - want.double()).abs().max() <= roundings * torch.finfo(dtype).eps * scale
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.keep(ops.batch_norm_keep)
+        again = call.backward(ops.batch_norm_keep_backward, captured)
+    graph.replay()
+    assert captured[0].numel() == call.x.numel()
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op):
     for sample in samples_of(op):
@@ -190,15 +251,19 @@ def all_ops():
     head = torch.randn(32, 32, device=DEVICE)
     stats = torch.zeros(32, device=DEVICE), torch.ones(32, device=DEVICE)
     valid = torch.arange(64, device=DEVICE) % 5 > 0
+    raw_ops = {name: getattr(torch.ops.fused_ops, name).default for name in OPS["batch_norm"]}
 
     def step(x):
         leaf = x.detach().requires_grad_()
         y = fused_ops.batch_norm(leaf, *stats, weight, None, True, activation="relu", residual=leaf, groups=3)
         y = fused_ops.batch_norm(y, *stats, weight, None, True, activation="silu", valid=valid)
+        y = fused_ops.batch_norm(y, *stats, None, None, True, activation="leaky_relu", inplace_activated=True)
+        part = types.SimpleNamespace(x=x, grad=x + 1, residual=x - 1, weight=weight, bias=weight)
+        found = call_ranks(raw_ops, part, activations.SILU, valid)
         loss = fused_ops.cross_entropy(y, target)
         loss = loss + fused_ops.cross_entropy(y, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
         loss = loss + fused_ops.linear_cross_entropy(y, head, target, chunk_rows=32)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0], *(t for t in found.values() if t is not None)
 
     return step, x
 

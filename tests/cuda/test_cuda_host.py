@@ -102,3 +102,16 @@ def test_exponentials_are_good_to_the_last_place(cuda_host):
     found = torch.empty_like(ends)
     cuda_host.self_exp(pointer(ends), pointer(found), ctypes.c_int64(ends.numel()))
     torch.testing.assert_close(found, ends.exp(), rtol=0, atol=1.5e-45, equal_nan=True)
+
+
+@pytest.mark.parametrize("first", [0.3, 3000.7])
+def test_sums_of_a_thread_keep_what_float_would_round_off(cuda_host, first):
+    """Also where the first value, which the others are taken from, is far from them all."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1 << 17, generator=generator) * 2 + 1.1
+    x[0] = first
+    found = torch.empty(2, dtype=torch.float64)
+    cuda_host.self_moments(pointer(x), ctypes.c_int64(x.numel()), pointer(found))
+    exact = x.double() - x[0].double()
+    for ours, truth in zip(found, (exact.sum(), exact.square().sum()), strict=True):
+        assert abs(ours - truth) < 1e-8 * abs(truth)  # a float rounds by up to 6e-8 in each of 16384 additions

@@ -11,6 +11,7 @@ from test_raw_ops import CLEAN, fingerprint, same, spoil, valid_calls
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
+from fused_ops.ops.cross_entropy import functions
 from fused_ops.testing import compare_gradients, samples_of
 
 CALLED_AS = {  # by whom, in the order of OPS
@@ -18,18 +19,25 @@ CALLED_AS = {  # by whom, in the order of OPS
         f"cross_entropy.functions.{rows}{name}"
         for rows in ("", "rows_")
         for name in ("forward_op", "backward_op", "backward_inplace_op")
-    ],
+    ]
+    + ["cross_entropy.functions._with_gradient_op", "cross_entropy.functions._scale_gradient_op"],
     "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op", "linear_cross_entropy.functions.rescale_op"],
     "batch_norm": [
-        f"batch_norm.functions.{name}_op" for name in ("_forward", "_backward", "_plain_forward", "_plain_backward")
+        *(f"batch_norm.functions._{name}_op" for name in ("forward", "backward", "plain_forward", "plain_backward")),
+        *(f"batch_norm.ranks._{name}_op" for name in ("moments", "normalise", "sums", "gradient")),
+        *(f"batch_norm.keep_output._{name}_op" for name in ("keep", "keep_backward")),
     ],
 }
+ON_CPU = functions._on_cpu
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 
 
 def call_with(monkeypatch, namespace):
     """The public functions run on the raw ops of a namespace."""
-    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._SMALL", -1)  # an op of the CPU alone
+    on_device = namespace is not torch.ops.fused_ops  # a small loss goes the GPU's way
+    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._on_cpu", functions._on_device if on_device else ON_CPU)
+    with_gradient = namespace.cross_entropy_with_gradient.default
+    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._with_gradient", with_gradient)
     for name in ("forward", "plain_forward", "plain_backward"):  # as eager calls take them
         op = getattr(namespace, f"batch_norm_{name}").default
         monkeypatch.setattr(f"fused_ops.ops.batch_norm.functions._{name}", op)
@@ -77,9 +85,10 @@ def gradients(function, sample):
     return [o.detach() for o in outputs], grads, [v for v in values if torch.is_tensor(v)]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_samples_give_what_the_cpu_gives(op, emulated, monkeypatch, cuda_host):
+@pytest.mark.parametrize(("op", "small"), [*((op, 32768) for op in OPS), ("cross_entropy", -1)])
+def test_samples_give_what_the_cpu_gives(op, small, emulated, monkeypatch, cuda_host):
     function = getattr(fused_ops, op)
+    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._SMALL", small)
     assert len(samples_of(op)) > 10
     for sample in samples_of(op):
         cuda_host.cuda_host_launches()
@@ -105,8 +114,9 @@ def test_gradcheck(op, emulated):
         assert torch.autograd.gradcheck(lambda *t, call=call: tuple(o for o in call(*t) if o.requires_grad), leaves)
 
 
-def test_in_place_backward(emulated):
+def test_in_place_backward(emulated, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr("fused_ops.ops.cross_entropy.functions._SMALL", -1)  # which is to the bit as in place
     x, target = torch.randn(6, 40, requires_grad=True), torch.randint(0, 40, (6,))
     expected = torch.autograd.grad(fused_ops.cross_entropy(x, target), x)[0]
     logits = x * 1

@@ -30,9 +30,13 @@ OPS = {  # the raw ops with kernels
         f"cross_entropy_{kind}{direction}"
         for kind in ("", "rows_")
         for direction in ("forward", "backward", "backward_")
-    ],
+    ]
+    + ["cross_entropy_with_gradient", "cross_entropy_scale_gradient"],
     "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
-    "batch_norm": [f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")],
+    "batch_norm": [
+        *(f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")),
+        *(f"batch_norm_{part}" for part in ("moments", "normalise", "grad_sums", "gradient", "keep", "keep_backward")),
+    ],
 }
 CANARIES = 64  # elements on both sides of what a kernel may write
 
@@ -62,7 +66,7 @@ def build():
             compile_all(compiler, sources, objects, library)
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
-    for name in ("ce_forward_scratch", "ce_backward_scratch", "bn_scratch", "cuda_host_launches"):
+    for name in ("ce_forward_scratch", "ce_backward_scratch", "ce_with_gradient", "bn_scratch", "cuda_host_launches"):
         getattr(loaded, name).restype = ctypes.c_int64
     kernels = [o for o, source in zip(objects, sources, strict=True) if not source.stem.endswith("_cuda")]
     register_shared(loaded, library, kernels)
@@ -200,26 +204,37 @@ class CrossEntropy:
         self.finish(self.library.ce_backward(head, *args, pointer(scratch)))
         return grad
 
+    def with_gradient(self, x, target, ignore_index=-100, reduction=1, grad=None):
+        """The loss; the gradient for an upstream gradient of 1 is written to ``grad``."""
+        self.library.cuda_host_set_order(self.order)
+        head, loss = self.head(x, target, ignore_index, reduction), poisoned(1, x.dtype)
+        layout, grad_layout = numbers(self.layout(x)), numbers(self.layout(grad))
+        args = (head, pointer(x), layout, pointer(target), pointer(loss), pointer(grad), grad_layout)
+        scratch = poisoned(self.library.ce_with_gradient(*args, None, 1), torch.float64)
+        self.finish(self.library.ce_with_gradient(*args, pointer(scratch), 0))
+        return loss[0]
+
 
 class BatchNorm:
-    """The kernels of csrc/batch_norm/cuda on CPU tensors, dense or channels_last."""
+    """The kernels of csrc/batch_norm/cuda on CPU tensors, dense or channels_last; if wanted, packed where they may."""
 
-    def __init__(self, library, order=0):
-        self.library, self.order = library, order
+    def __init__(self, library, order=0, packed=False):
+        self.library, self.order, self.packed = library, order, packed
 
-    def head(self, x, parameters, training, correction, activation):
+    def head(self, x, parameters, training, correction, activation, writes_mask=False):
         self.library.cuda_host_set_order(self.order)
         spatial, last = torch.Size(x.shape[2:]).numel(), x.dim() > 2 and not x.is_contiguous()
         kinds = [DTYPES.index(next((p.dtype for p in parameters if p is not None), x.dtype))]
         counts = [x.size(0), x.size(1), spatial, last, DTYPES.index(x.dtype), *kinds, activation, training, correction]
-        head = numbers([int(v) for v in counts])
-        return head, poisoned(self.library.bn_scratch(head), torch.float64)
+        head = numbers([*(int(v) for v in counts), 0])
+        head[9] = self.packed and self.library.bn_is_packed(head, int(writes_mask))
+        return head, None if head[9] else poisoned(self.library.bn_scratch(head), torch.float64)
 
     def forward(self, x, residual, running_mean, running_var, weight, bias, training, momentum, eps, *options):
         """As the raw op without ``valid`` and ``groups``."""
         correction, activation, slope, mask_bytes, output = options
         parameters = (weight, bias, running_mean, running_var)
-        head, scratch = self.head(x, parameters, training, correction, activation)
+        head, scratch = self.head(x, parameters, training, correction, activation, mask_bytes > 0)
         channels, update = x.size(1), training and running_mean is not None
         mean, invstd = poisoned(channels, torch.float64), poisoned(channels, torch.float64)
         new = [poisoned(channels, running_mean.dtype) if update else None for _ in range(2)]

@@ -3,13 +3,16 @@
 #include "cuda_runtime.h"
 
 using namespace fused_ops;
+using cuda::BatchNormShape;
 
 namespace {
 
-// Batch, channels, spatial, channels_last; dtypes of input and parameters; activation, training, correction.
+BatchNormShape shape_of(const int64_t* n) { return {n[0], n[1], n[2], n[3] != 0, nullptr}; }
+
+// Batch, channels, spatial, channels_last; dtypes of input and parameters; activation, training, correction, packed.
 template <class Call>
 void set_common(Call& c, const int64_t* n, const double* reals, void* const* parameters) {
-  c.shape = {n[0], n[1], n[2], n[3] != 0, nullptr};
+  c.shape = shape_of(n), c.packed = n[9] != 0;
   c.dtype = static_cast<DType>(n[4]);
   c.parameters = {static_cast<DType>(n[5]), parameters[0], parameters[1], parameters[2], parameters[3]};
   c.activation = static_cast<Activation>(n[6]), c.training = n[7] != 0, c.correction = n[8];
@@ -20,7 +23,10 @@ void set_common(Call& c, const int64_t* n, const double* reals, void* const* par
 
 extern "C" {
 
-int64_t bn_scratch(const int64_t* n) { return cuda::batch_norm_scratch({n[0], n[1], n[2], n[3] != 0, nullptr}); }
+int64_t bn_scratch(const int64_t* n) { return cuda::batch_norm_scratch(shape_of(n)); }
+int32_t bn_is_packed(const int64_t* n, int32_t writes_mask) {
+  return cuda::batch_norm_is_packed(shape_of(n), static_cast<DType>(n[4]), writes_mask != 0);
+}
 
 int32_t bn_forward(const int64_t* n, const double* reals, void* const* parameters, const void* input,
                    const void* residual, void* output, uint8_t* mask, double* mean, double* invstd, void* new_mean,

@@ -40,6 +40,7 @@ struct alignas(16) uint4 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719, cudaErrorAssert = 710 };
 using cudaStream_t = void*;
 struct cudaLaunchAttribute {};
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -72,7 +73,7 @@ struct Machine {
   std::function<void()> body;
   int threads = 0;
   uint64_t slots[kMaxThreads / kWarp][2][kWarp];
-  bool trapped = false;
+  bool trapped = false, capturing = false;
   int64_t launches = 0, blocks = 0;
   unsigned order_seed = 0;
   std::vector<std::pair<void*, size_t>> shared;  // every __shared__ variable of the library
@@ -234,6 +235,13 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return cuda_host::from_lane<T>(slots, from / width == self / width ? from : self);
 }
 template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  cuda_host::need_full(mask);
+  const int self = cuda_host::lane(), from = self - static_cast<int>(delta);
+  const uint64_t* slots = cuda_host::exchange(value);
+  return cuda_host::from_lane<T>(slots, from >= self / width * width ? from : self);
+}
+template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   cuda_host::need_full(mask);
   const int from = cuda_host::lane() / width * width + source % width;
@@ -287,7 +295,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cuda_host::launch(*config, [=] { kernel(static_cast<Expected>(actual)...); });
 }
 
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cuda_host::machine.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
 extern "C" {
+inline __attribute__((used, visibility("default"))) void cuda_host_set_capturing(int capturing) {
+  cuda_host::machine.capturing = capturing != 0;
+}
 inline __attribute__((used, visibility("default"))) void cuda_host_set_order(unsigned seed) {
   cuda_host::machine.order_seed = seed;
 }

@@ -47,4 +47,15 @@ int32_t ce_backward(const int64_t* numbers, const void* logits, const int64_t* l
   return cuda::cross_entropy_backward(call, nullptr);
 }
 
+// As ce_forward; returns how many doubles of scratch are wanted where there is none.
+int64_t ce_with_gradient(const int64_t* numbers, const void* logits, const int64_t* layout, const void* targets,
+                         void* loss, void* grad, const int64_t* grad_layout, double* scratch, int32_t measure) {
+  cuda::WithGradientCall call{};
+  set_common(call.forward, numbers);
+  call.forward.logits = logits, call.forward.layout = row_layout(layout), call.forward.targets.data = targets;
+  call.forward.loss = loss, call.forward.scratch = scratch;
+  call.grad_logits = grad, call.grad_layout = row_layout(grad_layout);
+  return measure ? cuda::with_gradient_scratch(call) : cuda::cross_entropy_with_gradient(call, nullptr);
+}
+
 }  // extern "C"

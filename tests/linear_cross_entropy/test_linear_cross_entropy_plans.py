@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops
 from benchmarks import plans
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_rows
 from fused_ops.ops.linear_cross_entropy.plan import Sizes
 from fused_ops.ops.linear_cross_entropy.reference import Head

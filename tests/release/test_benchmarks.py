@@ -304,6 +304,12 @@ def test_what_bounds_a_case_stands_beside_its_target(tmp_path):
     assert "| both | fused_ops vs eager | 5.00 |  | 2.00 | 4.00 | 10.00 | >= 5.0x | reached |" in shown
     shown = tables.render(page.format("summary"), [tmp_path])
     assert "| cross_entropy 1024x32000 float32 | 10 ms | 2 ms | 5.00x |  | 2.00x |  |" in shown
+    results.save(tmp_path / "other", "quick", {"timings": [{**row, "isa": "AVX512"} for row in [*rows, *again]]})
+    shown = tables.render(page.format("instruction_sets"), [tmp_path, tmp_path / "other"])
+    assert "| AVX2 | AVX2, recycled memory | AVX512 | AVX512, recycled memory |" in shown
+    assert "| cross_entropy 1024x32000 float32 | 5.00x | 2.00x | 5.00x | 2.00x |" in shown
+    shown = tables.render(page.format("accuracy"), [tmp_path, tmp_path / "other"])
+    assert shown.count("No figures yet") == 1  # not once a machine
 
 
 @pytest.mark.parametrize("case", [c for c in cases.all_cases("cpu") if c.pieces], ids=lambda c: f"{c.op} {c.name}")

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import sys
 import types
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import fused_ops
 from benchmarks import __main__ as command_line
-from benchmarks import cases, gpu_heads, harness, rivals
+from benchmarks import cases, gpu_heads, gpu_losses, gpu_rows, gpu_training, harness, rivals
 from fused_ops.ops.linear_cross_entropy.plan import chosen_rows
 
 
@@ -161,20 +163,57 @@ def test_chunks_on_a_gpu_are_alike_and_enough_for_the_products(rows, row_bytes, 
     assert chosen * (chunks - 1) < rows or rows == 0
 
 
+def once(run, device):
+    run()
+    return [1.0]
+
+
 def test_the_heads_of_a_gpu_are_measured_row_by_row(tmp_path, monkeypatch):
     """Small ones, here: every question has an answer, or says why not, and what is known is in the file at once."""
     lines = []
-    written = gpu_heads.figures
+    written = gpu_rows.figures
 
     def watched(*args):
         lines.append(len(json.loads((tmp_path / "heads.json").read_text())) if lines else 0)
         return written(*args)
 
-    monkeypatch.setattr(gpu_heads, "figures", watched)
-    monkeypatch.setattr(gpu_heads, "timed", lambda run, device: [run() or 1.0])
-    gpu_heads.main([str(tmp_path / "heads.json"), "--tiny"])
+    monkeypatch.setattr(gpu_rows, "figures", watched)
+    monkeypatch.setattr(gpu_rows, "timed", once)
+    gpu_rows.main("", {"heads": gpu_heads.rows}, [str(tmp_path / "heads.json"), "--tiny"])
     rows = json.loads((tmp_path / "heads.json").read_text())
     assert lines == list(range(len(rows)))
     failed = {row["way"] for row in rows if "error" in row}
     assert failed <= {"liger-kernel", "cut-cross-entropy"}
     assert {row["question"] for row in rows} >= {"default", "chunks", "odd vocabulary", "a third ignored", "limits"}
+
+
+@pytest.mark.parametrize("part", gpu_losses.PARTS)
+def test_the_losses_of_a_gpu_are_measured(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_rows, "timed", once)
+    gpu_rows.main("", gpu_losses.PARTS, [str(tmp_path / "rows.json"), "--tiny", "--part", part])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["part"] for row in rows} == {part} and not [row for row in rows if "error" in row]
+    if part == "options":
+        taken = {name for _, given, _ in gpu_losses.options(torch.zeros(8, 8)).values() for name in given}
+        known = inspect.signature(fused_ops.cross_entropy).parameters
+        others = {"input", "target", "size_average", "reduce", "ignore_index"}  # the last by a third that is ignored
+        assert set(known) - taken - others == {"class_group", "class_start", "classes", "row_group"}
+
+
+@pytest.mark.parametrize("name", gpu_training.MODELS)
+def test_models_train_alike_before_and_after_convert(name, monkeypatch):
+    losses = {way: gpu_training.step_of(name, way, True, "cpu") for way in ("eager", "convert")}
+    found = {way: [float(run()) for _ in range(2)] for way, run in losses.items()}
+    assert found["convert"] == pytest.approx(found["eager"], rel=2e-2)
+    monkeypatch.setattr(gpu_training, "WAYS", ("eager", "convert"))
+    monkeypatch.setattr(gpu_rows, "timed", once)
+    rows = [{**row, **gpu_rows.figures(make, "cpu")} for row, make in gpu_training.rows(True, "cpu")]
+    assert len(rows) == 4 and not [row for row in rows if "error" in row]
+
+
+def test_what_fails_is_a_row_and_no_end():
+    def make():
+        raise torch.OutOfMemoryError("too little memory")
+
+    assert "too little memory" in gpu_rows.figures(make, "cpu")["error"]
+    assert "too little memory" in gpu_rows.small_figures(make, "cpu")["error"]

@@ -10,6 +10,8 @@ __device__ inline float exp_(float x) { return expf(x); }
 __device__ inline double exp_(double x) { return exp(x); }
 __device__ inline float expm1_(float x) { return expm1f(x); }
 __device__ inline double expm1_(double x) { return expm1(x); }
+__device__ inline float log1p_(float x) { return log1pf(x); }
+__device__ inline double log1p_(double x) { return log1p(x); }
 __device__ inline float erf_(float x) { return erff(x); }
 __device__ inline double erf_(double x) { return erf(x); }
 __device__ inline float tanh_(float x) { return tanhf(x); }

@@ -1,7 +1,7 @@
 // How the batch-norm backward's kernels get h, the gradient before the activation, from the output's.
 #pragma once
-#include "batch_norm/cuda/activation.cuh"
-#include "batch_norm/cuda/loops.cuh"
+#include "batch_norm/cuda/kept_output.cuh"
+#include "batch_norm/cuda/mask.cuh"
 
 namespace fused_ops {
 namespace cuda {
@@ -57,19 +57,20 @@ __device__ inline void unit_before(const BatchNormBackwardCall& c, const A* z, u
   }
 }
 
-// Runs the code with kFast and kFrom; what is rare has one kernel for all.
+// Runs the code with kFast and kFrom; what is rare, and float64, has one kernel for all.
 #define FUSED_OPS_WITH_FROM(fast, from, kFast, kFrom, ...) \
   if (!(fast) || (from) == From::any) {                    \
     constexpr From kFrom = From::any;                      \
-    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__)          \
-  } else if ((from) == From::light) {                      \
-    constexpr From kFrom = From::light;                    \
+    FUSED_OPS_WITH_FAST(T, fast, kFast, __VA_ARGS__)       \
+  } else if constexpr (sizeof(T) < 8) {                    \
     constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
-  } else {                                                 \
-    constexpr From kFrom = From::gradient;                 \
-    constexpr bool kFast = true;                           \
-    __VA_ARGS__;                                           \
+    if ((from) == From::light) {                           \
+      constexpr From kFrom = From::light;                  \
+      __VA_ARGS__;                                         \
+    } else {                                               \
+      constexpr From kFrom = From::gradient;               \
+      __VA_ARGS__;                                         \
+    }                                                      \
   }
 
 }  // namespace cuda

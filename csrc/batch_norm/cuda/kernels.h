@@ -39,10 +39,23 @@ struct BatchNormForwardCall {
   const void *input, *residual;  // as shape; residual may be null
   void* output;                  // as shape
   uint8_t* mask;                 // a bit a value, or null: csrc/batch_norm/kernels.h
-  double *mean, *invstd;         // (channels,)
-  void *new_mean, *new_var;      // (channels,) of the parameters' dtype, or null
+  double *mean, *invstd;         // (channels,), written; read where they are given
+  bool given;
+  double* moments;           // or null: written, (2 + 2 * channels,), instead of all the others, in training
+  void *new_mean, *new_var;  // (channels,) of the parameters' dtype, or null
   GhostBatch ghost;
+  bool packed;      // one launch, without scratch memory, where batch_norm_is_packed
   double* scratch;  // batch_norm_scratch(...) doubles
+};
+
+// What a backward from the forward's output reads besides: the results of batch_norm_keep_..., or null where nothing
+// was stored. `origin` is where the call's values begin among those of the whole tensor, `values` of them, in memory.
+struct KeptOutput {
+  bool from_output;
+  double smallest;  // the smallest normal number of the dtype
+  const int64_t* offsets;
+  const void* stored;
+  int64_t values, origin, count;  // count: of `stored`
 };
 
 struct BatchNormBackwardCall {
@@ -59,13 +72,42 @@ struct BatchNormBackwardCall {
   void *grad_input, *grad_residual;            // as shape, or null
   DType grad_dtype;                            // of the two below
   void *grad_weight, *grad_bias;               // (channels,), or both null
+  double* sums;         // or null: written, (2, channels), of h and h * (x - mean), instead of all the others
+  KeptOutput kept;      // if from_output, `input` is the output, without residual, mask, sums and means
+  const double* means;  // or null: read, (2, channels), grad_mean and grad_slope, instead of summing up for them
   GhostBatch ghost;
-  double* scratch;  // batch_norm_scratch(...) doubles
+  bool packed;
+  double* scratch;
 };
 
 int64_t batch_norm_scratch(const BatchNormShape& shape);
+// Whether a call may be packed: of a small tensor, whose channels' values each fit a block. If so, also with a smaller
+// batch.
+bool batch_norm_is_packed(const BatchNormShape& shape, DType dtype, bool writes_mask);
+int32_t batch_norm_packed_forward(const BatchNormForwardCall& call, void* stream);
+int32_t batch_norm_packed_backward(const BatchNormBackwardCall& call, void* stream);
 int32_t batch_norm_forward(const BatchNormForwardCall& call, void* stream);
 int32_t batch_norm_backward(const BatchNormBackwardCall& call, void* stream);
+
+// Which x are stored beside a forward's output.
+struct KeepCall {
+  DType dtype;
+  BatchNormShape shape;
+  Parameters parameters;  // weight and bias
+  Activation activation;
+  double slope, smallest;
+  const void *output, *input;  // as shape
+  int64_t* offsets;            // batch_norm_keep_offsets(...)
+  int64_t* count;              // of the values that are stored
+  void* stored;                // as many
+  double* scratch;             // batch_norm_keep_scratch(...)
+};
+
+int64_t batch_norm_keep_offsets(const BatchNormShape& shape);
+int64_t batch_norm_keep_scratch(const BatchNormShape& shape);
+int32_t batch_norm_keep_mark(const KeepCall& call, void* stream);  // writes count, and what the copy reads
+int32_t batch_norm_keep_copy(const KeepCall& call, void* stream);  // writes offsets and stored
+bool is_capturing(void* stream);                                   // in a graph
 
 }  // namespace cuda
 }  // namespace fused_ops

@@ -153,9 +153,10 @@ __device__ inline void store_unit(T* p, int have, const acc_t<T>* v) {
     if (k < have) set(p[k], v[k]);
 }
 
-// Whether every unit is whole, counts, and is aligned in these tensors, of which some may be null.
-inline bool fast_walk(const BatchNormShape& s, const Rows& r, std::initializer_list<const void*> tensors) {
-  bool fast = r.length % kUnit == 0 && s.valid == nullptr;
+// Whether every unit is whole, counts, and is aligned in these tensors of T, of which some may be null.
+template <class T>
+bool fast_walk(const BatchNormShape& s, const Rows& r, std::initializer_list<const void*> tensors) {
+  bool fast = sizeof(T) < 8 && r.length % kUnit == 0 && s.valid == nullptr;
   for (const void* p : tensors) fast = fast && (reinterpret_cast<uintptr_t>(p) & 15u) == 0;
   return fast;
 }
@@ -308,74 +309,6 @@ __device__ inline void channels_of(const Rows& r, const Spot& s, int64_t* channe
   }
 }
 
-// Where the mask's bits of a unit's columns are: up to three bytes if its rows are planes, else one.
-struct MaskPlace {
-  int64_t at[3], row_bytes;
-  int shift, behind[2];
-  __device__ MaskPlace(const Rows& r, const Spot& s)
-      : at{s.unit, s.unit, s.unit}, row_bytes(r.units), shift(0), behind{kUnit, kUnit} {
-    if (!r.plane_mask) return;
-    const int64_t bytes = (r.side + kUnit - 1) / kUnit, channel = quotient(s.first, r.side);
-    const int64_t within = s.first - channel * r.side;
-    row_bytes = r.channels * bytes, shift = static_cast<int>(within % kUnit);
-    at[0] = channel * bytes + within / kUnit;
-    const int64_t rest = r.side - within;  // of the plane
-    behind[0] = static_cast<int>(rest < kUnit - shift ? rest : kUnit - shift);
-    const int64_t more = rest > behind[0] && rest - behind[0] < kUnit ? rest - behind[0] : kUnit;
-    behind[1] = behind[0] + static_cast<int>(more);
-    at[1] = at[0] + (behind[0] < s.have), at[2] = at[1] + (behind[1] < s.have);
-  }
-  // The bits of some rows of the part.
-  template <int kRows>
-  __device__ void load(const Rows& r, const Spot& s, const uint8_t* mask, int64_t base, unsigned* bits) const {
-    if (mask == nullptr) {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) bits[k] = 0;
-    } else if (!r.plane_mask) {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) bits[k] = mask[s.row_at(base, k) * row_bytes + at[0]];
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        const uint8_t* from = mask + s.row_at(base, k) * row_bytes;
-        const unsigned a = from[at[0]], b = from[at[1]], c = from[at[2]];
-        bits[k] = (a >> shift) | (behind[0] < kUnit ? b << behind[0] : 0u) | (behind[1] < kUnit ? c << behind[1] : 0u);
-      }
-    }
-  }
-};
-
-// Writes the mask's bytes that begin in a unit's columns: one, or up to two if its rows are planes.
-struct MaskWriter {
-  int64_t row_bytes;
-  uint32_t at[2];          // from the row's first byte
-  int start[2], count[2];  // the byte's first column in the unit, and its bits; none where count is 0
-  __device__ MaskWriter(const Rows& r, const Spot& s)
-      : row_bytes(r.units), at{static_cast<uint32_t>(s.unit), 0}, start{0, 0}, count{s.owner ? kUnit : 0, 0} {
-    if (!r.plane_mask) return;
-    const int64_t bytes = (r.side + kUnit - 1) / kUnit, channel = quotient(s.first, r.side);
-    const int64_t within = s.first - channel * r.side, next = (within + kUnit - 1) / kUnit, rest = r.side - within;
-    row_bytes = r.channels * bytes;
-    start[0] = static_cast<int>(next * kUnit - within), at[0] = static_cast<uint32_t>(channel * bytes + next);
-    const int64_t bits = r.side - next * kUnit;  // of the plane from there on
-    count[0] = !s.owner || bits <= 0 ? 0 : bits < kUnit ? static_cast<int>(bits) : kUnit;
-    start[1] = static_cast<int>(rest < kUnit ? rest : 0), at[1] = static_cast<uint32_t>((channel + 1) * bytes);
-    count[1] = s.owner && start[1] > 0 && start[1] < s.have ? kUnit : 0;
-  }
-  // By all threads of a warp together. A byte's other columns are in the next lane's unit.
-  __device__ void store(const Rows& r, uint8_t* mask, int64_t row, bool exists, unsigned bits) const {
-    uint8_t* to = mask + row * row_bytes;
-    if (!r.plane_mask) {
-      if (exists) to[at[0]] = static_cast<uint8_t>(bits);
-      return;
-    }
-    bits |= __shfl_down_sync(kAll, bits, 1) << kUnit;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (exists && count[i] > 0) to[at[i]] = static_cast<uint8_t>((bits >> start[i]) & ((1u << count[i]) - 1));
-  }
-};
-
 // Sums over the threads of a block that have the same columns: the i-th thread gets those of the tile's i-th column.
 __device__ inline double sum_columns(int lanes, double* v) {
   __shared__ double shares[kBlock / 32][32 * kUnit];
@@ -407,6 +340,16 @@ __device__ inline double sum_columns(int lanes, double* v) {
   } else {                                     \
     constexpr bool kName = false;              \
     __VA_ARGS__;                               \
+  }
+
+// Runs the code with kFast, whether every unit is whole, counts, and is aligned. float64, which serves checks of
+// gradients, has kernels for units of any kind alone: a fast_walk of it is none.
+#define FUSED_OPS_WITH_FAST(T, fast, kFast, ...)  \
+  if constexpr (sizeof(T) < 8) {                  \
+    FUSED_OPS_WITH_BOOL(fast, kFast, __VA_ARGS__) \
+  } else {                                        \
+    constexpr bool kFast = false;                 \
+    __VA_ARGS__;                                  \
   }
 
 }  // namespace cuda

@@ -39,7 +39,7 @@ __device__ inline double probability(A x, const Split<A>& lse) {
 template <class T>
 __device__ inline double common_scale(const BackwardCall& c) {
   if (c.reduction == Reduction::none) return 1;
-  const double scale = static_cast<double>(to_acc(static_cast<const T*>(c.grad_loss)[0]));
+  const double scale = c.grad_loss ? static_cast<double>(to_acc(static_cast<const T*>(c.grad_loss)[0])) : 1;
   return c.reduction == Reduction::mean ? scale / *c.total : scale;
 }
 // 0 if the row is ignored, NaN if its target is no class.
@@ -82,20 +82,6 @@ __device__ inline sum_t<T> write_share(const T* x, T* grad, int n, int target, c
     }
   });
   return others;
-}
-
-// The gradients of n adjacent classes of a row that does not count.
-template <class T, int kGroup, bool kAligned>
-__device__ inline void fill_share(T* grad, int n, acc_t<T> value, int lane) {
-  constexpr int kV = kVector<T>;
-  const unsigned offset = misalignment(grad);
-  acc_t<T> v[kV];
-#pragma unroll
-  for (int k = 0; k < kV; ++k) v[k] = value;
-  for (int begin = 0; begin < n; begin += kGroup * kV) {
-    const int first = begin + lane * kV;
-    store_vector<T, 32, kAligned>(grad + first, n - first, offset, lane, v);
-  }
 }
 
 template <class T, int kGroup, bool kAligned>

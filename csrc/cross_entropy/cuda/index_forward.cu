@@ -11,79 +11,11 @@
 // Stability: the sum is taken over the classes other than the target, relative to their maximum, so that a confident
 // right row keeps its loss; the logarithm and lse are double. How a row is cut depends on its length alone, and all
 // merges are in a fixed order: no bit depends on the rest of the batch. See docs/cross_entropy.md.
-#include <algorithm>
-
-#include "cross_entropy/cuda/loops.cuh"
+#include "cross_entropy/cuda/online.cuh"
 
 namespace fused_ops {
 namespace cuda {
 namespace {
-
-template <class T>
-using State = Online<acc_t<T>, sum_t<T>>;
-
-template <class T>
-__device__ inline State<T> nothing() {
-  return {-kInfinity<acc_t<T>>, 0};
-}
-// Makes `max` the running maximum and returns what is subtracted from every value.
-template <class T>
-__device__ inline acc_t<T> raise_to(State<T>& to, acc_t<T> max) {
-  using A = acc_t<T>;
-  if (max > to.max) to.sum *= rescale(to.max, max), to.max = max;
-  return to.max == -kInfinity<A> ? A(0) : to.max;
-}
-
-// Adds kCount values to a running maximum and sum.
-template <class T, int kCount>
-__device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
-  using A = acc_t<T>;
-  A max = v[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) max = larger(max, v[k]);
-  const A shift = raise_to<T>(to, max);
-  A sum = 0;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) sum += exp_of<T>(v[k] - shift);
-  to.sum += sum;
-}
-
-// The same for kCount vectors; the maximum of 16-bit values is taken two at a time.
-template <class T, int kCount>
-__device__ inline void add_vectors(State<T>& to, const Words* words) {
-  using A = acc_t<T>;
-  constexpr int kV = kVector<T>;
-  if constexpr (sizeof(T) == 2) {
-    uint32_t max = words[0].w[0];
-#pragma unroll
-    for (int i = 1; i < 4 * kCount; ++i) max = larger_pair(T{}, max, words[i / 4].w[i % 4]);
-    const A low = to_acc(T{static_cast<uint16_t>(max)}), high = to_acc(T{static_cast<uint16_t>(max >> 16)});
-    const A shift = raise_to<T>(to, larger(low, high));
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      A v[kV], sum = 0;
-      unpack<T>(words[u], v);
-#pragma unroll
-      for (int k = 0; k < kV; ++k) sum += exp_of<T>(v[k] - shift);
-      to.sum += sum;
-    }
-  } else {
-    A v[kCount * kV];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) unpack<T>(words[u], v + u * kV);
-    add_values<T, kCount * kV>(to, v);
-  }
-}
-
-// Element `at` of a vector becomes -inf.
-template <class T>
-__device__ inline void leave_out(Words& words, int at) {
-  acc_t<T> v[kVector<T>];
-  unpack<T>(words, v);
-#pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) v[k] = k == at ? -kInfinity<acc_t<T>> : v[k];
-  words = pack<T>(v);
-}
 
 // One thread's share of n adjacent classes without the target (which may lie outside [0, n)).
 template <class T, int kGroup>
@@ -103,53 +35,18 @@ __device__ inline State<T> share_online(const T* x, int n, int target, int lane)
   return state;
 }
 
-// lse and the loss of a row from its other classes and the target's logit.
-struct RowResult {
-  double lse, loss;
-};
-__device__ inline RowResult finish(double others_max, double others_sum, double x_target) {
-  const double max = larger(others_max, x_target), below = x_target - max;
-  const double others = others_sum * rescale(others_max, max);
-  const double rest = below == 0 ? others : (others - 1.0) + exp(below);  // the sum without its largest term
-  const double log_sum = log1p(rest);
-  return {max + log_sum, log_sum - below};
-}
-
-template <class T>
-__device__ inline void finish_row(const ForwardCall& c, int64_t row, const RowTarget& t, acc_t<T> x_target,
-                                  double others_max, double others_sum, LossSum& sum) {
-  using A = acc_t<T>;
-  RowResult r{0, 0};  // of an ignored row: lse is never read
-  if (t.counts) r = finish(others_max, others_sum, static_cast<double>(x_target));
-  if (t.bad) r.lse = r.loss = kNaN<double>;
-  c.lse[row] = r.lse;
-  if (c.reduction == Reduction::none) set(static_cast<T*>(c.loss)[row], static_cast<A>(r.loss));
-  sum.sum += r.loss, sum.count += t.counts ? 1.0 : 0.0;
-  if (t.bad) refuse_target();
-}
-
-__device__ inline void keep_sum(const ForwardCall& c, const LossSum& mine) {
-  const LossSum sum = sum_group<kBlock>(mine);
-  if (threadIdx.x == 0) c.scratch[2 * blockIdx.x] = sum.sum, c.scratch[2 * blockIdx.x + 1] = sum.count;
-}
-
-// A warp or a block a row, of at most kGroup rows. Thread i takes the logarithm of the i-th of them, so that those of
-// many rows are taken side by side.
+// A warp or a block a row, of at most kGroup rows.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) forward_rows(ForwardCall c) {
   using A = acc_t<T>;
-  struct Kept {
-    double max, sum;
-    A logit;
-  };
-  __shared__ Kept kept[kBlock];
+  __shared__ HeldRow<T> held[kBlock];
   constexpr int kRows = kBlock / kGroup;
   const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
   const int64_t rows = c.layout.batch * c.layout.spatial, begin = int64_t{blockIdx.x} * kRows + group;
   const int64_t stride = int64_t{gridDim.x} * kRows;
   const int classes = static_cast<int>(c.layout.classes);
-  int held = 0;
-  for (int64_t row = begin; row < rows; row += stride, ++held) {
+  int taken = 0;
+  for (int64_t row = begin; row < rows; row += stride, ++taken) {
     const RowTarget t = row_target(c.targets, row, classes);
     State<T> state = nothing<T>();
     A logit = 0;
@@ -159,22 +56,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) f
       state = share_online<T, kGroup>(x, classes, static_cast<int>(t.target), lane);
     }
     state = reduce_online<kGroup>(state);
-    if (lane == held) kept[threadIdx.x] = {static_cast<double>(state.max), static_cast<double>(state.sum), logit};
+    if (lane == taken) held[threadIdx.x] = {static_cast<double>(state.max), static_cast<double>(state.sum), logit};
   }
-  LossSum sum{0, 0};
-  if (lane < held) {
-    const int64_t row = begin + lane * stride;
-    const Kept& k = kept[threadIdx.x];
-    finish_row<T>(c, row, row_target(c.targets, row, classes), k.logit, k.max, k.sum, sum);
-  }
-  keep_sum(c, sum);
+  keep_sum(c, finish_held<T>(c, held, taken, lane, begin, stride));
 }
 
 // A thread a short row, in shared memory.
 template <class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_tiles(ForwardCall c) {
   using A = acc_t<T>;
-  constexpr int kStep = sizeof(T) == 8 ? 4 : 8;
   __shared__ Words memory[kTileMemory];
   const int classes = static_cast<int>(c.layout.classes), lane = static_cast<int>(threadIdx.x);
   const Tile<T> tile(memory, classes);
@@ -189,21 +79,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) forward_tiles(
     const RowTarget t = row_target(c.targets, base + lane, classes);
     T* x = tile.row();
     State<T> state = nothing<T>();
-    A logit = 0, v[kStep];
+    A logit = 0;
     if (t.counts) {
       logit = to_acc(x[t.target]);
-      set(x[t.target], -kInfinity<A>);  // the others' maximum and sum
-      int first = 0;
-      for (; first + kStep <= classes; first += kStep) {
-#pragma unroll
-        for (int k = 0; k < kStep; ++k) v[k] = to_acc(x[first + k]);
-        add_values<T, kStep>(state, v);
-      }
-      if (first < classes) {
-#pragma unroll
-        for (int k = 0; k < kStep; ++k) v[k] = first + k < classes ? to_acc(x[first + k]) : -kInfinity<A>;
-        add_values<T, kStep>(state, v);
-      }
+      set(x[t.target], -kInfinity<A>);
+      state = tile_online<T>(x, classes);
     }
     finish_row<T>(c, base + lane, t, logit, static_cast<double>(state.max), static_cast<double>(state.sum), sum);
   }
@@ -288,26 +168,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : kForwardBlocks) f
   keep_sum(c, sum);
 }
 
-// Where there are more blocks than kRowBlocks: a block adds up kBlock of their sums, so that forward_total has few.
-__global__ void __launch_bounds__(kBlock) fold_sums(const double* sums, int64_t blocks, double* folded) {
-  const int64_t b = int64_t{blockIdx.x} * kBlock + threadIdx.x;
-  const LossSum sum = sum_group<kBlock>(b < blocks ? LossSum{sums[2 * b], sums[2 * b + 1]} : LossSum{0, 0});
-  if (threadIdx.x == 0) folded[2 * blockIdx.x] = sum.sum, folded[2 * blockIdx.x + 1] = sum.count;
-}
-
-// One block: the sums of `blocks` blocks, in a fixed order.
-template <class T>
-__global__ void __launch_bounds__(kBlock) forward_total(ForwardCall c, const double* sums, int64_t blocks) {
-  LossSum mine{0, 0};
-  for (int64_t b = threadIdx.x; b < blocks; b += kBlock) mine = mine + LossSum{sums[2 * b], sums[2 * b + 1]};
-  const LossSum sum = sum_group<kBlock>(mine);
-  if (threadIdx.x != 0) return;
-  *c.total = sum.count;
-  if (c.reduction == Reduction::none) return;
-  const double loss = c.reduction == Reduction::mean ? sum.sum / sum.count : sum.sum;
-  set(*static_cast<T*>(c.loss), static_cast<acc_t<T>>(loss));
-}
-
 template <class T>
 int32_t forward(const ForwardCall& c, void* stream) {
   Launcher launch(stream);
@@ -334,13 +194,7 @@ int32_t forward(const ForwardCall& c, void* stream) {
   } else {
     run(forward_rows<T, kBlock>, 1);
   }
-  const double* sums = c.scratch;
-  if (blocks > kRowBlocks) {
-    double* folded = c.scratch + 2 * blocks;
-    launch(fold_sums, ceil_div(blocks, kBlock), kBlock, sums, blocks, folded);
-    sums = folded, blocks = ceil_div(blocks, kBlock);
-  }
-  launch(forward_total<T>, 1, kBlock, c, sums, blocks);
+  launch_total<T>(launch, c, blocks);
   return launch.error();
 }
 

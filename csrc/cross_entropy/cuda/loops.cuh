@@ -102,6 +102,20 @@ __device__ inline void walk_any(const T* x, int n, int lane, acc_t<T> filler, co
     walk_share<T, kGroup, true>(x, n, lane, filler, visit);
 }
 
+// The gradients of n adjacent classes of a row that does not count.
+template <class T, int kGroup, bool kAligned>
+__device__ inline void fill_share(T* grad, int n, acc_t<T> value, int lane) {
+  constexpr int kV = kVector<T>;
+  const unsigned offset = misalignment(grad);
+  acc_t<T> v[kV];
+#pragma unroll
+  for (int k = 0; k < kV; ++k) v[k] = value;
+  for (int begin = 0; begin < n; begin += kGroup * kV) {
+    const int first = begin + lane * kV;
+    store_vector<T, 32, kAligned>(grad + first, n - first, offset, lane, v);
+  }
+}
+
 // A block's rows of up to kTileVectors vectors in shared memory, a thread a row. `pitch` spreads the rows over the
 // banks: where their length is a multiple of four words, each is followed by an unused one.
 template <class T>

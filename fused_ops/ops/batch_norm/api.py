@@ -105,7 +105,9 @@ def batch_norm(
         threads. Differentiable any number of times, in both modes. Running statistics are not updated by a forward
         that runs inside a backward pass, so that activation checkpointing counts each batch once. With
         ``inplace_activated`` a channel of small weight keeps its input besides, so that gradients stay as exact; under
-        torch.func, forward-mode AD and torch.compile the option changes nothing.
+        torch.func, forward-mode AD and torch.compile the option changes nothing. On CUDA such a forward reads from the
+        device how much that is (not without weight and bias, but for elu; and not while a graph is captured, where room
+        is made for all of the input).
 
         DTensors need no ``group``: the statistics are those of the whole DTensor, along whichever dimensions its
         placements divide it. All else may be a DTensor or a tensor that every rank has whole, running statistics

@@ -23,7 +23,8 @@ from fused_ops.core.torch_private import (
 from fused_ops.distributed.collectives import check_group, name_of, size_of
 from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.batch_norm import activations
-from fused_ops.ops.batch_norm.reference import INVERTIBLE, Call, Options, check_written
+from fused_ops.ops.batch_norm.keep_output_reference import INVERTIBLE
+from fused_ops.ops.batch_norm.reference import Call, Options, check_written
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

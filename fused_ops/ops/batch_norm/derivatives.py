@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ops.core.memory_format import acc_dtype, wide
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import (
     Call,
     Options,
     Saved,
-    acc_dtype,
     counted,
     group_size,
     param_dtype,
@@ -272,13 +272,15 @@ class _Parts:
 def formulas(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The output, differentiable in input, residual, weight and bias, and the new running statistics (else empty)."""
     input, running_mean, running_var, weight, bias, residual, valid, options = call
-    x = input.double()
+    x = input.to(acc_dtype(input.dtype))
     keep = None if valid is None else counted(valid, input).bool()
     new: tuple[Tensor, Tensor] = x.new_empty(0), x.new_empty(0)
     if options.training:
         parts = _Parts(x, keep, options.groups)
         mean = parts.divided(parts.sum(parts.kept(x)))
         centered = parts.kept(x - parts.spread(mean))
+        rest = parts.divided(parts.sum(centered))  # what rounding the mean left
+        mean, centered = mean + rest, parts.kept(centered - parts.spread(rest))
         squares = parts.sum(centered.square())
         invstd = parts.spread((parts.divided(squares, options.correction) + options.eps).rsqrt())
         if running_mean is not None and running_var is not None:
@@ -288,16 +290,17 @@ def formulas(call: Call) -> tuple[Tensor, Tensor, Tensor]:
             )
     else:
         assert running_mean is not None and running_var is not None
-        centered = x - per_channel(running_mean.double(), x)
+        centered = x - per_channel(running_mean.to(x.dtype), x)
         centered = centered if keep is None else torch.where(keep, centered, 0.0)
-        invstd = per_channel((running_var.double() + options.eps).rsqrt(), x)
+        invstd = per_channel((running_var.to(x.dtype) + options.eps).rsqrt(), x)
     z = centered * invstd
     if weight is not None:
-        z = z * per_channel(weight.double(), x)
+        z = z * per_channel(weight.to(x.dtype), x)
     if bias is not None:
-        z = z + per_channel(bias.double(), x)
+        z = z + per_channel(bias.to(x.dtype), x)
     if residual is not None:
-        z = z + (residual.double() if keep is None else torch.where(keep, residual.double(), 0.0))
+        residual = residual.to(x.dtype)
+        z = z + (residual if keep is None else torch.where(keep, residual, 0.0))
     y = activations.apply(options.activation, z, options.slope)
     y = y if keep is None else torch.where(keep, y, 0.0)
     return y.to(input.dtype), *new
@@ -305,7 +308,7 @@ def formulas(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def _updated(running: Tensor, values: Tensor, parts: _Parts, momentum: float) -> Tensor:
     """The running statistic after each part in turn; one without values leaves it as it is. No derivatives."""
-    new = running.double()
+    new = wide(running)
     for i in range(parts.groups):
         new = torch.where(parts.count[i] > 0, momentum * values[i].detach() + (1 - momentum) * new, new)
     return new.detach().to(running.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_ops.core.hooks import hooked, plain
+from fused_ops.core.memory_format import wide
 from fused_ops.ops.batch_norm.modules import SyncBatchNorm, _FusedBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -174,9 +175,9 @@ def _fold_pair(layer: nn.Module, bn: nn.Module) -> nn.Module:
         raise ValueError(f"fold: expected bn of {channels} channels, got {bn.num_features}")
     folded: Any = copy.deepcopy(layer)
     scale, shift = _affine(bn)
-    weight = layer.weight.detach().double()
+    weight = wide(layer.weight.detach())
     by_output = _by_output(layer, scale)
-    old_bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
+    old_bias = torch.zeros_like(shift) if layer.bias is None else wide(layer.bias.detach())
     folded.weight = nn.Parameter((weight * by_output).to(layer.weight), layer.weight.requires_grad)
     folded.bias = nn.Parameter((old_bias * scale + shift).to(layer.weight), layer.weight.requires_grad)
     activation = _activation_of(bn)
@@ -184,12 +185,12 @@ def _fold_pair(layer: nn.Module, bn: nn.Module) -> nn.Module:
 
 
 def _affine(bn: Any) -> tuple[Tensor, Tensor]:
-    """Batch norm as scale * x + shift, in float64."""
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    """Batch norm as scale * x + shift, wide."""
+    scale = (wide(bn.running_var) + bn.eps).rsqrt()
     if bn.weight is not None:
-        scale = scale * bn.weight.detach().double()
-    shift = -bn.running_mean.double() * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.detach().double()
+        scale = scale * wide(bn.weight.detach())
+    shift = -wide(bn.running_mean) * scale
+    return scale, shift if bn.bias is None else shift + wide(bn.bias.detach())
 
 
 def _by_output(layer: Any, scale: Tensor) -> Tensor:

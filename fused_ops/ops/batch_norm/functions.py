@@ -18,7 +18,7 @@ from torch.autograd import Function
 from fused_ops.core.checks import check_data
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output, in_its_format
+from fused_ops.core.memory_format import empty_output, in_its_format, wide_dtype
 from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
@@ -26,7 +26,7 @@ from fused_ops.core.torch_private import (
     transforms_active,
     without_overrides,
 )
-from fused_ops.ops.batch_norm import activations, derivatives, ranks, reference
+from fused_ops.ops.batch_norm import activations, backward_reference, derivatives, ranks, reference
 from fused_ops.ops.batch_norm.reference import BackwardArguments, Call, ForwardArguments, Options, Saved, as_call
 
 _STRIDED = torch.strided
@@ -35,7 +35,7 @@ _STRIDED = torch.strided
 def _fake_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     a = ForwardArguments(*arguments, **named)
     count = a.input.size(1) * (reference.group_count(a.input.size(0), a.groups) if a.training else 1)
-    return reference.empty_forward_output(a), a.input.new_empty((2, count), dtype=torch.float64)
+    return reference.empty_forward_output(a), a.input.new_empty((2, count), dtype=wide_dtype(a.input))
 
 
 def _fake_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,10 +67,10 @@ _plain_forward_op: Any = register(
     f"batch_norm_plain_forward({_FORWARD}) -> {_OUTPUTS}", reference.forward, _fake_forward
 )
 _backward_op: Any = register(
-    f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}", reference.backward, _fake_backward
+    f"batch_norm_backward({_BACKWARD}, {_BACKWARD_OPTIONS}) -> {_GRADS}", backward_reference.backward, _fake_backward
 )
 _plain_backward_op: Any = register(
-    f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}", reference.backward, _fake_backward
+    f"batch_norm_plain_backward({_BACKWARD}) -> {_GRADS}", backward_reference.backward, _fake_backward
 )
 
 
@@ -84,7 +84,7 @@ def _new_mask(input: Tensor, residual: Tensor | None, valid: Tensor | None, acti
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(output, statistics, new running statistics, mask) of a call, which changes nothing; empty where it has none."""
     input, running_mean, running_var, weight, bias, residual, valid, o = call
-    none = input.new_empty(0, dtype=torch.float64)
+    none = input.new_empty(0, dtype=wide_dtype(input))
     found: Any
     new_mean, new_var = running_mean, running_var
     mask = _new_mask(input, residual, valid, o.activation)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_ops.core.graph import as_tensor, functionalizing, register_graph_op
 from fused_ops.core.library import _fragment
-from fused_ops.core.memory_format import empty_output, is_channels_last
+from fused_ops.core.memory_format import empty_output, is_channels_last, wide_dtype
 from fused_ops.ops.batch_norm import activations, derivatives, functions, reference
 from fused_ops.ops.batch_norm.ranks import over_ranks
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
@@ -71,7 +71,7 @@ def _fake_forward(*args: Any) -> Any:
     if call.options.group is not None:
         statistics = statistics.new_empty((3, input.size(1)))
     new_mean, new_var = (
-        input.new_empty((0,), dtype=torch.float64) if r is None or not training else torch.empty_like(r)
+        input.new_empty((0,), dtype=wide_dtype(input)) if r is None or not training else torch.empty_like(r)
         for r in (call.running_mean, call.running_var)
     )
     has_mask = reference.has_mask(call.residual, call.valid, call.options.activation)

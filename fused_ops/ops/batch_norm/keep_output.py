@@ -12,7 +12,7 @@ from fused_ops.core.function import FusedFunction, checked_saved
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
 from fused_ops.core.torch_private import transforms_active
-from fused_ops.ops.batch_norm import activations, functions, reference
+from fused_ops.ops.batch_norm import activations, functions, keep_output_reference, reference
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
 
 
@@ -27,7 +27,7 @@ def _fake_keep(output: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _keep_op: Any = register(
     "batch_norm_keep(Tensor output, Tensor input, Tensor? weight, Tensor? bias, Tensor? valid, int activation, "
     "float slope, int groups) -> (Tensor stored, Tensor offsets)",
-    reference.keep,
+    keep_output_reference.keep,
     _fake_keep,
 )
 
@@ -42,7 +42,7 @@ _keep_backward_op: Any = register(
     "batch_norm_keep_backward(Tensor grad_output, Tensor output, Tensor? weight, Tensor? bias, Tensor statistics, "
     "Tensor stored, Tensor offsets, bool training, bool need_input, bool need_params, int correction, int activation, "
     "float slope, Tensor? valid, int groups) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-    reference.keep_backward,
+    keep_output_reference.keep_backward,
     _fake_backward,
 )
 
@@ -139,7 +139,7 @@ def _rebuilt(
     checked_saved((output, weight, bias, statistics, stored), grad_output)
     y: Tensor = output.detach()
     w, b = (None if t is None else t.detach() for t in (weight, bias))
-    x: Tensor = reference.rebuild(y, w, b, statistics, stored, o.activation, o.slope, o.groups)
+    x: Tensor = keep_output_reference.rebuild(y, w, b, statistics, stored, o.activation, o.slope, o.groups)
     rebuilt: Any = _Rebuilt.apply(ctx.stand_in, empty_output(y).copy_(x))
     signs = o.activation == activations.LEAKY_RELU and valid is None
     mask = reference.pack(y > 0, y) if signs else None  # the rebuilt x may be off across the kink

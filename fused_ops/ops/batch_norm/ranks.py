@@ -1,8 +1,9 @@
 """Batch norm of a batch that is spread over the ranks of a process group: a part on each rank, one gather a direction.
 
-Forward: each rank gathers what it has found of its part (how many values, mean and M2 of each channel, float64) and
-merges all of it alike, so statistics and running statistics have the same bits on all ranks. Backward: likewise the two
-sums that the gradient needs. What is gathered is 16 bytes a channel and rank each time. docs/batch_norm.md.
+Forward: each rank gathers what it has found of its part (how many values, mean and M2 of each channel, in float64 where
+the device has it) and merges all of it alike, so statistics and running statistics have the same bits on all ranks.
+Backward: likewise the two sums that the gradient needs. What is gathered is 16 bytes a channel and rank each time.
+docs/batch_norm.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import empty_output, wide_dtype
 from fused_ops.core.torch_private import is_fake
 from fused_ops.distributed.collectives import gather_op, group_of, sum_of_ranks
 from fused_ops.ops.batch_norm import ranks_reference, reference
@@ -25,7 +26,7 @@ from fused_ops.ops.batch_norm.reference import Call, Options, Saved
 
 
 def _fake_moments(input: Tensor, valid: Tensor | None = None) -> Tensor:
-    return input.new_empty(2 + 2 * input.size(1), dtype=torch.float64)
+    return input.new_empty(2 + 2 * input.size(1), dtype=wide_dtype(input))
 
 
 def _fake_normalise(
@@ -35,7 +36,7 @@ def _fake_normalise(
 
 
 def _fake_sums(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
-    return input.new_empty((2, input.size(1)), dtype=torch.float64)
+    return input.new_empty((2, input.size(1)), dtype=wide_dtype(input))
 
 
 def _fake_gradient(
@@ -72,7 +73,7 @@ def _gathered(input: Tensor, options: Options) -> Tensor:
 
 
 def forward(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(output, statistics, new running statistics), the statistics float64: mean, invstd and count, (3, channels)."""
+    """(output, statistics, new running statistics), the statistics wide: mean, invstd and count, (3, channels)."""
     input, running_mean, running_var, weight, bias, residual, valid, o = call
     mine = _moments_op(input, valid)
     found = ranks_reference.merge(_gathered(mine, o))

@@ -17,19 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Piece, empty_output
-from fused_ops.ops.batch_norm.reference import (
-    BackwardArguments,
-    ForwardArguments,
-    before_activation,
-    normalised,
-    per_channel,
-    unpack,
-)
+from fused_ops.core.memory_format import empty_output, wide_dtype
+from fused_ops.ops.batch_norm import backward_reference, reference
+from fused_ops.ops.batch_norm.reference import Affine, BackwardArguments, ForwardArguments, normalised, unpack
 
 
 class Merged(NamedTuple):
-    """The statistics of a batch: the first two (channels,), each float64."""
+    """The statistics of a batch, wide: the first two (channels,)."""
 
     mean: Tensor
     m2: Tensor
@@ -38,14 +32,11 @@ class Merged(NamedTuple):
 
 
 def moments(input: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(2 + 2 * channels,) float64: how many values of a channel count, how many there are, the means, and M2."""
-    channels, positions = input.size(1), input.size(0) * math.prod(input.shape[2:])
-    x = input.double().movedim(1, 0).reshape(channels, positions)
-    if valid is not None:
-        x = x[:, valid.reshape(-1).bool()]
-    mean = x.mean(1) if x.size(1) else x.new_zeros(channels)
-    m2 = (x - mean.unsqueeze(1)).square().sum(1)
-    return torch.cat([x.new_tensor([x.size(1) if channels else 0, positions]), mean, m2])
+    """(2 + 2 * channels,) wide: how many values of a channel count, how many there are, the means, and M2."""
+    positions = input.size(0) * math.prod(input.shape[2:])
+    n, mean, m2 = reference.moments(input, valid)
+    counts = torch.tensor([n, positions], dtype=wide_dtype(input), device=input.device)
+    return torch.cat([counts, mean if n else m2, m2])  # means of 0 where nothing counts
 
 
 def merge(parts: Tensor) -> Merged:
@@ -71,32 +62,30 @@ def normalise(statistics: Tensor, input: Tensor, *options: Any) -> Tensor:
     return normalised(a, statistics, 1)
 
 
-def _before(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_of(*arguments: Any) -> tuple[BackwardArguments, Affine, Tensor | None]:
     grad_output, input, weight, bias, statistics, activation, slope, *more = arguments
-    a = BackwardArguments(grad_output, input, weight, bias, statistics, False, True, True, 0, activation, slope, *more)
-    positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
-    mean, invstd = statistics.unbind(0)
-    return before_activation(a, Piece((), ()), mean, per_channel(invstd, input), positive)
+    a = BackwardArguments(grad_output, input, weight, bias, statistics, True, True, True, 0, activation, slope, *more)
+    return (
+        a,
+        backward_reference.affine_of(a, *statistics.unbind(0)),
+        None if a.mask is None or not a.mask.numel() else unpack(a.mask, input),
+    )
 
 
 def grad_sums(*arguments: Any) -> Tensor:
-    """(2, channels) float64: the sums of h and of h * (x - mean).
+    """(2, channels) wide: the sums of h and of h * (x - mean).
 
     Args:
         *arguments: grad_output, input, weight, bias, statistics, activation, slope, residual, mask, valid.
     """
-    h, centered, _, _ = _before(*arguments)
-    dims = [d for d in range(h.dim()) if d != 1]
-    return torch.stack([t.sum(dims, dtype=torch.float64) for t in (h, h * centered)])
+    return torch.stack(backward_reference.sums(*_backward_of(*arguments)))
 
 
 def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any) -> Tensor:
     """grad_input, empty without ``means``, which are grad_mean and grad_slope; writes ``grad_residual``."""
-    h, centered, scale, keep = _before(*arguments)
-    input: Tensor = arguments[1]
-    if grad_residual is not None:
-        grad_residual.copy_(h)
-    if means is None:
-        return input.new_empty(0)
-    grad_mean, grad_slope = (per_channel(m, h) for m in means)
-    return empty_output(input).copy_(torch.where(keep, (h - grad_mean - centered * grad_slope) * scale, 0.0))
+    a, affine, positive = _backward_of(*arguments)
+    a = a._replace(grad_residual=grad_residual)
+    grad_input = None if means is None else empty_output(a.input)
+    pair = None if means is None else (means[0], means[1])
+    backward_reference.write_gradients(a, affine, positive, pair, grad_input)
+    return a.input.new_empty(0) if grad_input is None else grad_input

@@ -8,22 +8,30 @@ Per channel (and ghost batch), over its n values x that count::
     grad_x = weight * invstd * (h - mean(h) - (x - mean) * invstd**2 * sum(h * (x - mean)) / (n - correction))
 
 ``correction`` is 0 for PyTorch's batch norm and 1 for the unbiased variance. Where a position does not count, y and all
-gradients are 0. Inputs of 16 and 32 bits are computed in float32, piece by piece, and the sums of pieces in float64.
+gradients are 0. Inputs of 16 and 32 bits are computed in float32, piece by piece; sums of pieces and statistics
+are wide: in float64 where the device has it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Piece, empty_output, is_channels_last, pieces
-from fused_ops.core.sample import Sample
+from fused_ops.core.memory_format import (
+    Piece,
+    Scratch,
+    acc_dtype,
+    empty_output,
+    is_channels_last,
+    pieces,
+    wide,
+    wide_dtype,
+    wide_sum,
+)
 from fused_ops.ops.batch_norm import activations
 
 # NCHW with at most this many values a channel and image has one row of mask bits for each image, not for each channel.
@@ -72,11 +80,6 @@ class Call(NamedTuple):
 def as_call(values: Sequence[Any]) -> Call:
     """A call from its tensors and numbers in one row, as Functions take them."""
     return Call._make((*values[:7], Options(*values[7:])))
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an op computes in: float32 for the 16-bit types, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def per_channel(values: Tensor, input: Tensor) -> Tensor:
@@ -193,17 +196,21 @@ class BackwardArguments(NamedTuple):
 
 
 def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    """The output, and the float64 mean and invstd, (2, groups * channels); writes running statistics and ``mask``."""
+    """The output, and mean and invstd, (2, groups * channels) wide; writes running statistics and ``mask``."""
     a = ForwardArguments(*arguments, **named)
     input, training = a.input, a.training
     if training and input.size(1) and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if a.eps < 0 or (training and a.eps == 0):
         raise ValueError(f"batch_norm eps must be positive, but got {a.eps}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"batch_norm: input must be a floating-point tensor, got {input.dtype}")
+    if (a.running_mean is None) != (a.running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not training:
         if a.running_mean is None or a.running_var is None:
             raise RuntimeError("running_mean must be defined in evaluation mode")
-        mean, invstd = a.running_mean.double().clone(), (a.running_var.double() + a.eps).rsqrt()
+        mean, invstd = wide(a.running_mean).clone(), (wide(a.running_var) + a.eps).rsqrt()
     else:
         check_written(a.running_mean, a.running_var)
         mean, invstd, *new = _statistics(a)
@@ -221,22 +228,47 @@ def normalised(a: ForwardArguments, statistics: Tensor, groups: int) -> Tensor:
     if a.mask is not None and not has_mask(a.residual, a.valid, a.activation):
         raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
     output, signs = empty_forward_output(a), None if a.mask is None else torch.empty_like(input, dtype=torch.bool)
-    weight, bias = (None if p is None else per_channel(p.to(dtype), input) for p in (a.weight, a.bias))
+    affine, scratch = None, Scratch()
     for piece in pieces(input):
-        mean, invstd = _by_row_of_piece(statistics, input, groups, piece)
-        z = _centered(input[piece.all].to(dtype), mean).mul_(invstd.to(dtype))
-        z = z if weight is None else z.mul_(weight)
-        z = z if bias is None else z.add_(bias)
+        x, y = input[piece.all], output[piece.all]
+        if affine is None or groups > 1:
+            affine = Affine.of(*_by_row_of_piece(statistics, input, groups, piece), a.weight, a.bias, input)
+        z = y if y.dtype == dtype else scratch.like("z", x, dtype)
+        torch.sub(scratch.copy("z", x, dtype), affine.near, out=z).mul_(affine.scale).add_(affine.shift)
         z = z if a.residual is None else z.add_(a.residual[piece.all])
-        y = activations.apply(a.activation, z, a.slope)
-        if a.valid is not None:
-            y = torch.where(counted(a.valid, input)[piece.all].bool(), y, 0.0)
         if signs is not None:
             signs[piece.all] = ~(z <= 0)
-        output[piece.all] = y
+        z = activations.apply_(a.activation, z, a.slope)
+        if a.valid is not None:
+            z = z.masked_fill_(~counted(a.valid, input)[piece.all].bool(), 0.0)
+        if z is not y:
+            y.copy_(z)
     if a.mask is not None and signs is not None:
         a.mask.copy_(pack(signs, input))
     return output
+
+
+class Affine(NamedTuple):
+    """z = (x - near) * scale + shift, all in the dtype of the computation and broadcastable against x.
+
+    ``near`` is the mean rounded to that dtype; what the rounding took off, ``rest`` (wide), is in the shift.
+    """
+
+    near: Tensor
+    rest: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @staticmethod
+    def of(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, input: Tensor) -> Affine:
+        """From the statistics, wide and broadcastable against the input."""
+        dtype = acc_dtype(input.dtype)
+        near = mean.to(dtype)
+        rest = torch.where(near.isfinite(), mean - near, 0.0)
+        scale = invstd if weight is None else invstd * wide(per_channel(weight, input))
+        shift = torch.where(rest == 0, 0.0, -rest * scale)  # 0 where the scale is infinite
+        shift = shift if bias is None else shift + wide(per_channel(bias, input))
+        return Affine(near, rest, scale.to(dtype), shift.to(dtype))
 
 
 def _by_row_of_piece(statistics: Tensor, input: Tensor, groups: int, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -248,26 +280,20 @@ def _by_row_of_piece(statistics: Tensor, input: Tensor, groups: int, piece: Piec
     return statistics[0].reshape(shape)[which], statistics[1].reshape(shape)[which]
 
 
-def _centered(x: Tensor, mean: Tensor) -> Tensor:
-    """x - mean, where the mean, float64, may have more digits than x."""
-    high = mean.to(x.dtype)
-    return x - high if x.dtype == torch.float64 else (x - high).sub_((mean - high).to(x.dtype))
-
-
 def empty_forward_output(a: ForwardArguments) -> Tensor:
     """Room for the output of a call."""
     return empty_output(a.input, alone=a.residual is None and a.activation == activations.NONE)
 
 
 def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean and invstd of each group and channel, and the new running statistics, in float64."""
+    """mean and invstd of each group and channel, and the new running statistics; all wide."""
     input, correction = a.input, a.correction
     means, invstds = [], []
-    new = [None if r is None else r.double() for r in (a.running_mean, a.running_var)]
+    new = [None if r is None else wide(r) for r in (a.running_mean, a.running_var)]
     size = group_size(input.size(0), a.groups)
     for begin in range(0, max(input.size(0), 1), size):
         part = slice(begin, begin + size)
-        n, mean, m2 = _moments(input[part], None if a.valid is None else a.valid[part])
+        n, mean, m2 = moments(input[part], None if a.valid is None else a.valid[part])
         invstds.append((m2 / (n - correction) + a.eps).rsqrt() if n > correction else m2 / 0 if n else mean)
         means.append(mean)
         if n and new[0] is not None and new[1] is not None:
@@ -278,25 +304,27 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.cat(means), torch.cat(invstds), new_mean, new_var
 
 
-def _moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
-    """How many values of each channel count, and in float64 their mean and M2, merged from those of pieces."""
-    channels, found = input.size(1), []
+def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
+    """How many values of each channel count, and their mean and M2, wide, merged from those of pieces."""
+    channels, dtype, found, scratch = input.size(1), acc_dtype(input.dtype), [], Scratch()
+    exact = scratch if sums_exactly(input) else None
     for piece in pieces(input):
-        x, dims = input[piece.all].to(acc_dtype(input.dtype)), _all_but_channels(input)
+        x, dims = scratch.copy("x", input[piece.all], dtype), all_but_channels(input)
         if valid is not None:
             keep = valid.reshape(input.size(0), *input.shape[2:])[piece.row].reshape(-1).bool()
             x, dims = x.movedim(1, -1).reshape(-1, channels)[keep], [0]
         count = x.numel() // max(channels, 1)
         if count:
-            near = x.mean(dims, keepdim=True)  # near the mean: what is left of the sum says how near
-            x = x - near
-            rest, m2 = x.sum(dims).double(), x.square_().sum(dims).double()
-            near = near.flatten().double()
-            mean = torch.where(near.isfinite(), near + rest / count, near)
-            found.append((count, mean, m2 - rest.square() / count))
+            mean = wide_sum(x, dims, True, exact) / count
+            near = mean.to(dtype)
+            x = torch.sub(x, near, out=scratch.like("x", x, dtype))
+            rest = mean - near if exact else wide_sum(x, dims, True) / count  # says how near the mean it is
+            rest = torch.where(near.isfinite(), rest, 0.0).flatten()
+            m2 = wide_sum(x.square_(), dims, exact=exact) - count * rest.square()
+            found.append((count, near.flatten() + rest, m2))
     n = sum(count for count, _, _ in found)
     if not n:
-        return 0, input.new_full((channels,), math.nan).double(), input.new_zeros(channels).double()
+        return 0, wide(input.new_full((channels,), math.nan)), wide(input.new_zeros(channels))
     if len(found) == 1:
         return found[0]
     first = found[0][1]
@@ -305,85 +333,13 @@ def _moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
     return n, mean, torch.stack([m2 + count * (m - mean).square() for count, m, m2 in found]).sum(0)
 
 
-def _all_but_channels(input: Tensor) -> list[int]:
+def sums_exactly(input: Tensor) -> bool:
+    """Whether sums are taken in float64: of 32-bit values, as by PyTorch, which sums 16-bit values in float32."""
+    return input.dtype == torch.float32 and wide_dtype(input) == torch.float64
+
+
+def all_but_channels(input: Tensor) -> list[int]:
     return [d for d in range(input.dim()) if d != 1]
-
-
-def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias, empty where not needed, in one step; writes ``grad_residual``."""
-    a = BackwardArguments(*arguments, **named)
-    input = a.input
-    groups = a.groups if a.training else 1
-    positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
-    size, channels = group_size(input.size(0), groups), input.size(1)
-    grad_input, sums, dots = empty_output(input) if a.need_input else None, [], []
-    for i, begin in enumerate(range(0, max(input.size(0), 1), size)):
-        rows, here = slice(begin, begin + size), slice(i * channels, (i + 1) * channels)
-        part = _batch_entries(a, rows)
-        signs = None if positive is None else positive[rows]
-        to = None if grad_input is None else grad_input[rows]
-        total, dot = _backward_of_group(part, signs, a.statistics[0, here], a.statistics[1, here], to)
-        sums.append(total)
-        dots.append(dot)
-    kind, none = param_dtype(input, a.weight, a.bias), input.new_empty(0)
-    return (
-        none if grad_input is None else grad_input,
-        torch.stack(dots).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
-        torch.stack(sums).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
-    )
-
-
-def _batch_entries(a: BackwardArguments, rows: slice) -> BackwardArguments:
-    residual, valid, grad_residual = (None if t is None else t[rows] for t in (a.residual, a.valid, a.grad_residual))
-    a = a._replace(grad_output=a.grad_output[rows], input=a.input[rows])
-    return a._replace(residual=residual, valid=valid, grad_residual=grad_residual)
-
-
-def _backward_of_group(
-    a: BackwardArguments, positive: Tensor | None, mean: Tensor, invstd: Tensor, grad_input: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of bias and weight of one group, float64; writes those of the input and the residual."""
-    dims, inv = _all_but_channels(a.input), per_channel(invstd, a.input)
-    total, dot = torch.zeros_like(inv), torch.zeros_like(inv)
-    n: int = 0
-    for piece in pieces(a.input):
-        h, centered, _, keep = before_activation(a, piece, mean, inv, positive)
-        n += int(keep.sum()) if a.valid is not None else h.numel() // max(a.input.size(1), 1)
-        total = total + h.sum(dims, keepdim=True)
-        dot = dot + centered.mul_(h).sum(dims, keepdim=True)
-    grad_mean, grad_slope = (total / n, dot * inv.square() / (n - a.correction)) if n else (total, dot)
-    for piece in pieces(a.input) if grad_input is not None or a.grad_residual is not None else ():
-        h, centered, scale, keep = before_activation(a, piece, mean, inv, positive)
-        if a.grad_residual is not None:
-            a.grad_residual[piece.all] = h
-        if grad_input is None:
-            continue
-        if a.training and n:
-            h = (h - grad_mean.to(h.dtype)).sub_(centered.mul_(grad_slope.to(h.dtype)))
-        grad = h * scale
-        grad_input[piece.all] = grad if a.valid is None else torch.where(keep, grad, 0.0)
-    return total.flatten(), (dot * inv if n else dot).flatten()
-
-
-def before_activation(
-    a: BackwardArguments, piece: Piece, mean: Tensor, invstd: Tensor, positive: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, x - mean, the scale and which positions count, of a piece; ``invstd`` broadcasts against it."""
-    dtype = acc_dtype(a.input.dtype)
-    x, h = a.input[piece.all].to(dtype), a.grad_output[piece.all].to(dtype)
-    centered = _centered(x, per_channel(mean, x))
-    scale = (invstd if a.weight is None else invstd * per_channel(a.weight.double(), x)).to(dtype)
-    if positive is not None:
-        h = h * activations.sign_derivative(a.activation, positive[piece.all], a.slope, h.dtype)
-    elif a.activation != activations.NONE:
-        z = centered * scale if a.bias is None else centered * scale + per_channel(a.bias.to(dtype), x)
-        z = z if a.residual is None else z + a.residual[piece.all]
-        h = h * activations.first_derivative(a.activation, z, a.slope)
-    keep = torch.ones((), dtype=torch.bool, device=x.device)
-    if a.valid is not None:
-        keep = counted(a.valid, a.input)[piece.all].bool()
-        h, centered = torch.where(keep, h, 0.0), torch.where(keep, centered, 0.0)
-    return h, centered, scale, keep
 
 
 def check_written(*statistics: Tensor | None) -> None:
@@ -393,176 +349,3 @@ def check_written(*statistics: Tensor | None) -> None:
             "batch_norm: running statistics: unsupported operation: more than one element of the written-to tensor "
             "refers to a single memory location. Please clone() the tensor before performing the operation."
         )
-
-
-# ---- keeping the output instead of the input
-#
-# From y = activation(z), z = xhat * weight + bias, follows xhat = (activation^-1(y) - bias) / weight. The rounding of y
-# reaches xhat amplified by up to |bias / weight| and, where y is that of elu below zero, by (exp(-z) - 1) / |weight|:
-# where that is more than MAX_AMPLIFICATION, x itself is stored, in the order of memory. docs/batch_norm.md derives it.
-
-INVERTIBLE = (activations.NONE, activations.LEAKY_RELU, activations.ELU)
-MAX_AMPLIFICATION = 4.0  # kMaxAmplification of csrc/batch_norm/kernels.h
-
-
-def in_memory_order(values: Tensor, output: Tensor) -> Tensor:
-    """The values, flat, in the order in which ``output`` lies in memory."""
-    return (values.movedim(1, -1) if is_channels_last(output) else values).reshape(-1)
-
-
-def _from_memory_order(flat: Tensor, output: Tensor) -> Tensor:
-    if not is_channels_last(output):
-        return flat.reshape(output.shape)
-    return flat.reshape(output.size(0), *output.shape[2:], output.size(1)).movedim(-1, 1)
-
-
-def stored_mask(output: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, slope: float) -> Tensor:
-    """Where x is stored beside the output."""
-    channels = output.size(1)
-    none = output.new_zeros(channels, dtype=torch.float64)
-    size = none + 1 if weight is None else weight.double().abs()
-    shift = none if bias is None else bias.double().abs()
-    flat = min(1.0, slope) if activation == activations.LEAKY_RELU else 1.0
-    reach = MAX_AMPLIFICATION * size
-    smallest = torch.finfo(output.dtype).smallest_normal / flat if flat else torch.inf
-    mask = per_channel(~(shift + smallest <= reach), output)
-    mask = mask.expand(output.shape)
-    if activation == activations.ELU:
-        y = output.to(acc_dtype(output.dtype))
-        limit = (-slope * reach / (1 + reach)).to(y.dtype)
-        mask = mask | ~(y >= per_channel(limit, y))
-    return mask
-
-
-def keep(
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    valid: Tensor | None,
-    activation: int,
-    slope: float,
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    """The x that are stored, in the order of memory; where each part of them begins is for kernels to know."""
-    mask = in_memory_order(stored_mask(output, weight, bias, activation, slope), output)
-    return in_memory_order(input, output)[mask], output.new_empty(0, dtype=torch.int64)
-
-
-def rebuild(
-    output: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    stored: Tensor,
-    activation: int,
-    slope: float,
-    groups: int,
-) -> Tensor:
-    """x in float64."""
-    y = output.double()
-    z = y
-    if activation == activations.LEAKY_RELU:
-        z = torch.where(y > 0, y, y / slope)
-    elif activation == activations.ELU:
-        z = torch.where(y > 0, y, (y.clamp(max=0) / slope).log1p())
-    if bias is not None:
-        z = z - per_channel(bias.double(), z)
-    if weight is not None:
-        z = z / per_channel(weight.double(), z)
-    mean, invstd = by_row(statistics, y, groups)
-    x = mean + z / invstd
-    flat = in_memory_order(x, output).clone()
-    flat[in_memory_order(stored_mask(output, weight, bias, activation, slope), output)] = stored.double()
-    return _from_memory_order(flat, output)
-
-
-def before(grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor, activation: int, slope: float) -> Tensor:
-    """grad_output times activation': from the output, or from z where x was stored."""
-    grad = grad_output.double()
-    if activation == activations.LEAKY_RELU:
-        return torch.where(output > 0, grad, grad * slope)
-    if activation == activations.ELU:
-        y = output.double()
-        below = torch.where(stored, slope * z.clamp(max=0).exp(), y + slope)
-        return torch.where(torch.where(stored, z, y) > 0, grad, grad * below)
-    return grad
-
-
-def keep_backward(
-    grad_output: Tensor,
-    output: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    stored: Tensor,
-    offsets: Tensor,
-    training: bool,
-    need_input: bool,
-    need_params: bool,
-    correction: int,
-    activation: int,
-    slope: float,
-    valid: Tensor | None,
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward`` from the forward's output, from which x is rebuilt."""
-    y = output
-    x = rebuild(y, weight, bias, statistics, stored, activation, slope, groups)
-    mean, invstd = by_row(statistics, x, groups)
-    z = (x - mean) * invstd
-    z = z if weight is None else z * per_channel(weight.double(), z)
-    z = z if bias is None else z + per_channel(bias.double(), z)
-    h = before(grad_output, y, z, stored_mask(y, weight, bias, activation, slope), activation, slope)
-    tensors = h, x, weight, bias, statistics
-    grad_input, *grads = backward(*tensors, training, need_input, need_params, correction, valid=valid, groups=groups)
-    kind = param_dtype(y, weight, bias)
-    to = empty_output(y).copy_(grad_input) if need_input else y.new_empty(0)
-    return to, grads[0].to(kind), grads[1].to(kind)
-
-
-def samples() -> list[Sample]:
-    """Small float64 calls over the option grid."""
-    found: list[Sample] = []
-
-    def add(name: str, shape: tuple[int, ...], training: bool, affine: bool = True, **options: Any) -> None:
-        generator = torch.Generator().manual_seed(len(found))
-        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-        x, w, b, r = draw(shape), draw(shape[1]), draw(shape[1]), draw(shape)
-        if "channels last" in name:
-            x = x.contiguous(memory_format=torch.channels_last)
-        if options.pop("residual", False):
-            options["residual"] = r.requires_grad_()
-        stats = (draw(shape[1]), draw(shape[1]).exp())
-        params = (w.requires_grad_(), b.requires_grad_()) if affine else (None, None)
-        label = f"{name}, {'training' if training else 'evaluation'}"
-        found.append(Sample(label, (x.requires_grad_(), *stats, *params, training), options))
-
-    shapes = {"rows": (5, 3), "length": (3, 2, 4), "image": (2, 2, 2, 3), "channels last": (2, 3, 2, 2)}
-    for (name, shape), training in itertools.product(shapes.items(), (True, False)):
-        add(name, shape, training)
-        add(f"{name}, correction 1", shape, training, correction=1)
-        add(f"{name}, no weight", shape, training, affine=False)
-        add(f"{name}, relu after residual", shape, training, activation="relu", residual=True)
-    for activation, training in itertools.product(activations.CODES, (True, False)):
-        if activation is not None:
-            add(activation, (4, 3), training, activation=activation)
-            add(f"{activation}, residual", (2, 2, 3), training, activation=activation, residual=True)
-    lengths, rows = torch.tensor([4, 2, 3]), torch.tensor([True, False, True, True, True])
-    for training in (True, False):
-        add("lengths, silu after residual", (3, 2, 4), training, valid=lengths, activation="silu", residual=True)
-        add("valid rows", (5, 2), training, valid=rows, activation="relu", residual=True)
-    add("ghost batches", (7, 2), True, groups=2)
-    add("ragged ghost batches, gelu after residual", (5, 2, 2), True, groups=2, activation="gelu", residual=True)
-    kinds = itertools.product((None, "leaky_relu", "elu"), ("rows", "image", "channels last"), (True, False))
-    for activation, name, training in kinds:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": 0.2,
-            "alpha": 1.3,
-            "inplace_activated": True,
-        }
-        add(f"{name}, output of {activation} kept", shapes[name], training, **options)
-    add("ghost batches, output kept", (5, 2, 2), True, groups=2, activation="elu", inplace_activated=True)
-    add("lengths, output kept", (3, 2, 4), True, valid=lengths, activation="leaky_relu", inplace_activated=True)
-    return found

@@ -26,7 +26,7 @@ from fused_ops.ops.cross_entropy.arguments import (
     prepare,
 )
 from fused_ops.ops.cross_entropy.reduction import CrossEntropyOutput, Reduction, reduced_loss
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.cross_entropy.shards import Ranks, check_ranks
 
 _NUMBERS = (float, int)  # not a tensor, which might want a gradient

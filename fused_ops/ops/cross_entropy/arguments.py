@@ -16,9 +16,10 @@ from torch import Tensor
 from fused_ops.core.checks import as_int64, check_data, check_devices
 from fused_ops.core.function import autocast_enabled
 from fused_ops.core.graph import needs_formulas
+from fused_ops.core.memory_format import acc_dtype
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
+from fused_ops.ops.cross_entropy.reference import class_dim
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, is_index_alone
 
 _REAL: Any = (numbers.Real, torch.SymFloat, torch.SymInt)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

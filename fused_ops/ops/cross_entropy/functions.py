@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from fused_ops.core.function import FusedFunction, checked_saved, is_one, save
-from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
+from fused_ops.core.library import cuda_missing_reason, register
+from fused_ops.core.memory_format import acc_dtype, empty_output, wide_dtype
 from fused_ops.core.torch_private import (
     call_backward_directly,
     dispatch_modes,
@@ -27,12 +27,15 @@ from fused_ops.core.torch_private import (
     without_overrides,
 )
 from fused_ops.ops.cross_entropy import reference, rows_reference
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.reference import class_dim
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 
-# Logits of a call whose gradient may come with its loss: one task of the kernels, so that one thread loses nothing.
+# Logits of a call whose gradient may come with its loss: one task of the CPU's kernels, so that one thread loses
+# nothing, and so few on a GPU that the launches of its kernels take longer than they do.
 _SMALL = 32768
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
+_CUDA_KERNELS = cuda_missing_reason is None
 
 _grad_enabled = torch.is_grad_enabled
 
@@ -44,12 +47,16 @@ REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.S
 
 def fake_forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = target.shape if reduction == reference.NONE else ()
-    lse = input.new_empty(target.shape, dtype=torch.float64)
-    return input.new_empty(shape), lse, input.new_empty((), dtype=torch.float64)
+    lse = input.new_empty(target.shape, dtype=wide_dtype(input))
+    return input.new_empty(shape), lse, lse.new_empty(())
 
 
 def _fake_with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
     return input.new_empty(()), empty_output(input), 0
+
+
+def _fake_scale_gradient(gradient: Tensor, grad_loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
 def fake_backward(
@@ -75,6 +82,13 @@ _with_gradient_op: Any = register(
     _fake_with_gradient,
 )
 _with_gradient = without_overrides(_with_gradient_op)
+# What a GPU has left to do in the backward; the CPU, which knows of ignored rows, multiplies.
+_scale_gradient_op: Any = register(
+    "cross_entropy_scale_gradient(Tensor gradient, Tensor grad_loss, Tensor target, int ignore_index) -> Tensor",
+    reference.scale_gradient,
+    _fake_scale_gradient,
+    native=False,
+)
 backward_op = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor lse, Tensor total, "
     "int ignore_index, int reduction) -> Tensor",
@@ -175,6 +189,12 @@ class CrossEntropyFunction(FusedFunction):
         return reference.jvp(input, input_t, target, total, ctx.ignore_index, ctx.reduction), None, None
 
 
+def _differentiable(grad_loss: Tensor, input: Tensor, target: Tensor, options: tuple[int, int]) -> tuple[Any, ...]:
+    """The gradient with a graph of its own, and right for any upstream gradient."""
+    _, lse, total = forward_op(input.detach(), target, *options)
+    return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
+
+
 class _SmallFunction(Function):
     """The loss of few logits, whose gradient comes with it: half the calls, a third of the outputs.
 
@@ -203,12 +223,38 @@ class _SmallFunction(Function):
                 ctx.found = None, ignored, options  # it is handed over, not only lent
                 return gradient, None, None
             return gradient.mul(grad_loss), None, None
-        _, lse, total = forward_op(input.detach(), target, *options)
-        return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
+        return _differentiable(grad_loss, input, target, options)
 
 
-_small_apply = super(Function, _SmallFunction).apply  # Function.apply asks what _brings_gradient has asked already
+class _SmallOnDeviceFunction(Function):
+    """The same on a GPU, where neither the number of ignored rows nor the upstream gradient is read: nothing waits.
+
+    The gradient is scaled to a new tensor, never where it lies: the backward may run again, also as a CUDA graph of
+    its own, which knows nothing of what it did before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, options: tuple[int, int]) -> Tensor:
+        loss: Tensor
+        op = _with_gradient_op if has_torch_function(input, target) else _with_gradient
+        loss, gradient, _ = op(input, target, *options)
+        ctx.options = options
+        ctx.save_for_backward(input, target, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        input, target, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(grad_loss):
+            return _differentiable(grad_loss, input, target, ctx.options)
+        return _scale_gradient_op(gradient, grad_loss, target, ctx.options[0]), None, None
+
+
+# Function.apply asks what _brings_gradient has asked already
+_on_cpu = super(Function, _SmallFunction).apply
+_on_device = super(Function, _SmallOnDeviceFunction).apply
 call_backward_directly(_SmallFunction)
+call_backward_directly(_SmallOnDeviceFunction)
 
 
 # ---- every option, row by row
@@ -228,7 +274,7 @@ def fake_rows_forward(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dim = class_dim(input)
     rows = (*input.shape[:dim], *input.shape[dim + 1 :])
     wanted = rows if rest[-1] else (0,)
-    doubles = [input.new_empty(shape, dtype=torch.float64) for shape in (rows, rows, rows, rows, wanted, wanted)]
+    doubles = [input.new_empty(shape, dtype=wide_dtype(input)) for shape in (rows, rows, rows, rows, wanted, wanted)]
     return *doubles[:5], input.new_empty(wanted, dtype=torch.int64), doubles[5]
 
 
@@ -266,7 +312,7 @@ def row_grads(statistics: bool, grads: Sequence[Tensor | None]) -> RowGrads:
 
 
 class CrossEntropyRowsFunction(FusedFunction):
-    """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, float64.
+    """nll, lse, mass, target_weight, entropy, prediction, target_log_probability of each row, wide.
 
     nll, lse, entropy and target_log_probability are differentiable. The gradient of the gradient, and anything beyond,
     goes through the plain-PyTorch formulas of the reference.
@@ -341,11 +387,11 @@ def rows(a: RowArgs, o: RowOptions, inplace_backward: bool) -> tuple[Tensor, ...
 
 
 def _brings_gradient(input: Tensor) -> bool:
-    """Whether the gradient may come with the loss: plain reverse-mode autograd of few logits on the CPU."""
+    """Whether the gradient may come with the loss: plain reverse-mode autograd of few logits, where a kernel is."""
     return (
         input.requires_grad
         and input.numel() <= _SMALL
-        and input.is_cpu
+        and (input.is_cpu or (_CUDA_KERNELS and input.is_cuda and input.dim() <= 2 and input.is_contiguous()))
         and _grad_enabled()
         and not transforms_active()
         and forward_ad._current_level < 0
@@ -371,14 +417,16 @@ def small_loss(input: Any, target: Any, ignore_index: Any, reduction: Any) -> Te
         and (reduction == "mean" or reduction == "sum")
         and _brings_gradient(input)
     ):
-        return _small_apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
+        apply = _on_cpu if input.is_cpu else _on_device
+        return apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
     return None
 
 
 def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
     """The loss of checked class indices in eager mode."""
     if reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
-        loss: Tensor = _small_apply(input, target, (ignore_index, REDUCTIONS[reduction]))
-        return loss
+        apply = _on_cpu if input.is_cpu else _on_device
+        return apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
+    loss: Tensor
     loss = CrossEntropyFunction.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
     return loss

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.graph import as_tensor, register_graph_op
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import acc_dtype, empty_output
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as reference
-from fused_ops.ops.cross_entropy.reference import acc_dtype, double_backward
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.reference import double_backward
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 
 # ---- class indices alone, reduced in the op
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.checks import check_data, check_devices
+from fused_ops.core.memory_format import acc_dtype, wide, wide_dtype
 from fused_ops.core.torch_private import is_tracing
 from fused_ops.ops.cross_entropy import shards
 from fused_ops.ops.cross_entropy.arguments import Call, number
 from fused_ops.ops.cross_entropy.functions import REDUCTIONS
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.reference import class_dim, counts
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.shards import Place, Ranks
 
 RunRows = Callable[[RowArgs, RowOptions], "tuple[Tensor, ...]"]  # the seven results of cross_entropy_rows_forward
@@ -104,18 +105,18 @@ def _denominator(call: Call, target_weight: Tensor) -> Tensor:
     if call.kind == "sparse":
         counted = _counted(call)
         assert counted is not None
-        rows = counted.double()
+        rows = wide(counted)
     elif call.kind == "mixup":  # lam is differentiable, target_weight is not
         indices, probabilities, dim = call.args.indices, call.args.probabilities, class_dim(call.args.input)
         assert indices is not None and probabilities is not None
         valid = counts(indices, call.options.ignore_index)
-        shares = probabilities.double()
+        shares = wide(probabilities)
         if (weight := call.args.weight) is not None:
             classes = torch.where(valid, indices, 0).long().clamp(0, max(weight.numel() - 1, 0))
-            shares = shares * weight.double()[classes]
+            shares = shares * wide(weight)[classes]
         rows = torch.where(valid, shares, 0.0).sum(dim)
     if call.token_weight is not None:
-        rows = rows * call.token_weight.double()
+        rows = rows * wide(call.token_weight)
     return fixed_order_sum(rows)
 
 
@@ -123,19 +124,19 @@ def _row_weights(call: Call) -> Tensor:
     """target_weight of each row as the rows' op gives it, but 1 for targets whose mean does not use it."""
     a = call.args
     if call.kind != "index":
-        return torch.ones(rows_shape(a.input), dtype=torch.float64, device=a.input.device)
+        return torch.ones(rows_shape(a.input), dtype=wide_dtype(a.input), device=a.input.device)
     assert a.indices is not None
     valid = counts(a.indices, call.options.ignore_index)
     if a.weight is None:
-        return valid.double()
+        return wide(valid)
     classes = torch.where(valid, a.indices, 0).long().clamp(0, max(a.weight.numel() - 1, 0))
-    return torch.where(valid, a.weight.double()[classes], 0.0)
+    return torch.where(valid, wide(a.weight)[classes], 0.0)
 
 
 def row_scale(call: Call, reduction: Reduction) -> Tensor:
-    """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: float64."""
+    """What each row's loss is multiplied by before the sum, where nothing of it is differentiable: wide."""
     weights = _row_weights(call)
-    scale = torch.ones_like(weights) if call.token_weight is None else call.token_weight.double()
+    scale = torch.ones_like(weights) if call.token_weight is None else wide(call.token_weight)
     if reduction.name == "sum":
         return scale
     given = reduction.normalizer
@@ -161,7 +162,7 @@ def _normalizer(value: object, call: Call) -> Tensor | float:
     if value.device.type != "cpu":  # a number of the CPU goes with any device, as in PyTorch
         check_devices("cross_entropy", [("input", call.args.input), ("normalizer", value)])
     check_data("cross_entropy", [("normalizer", value)])
-    return value.reshape(()).double()
+    return value.reshape(()).to(wide_dtype(call.args.input))
 
 
 def denominator_of_ranks(call: Call, reduction: Reduction, place: Place | None) -> Tensor | None:
@@ -173,7 +174,7 @@ def denominator_of_ranks(call: Call, reduction: Reduction, place: Place | None) 
     assert reduction.ranks is not None
     wanted = reduction.name == "mean" and reduction.normalizer is None
     a = call.args
-    mine = _denominator(call, _row_weights(call)) if wanted else a.input.new_zeros((), dtype=torch.float64)
+    mine = _denominator(call, _row_weights(call)) if wanted else a.input.new_zeros((), dtype=wide_dtype(a.input))
     total = shards.sum_over_rows(mine, a, call.options, reduction.ranks.row_group, place)
     return total if wanted else None
 
@@ -206,7 +207,7 @@ def reduced_loss(
 
     def reduced(rows: Tensor) -> Tensor:
         if call.token_weight is not None:
-            rows = rows * call.token_weight.double()
+            rows = rows * wide(call.token_weight)
         if reduction.name == "none":
             return rows
         total = fixed_order_sum(rows)

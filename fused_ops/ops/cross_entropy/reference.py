@@ -14,14 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output, pieces
+from fused_ops.core.memory_format import Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
 
 NONE, MEAN, SUM = 0, 1, 2
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an op computes in: float32 for the 16-bit types, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def counts(indices: Tensor, ignore_index: int) -> Tensor:
@@ -52,27 +47,33 @@ def _check_range(target: Tensor, valid: Tensor, classes: int) -> None:
 
 
 def forward(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the log-sum-exp of each row (float64), and the number of rows that count (float64)."""
-    dim = class_dim(input)
+    """The loss, the log-sum-exp of each row and the number of rows that count; the last two wide."""
+    dim, dtype, scratch = class_dim(input), acc_dtype(input.dtype), Scratch()
     valid, safe = split_targets(input, target, ignore_index)
     _check_range(target, valid, input.size(dim))
-    total = valid.sum(dtype=torch.float64)
-    lse, picked = (torch.zeros_like(target, dtype=torch.float64) for _ in range(2))
+    total = wide(valid.sum())
+    lse, rows = (torch.zeros_like(target, dtype=wide_dtype(input)) for _ in range(2))
     for piece in pieces(input) if input.numel() else ():
-        x = input[piece.all].to(acc_dtype(input.dtype))
-        lse[piece.row] = log_sum_exp(x, x.log_softmax(dim), dim)
-        picked[piece.row] = x.gather(dim, safe[piece.row].unsqueeze(dim)).squeeze(dim).double()
-    rows = torch.where(valid, lse - picked, 0.0)
-    lse = torch.where(valid, lse, 0.0)
+        x = scratch.copy("x", input[piece.all], dtype)
+        log_p = torch.log_softmax(x, dim, out=scratch.like("log_p", x))
+        lse[piece.row] = log_sum_exp(x, log_p, dim)
+        rows[piece.row] = -log_p.gather(dim, safe[piece.row].unsqueeze(dim)).squeeze(dim)
+    rows, lse = (torch.where(valid, t, 0.0) for t in (rows, lse))
     loss = rows if reduction == NONE else rows.sum()
     if reduction == MEAN:
         loss = loss / total
     return loss.to(input.dtype), lse, total
 
 
-def log_sum_exp(x: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """In float64, from the log-softmax, of which the largest is minus the logarithm of a sum between 1 and classes."""
-    return x.amax(dim).double() - log_p.amax(dim).double()
+def log_sum_exp(x: Tensor, log_p: Tensor, dim: int, differentiable: bool = False) -> Tensor:
+    """Wide, from the log-softmax, of which the largest is minus the logarithm of a sum between 1 and classes.
+
+    The derivative of the difference is right for any class, but of maxima only where they are of the same classes.
+    """
+    if not differentiable:
+        return wide(x.amax(dim)) - wide(log_p.amax(dim))
+    best = x.argmax(dim, keepdim=True)
+    return (wide(x.gather(dim, best)) - wide(log_p.gather(dim, best))).squeeze(dim)
 
 
 def row_scale(grad_loss: Tensor, total: Tensor, valid: Tensor, reduction: int) -> Tensor:
@@ -92,17 +93,33 @@ def _backward_to(
     grad: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> Tensor:
     """``backward``, written to ``grad``, which may be the logits."""
-    dim, dtype = class_dim(input), acc_dtype(input.dtype)
+    dim, dtype, scratch = class_dim(input), acc_dtype(input.dtype), Scratch()
     valid, safe = split_targets(input, target, ignore_index)
-    scale = row_scale(grad_loss.double(), total, valid, reduction).to(dtype)
+    _check_range(target, valid, input.size(dim))
+    scale = row_scale(wide(grad_loss), total, valid, reduction)
     for piece in pieces(input) if input.numel() else ():
-        p = input[piece.all].softmax(dim, dtype=dtype)
+        x = scratch.copy("x", input[piece.all], dtype)
+        p = torch.softmax(x, dim, out=scratch.like("p", x))
         here, keep = (t[piece.row].unsqueeze(dim) for t in (safe, valid))
-        p.scatter_(dim, here, 0.0)
-        p.scatter_(dim, here, -p.sum(dim, keepdim=True))  # p - 1 of a target, which may have all but nothing left
-        p.mul_(scale[piece.row].unsqueeze(dim)).masked_fill_(~keep, 0.0)
+        sum = less_one_(p, here, dim)
+        p.mul_((scale[piece.row].unsqueeze(dim) / sum).to(dtype))
+        if not (keep.is_cpu and keep.all()):
+            p.masked_fill_(~keep, 0.0)
         grad[piece.all] = p
     return grad
+
+
+def less_one_(p: Tensor, here: Tensor, dim: int) -> Tensor:
+    """Takes from p of one class a row what the row's p add up to; returns that sum, wide, which is to divide the row.
+
+    It is 1 but for the rounding of softmax's own sum, which many classes add to. Of a class that has all but nothing
+    it is the others' sum that is left.
+    """
+    at = p.gather(dim, here)
+    others = wide_sum(p.scatter_(dim, here, 0.0), dim, keepdim=True)
+    sum = others + at
+    p.scatter_(dim, here, torch.where(at > 0.5, -others, at - sum).to(p.dtype))
+    return sum
 
 
 def backward_(
@@ -113,12 +130,20 @@ def backward_(
 
 
 def with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:
-    """A mean or sum, its gradient for an upstream gradient of 1, and the number of ignored rows."""
+    """A mean or sum, its gradient for an upstream gradient of 1, and the number of ignored rows: -1 if not on the CPU,
+    where reading it would wait for the device.
+    """
     if reduction == NONE:
         raise RuntimeError("cross_entropy: reduction must be 1 (mean) or 2 (sum) to have one gradient, got 0")
     loss, lse, total = forward(input, target, ignore_index, reduction)
     gradient = backward(torch.ones_like(loss), input, target, lse, total, ignore_index, reduction)
-    return loss, gradient, target.numel() - int(total)
+    return loss, gradient, target.numel() - int(total) if target.is_cpu else -1
+
+
+def scale_gradient(gradient: Tensor, grad_loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """``gradient * grad_loss``, dense; an ignored row stays 0 even for an upstream gradient that is not finite."""
+    keep = counts(target, ignore_index).unsqueeze(class_dim(gradient))
+    return torch.where(keep, gradient * grad_loss.reshape(()), gradient).contiguous()
 
 
 def _residual(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

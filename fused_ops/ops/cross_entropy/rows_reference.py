@@ -21,193 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Piece, empty_output, pieces
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim, counts, log_sum_exp
-
-
-class RowOptions(NamedTuple):
-    """The numbers behind the tensors of a raw op's arguments, in their order."""
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    logit_scale: float = 1.0
-    softcap: float = 0.0  # 0: none
-    statistics: bool = False  # lse of ignored rows too; entropy, prediction and target log-probability
-
-
-class RowArgs(NamedTuple):
-    """The tensors that say what the loss of each row is."""
-
-    input: Tensor
-    indices: Tensor | None  # class indices, one a row; with probabilities several, in the dimension of the classes
-    probabilities: Tensor | None  # of the indices, or of all classes
-    weight: Tensor | None
-    class_mask: Tensor | None  # (classes,) or of the input's shape
-
-
-def _same(values: Tensor) -> Tensor:
-    return values
-
-
-class Across(NamedTuple):
-    """What a row's formulas need to know where its classes are spread over ranks; input and weight hold those here."""
-
-    first: int  # class here
-    allowed: Tensor  # how many classes smoothing is spread over, a scalar or one value per row
-    normalise: Callable[[Tensor, int], tuple[Tensor, Tensor]]  # of u and its dimension: lse's high and low part
-    total: Callable[[Tensor], Tensor] = _same  # the sum over ranks of what each has of a row
-    copy: Callable[[Tensor], Tensor] = _same  # what is alike on all ranks, where a rank goes on to its own part
-    mass: Tensor | None = None  # the sum of q, where it is known
-    entropy: Tensor | None = None  # likewise
-
-
-def rows_shape(input: Tensor) -> tuple[int, ...]:
-    """The shape of one value per row."""
-    dim = class_dim(input)
-    return (*input.shape[:dim], *input.shape[dim + 1 :])
-
-
-def is_index_alone(a: RowArgs, o: RowOptions) -> bool:
-    """Whether the rows are class indices with no option."""
-    tensors = a.indices is not None and a.probabilities is None and a.weight is None and a.class_mask is None
-    return tensors and o[1:] == (0.0, 1.0, 0.0, False)
-
-
-def along_classes(values: Tensor, input: Tensor) -> Tensor:
-    """(classes,) values, broadcastable to the input; what has the input's shape stays."""
-    if input.dim() < 2 or values.dim() > 1:
-        return values
-    return values.reshape(-1, *(1,) * (input.dim() - 2))
-
-
-def counted_rows(a: RowArgs, ignore_index: int) -> Tensor:
-    """Which rows have a target that is not ignored."""
-    dim = class_dim(a.input)
-    if a.indices is None:
-        return torch.ones((), dtype=torch.bool, device=a.input.device).expand(rows_shape(a.input))
-    valid = counts(a.indices, ignore_index)
-    return valid if a.probabilities is None else valid.any(dim)
-
-
-class _Row:
-    """What every formula starts from: u and its slope, log p, q. Differentiable in all the floating-point tensors."""
-
-    def __init__(
-        self,
-        a: RowArgs,
-        o: RowOptions,
-        dtype: torch.dtype,
-        quiet: Tensor | None = None,
-        across: Across | None = None,
-    ) -> None:
-        self.a, self.o, self.dim, self.across = a, o, class_dim(a.input), across
-        x = a.input.to(dtype)
-        if quiet is not None:
-            x = torch.where(quiet.unsqueeze(self.dim), 0.0, x)  # rows whose gradient is zero whatever they hold
-        scaled = x * o.logit_scale
-        self.slope = torch.full_like(scaled, o.logit_scale)
-        if o.softcap != 0:
-            t = torch.tanh(scaled / o.softcap)
-            scaled, self.slope = o.softcap * t, o.logit_scale * (1 - t * t)
-        self.allowed = None if a.class_mask is None else along_classes(a.class_mask, a.input).expand_as(x)
-        if self.allowed is not None:
-            scaled = torch.where(self.allowed, scaled, -math.inf)
-            self.slope = torch.where(self.allowed, self.slope, 0.0)
-        self.u = scaled
-        if across is None:
-            self.log_p = scaled.log_softmax(self.dim)
-        else:
-            high, low = (part.to(dtype) for part in across.normalise(scaled, self.dim))
-            self.high, self.low = (t if quiet is None else torch.where(quiet, 0.0, t) for t in (high, low))
-            self.log_p = (scaled - self.high.unsqueeze(self.dim)) - self.copy(self.low).unsqueeze(self.dim)
-        # where it is a factor: a masked class, whose log p is -inf for good, has the derivative 0
-        self.log_p_allowed = self.log_p if self.allowed is None else torch.where(self.allowed, self.log_p, 0.0)
-        self.valid = counted_rows(a, o.ignore_index)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum of each row's values, over all classes."""
-        values = values.sum(self.dim, dtype=torch.float64).to(values.dtype)
-        return values if self.across is None else self.across.total(values)
-
-    def copy(self, values: Tensor) -> Tensor:
-        """What all ranks have alike, to go on to what each has of a row."""
-        return values if self.across is None else self.across.copy(values)
-
-    def here(self) -> tuple[Tensor, Tensor]:
-        """Which of the indices are of classes that are here, and the indices among those, 0 for the others."""
-        indices = self.a.indices
-        assert indices is not None
-        valid = counts(indices, self.o.ignore_index)
-        if self.across is not None:
-            indices = indices.long() - self.across.first
-            valid = valid & (indices >= 0) & (indices < self.u.size(self.dim))
-        return valid, torch.where(valid, indices, 0).long()
-
-    def scatter(self, values: Tensor | None) -> Tensor:
-        """Values of the indices (1 for None, 0 where ignored), on all classes."""
-        valid, safe = self.here()
-        if self.u.size(self.dim) == 0:
-            return torch.zeros_like(self.u)
-        if self.a.probabilities is None:
-            valid, safe = valid.unsqueeze(self.dim), safe.unsqueeze(self.dim)
-        one = torch.ones((), dtype=self.u.dtype, device=self.u.device)
-        source = torch.where(valid, one if values is None else values.to(self.u.dtype), 0.0)
-        return torch.zeros_like(self.u).scatter_add(self.dim, safe, source)
-
-    def distribution(self, values: Tensor | None, share: float) -> Tensor:
-        """(1 - label_smoothing) * values on all classes, plus ``share`` of the smoothing's mass."""
-        dense = self.scatter(values) if self.a.indices is not None else values.to(self.u.dtype)  # type: ignore[union-attr]
-        if self.o.label_smoothing == 0:
-            return dense
-        dense = dense * (1 - self.o.label_smoothing)
-        if not share:
-            return dense
-        if self.across is not None:
-            spread = 1 / self.across.allowed.to(dense.dtype).clamp(min=1)
-            spread = spread.unsqueeze(self.dim) if spread.dim() else spread
-            spread = spread if self.allowed is None else spread * self.allowed
-        elif self.allowed is None:
-            spread = torch.full((), 1 / max(self.u.size(self.dim), 1), dtype=dense.dtype, device=dense.device)
-        else:
-            spread = self.allowed.to(dense.dtype) / self.allowed.sum(self.dim, keepdim=True).clamp(min=1)
-        return dense + share * spread
-
-    def weighted(self, distribution: Tensor, weight: Tensor | None) -> Tensor:
-        """The distribution times the class weights, 0 in ignored rows."""
-        if weight is not None:
-            distribution = distribution * along_classes(weight.to(distribution.dtype), self.a.input)
-        return torch.where(self.valid.unsqueeze(self.dim), distribution, 0.0)
-
-    def q(self) -> Tensor:
-        """The coefficients of -log p in nll."""
-        return self.weighted(self.distribution(self.a.probabilities, self.o.label_smoothing), self.a.weight)
-
-    def dot(self, q: Tensor, values: Tensor) -> Tensor:
-        """sum_j q_j values_j; a class that is off the target for good (masked, or not the index) adds nothing."""
-        off = q == 0
-        if self.a.indices is None or self.o.label_smoothing != 0:
-            off = off & (~self.allowed if self.allowed is not None else torch.zeros_like(off))
-        off = off | ~self.valid.unsqueeze(self.dim)
-        # inside too: the derivative of q * inf with respect to q is no 0 that the outer choice would leave out
-        return self.sum(torch.where(off, 0.0, q * torch.where(off, 0.0, values)))
-
-    def of_index(self, values: Tensor) -> Tensor:
-        """The values of each row's one class index; 0 in ignored rows."""
-        return self.sum(torch.where(self.scatter(None) != 0, values, 0.0))
-
-    def mass(self, q: Tensor) -> Tensor:
-        """The sum of q, to go on to what each rank has of a row."""
-        known = None if self.across is None else self.across.mass
-        return self.copy(self.sum(q)) if known is None else known.to(q.dtype)
-
-    def entropy(self, p: Tensor, log_p: Tensor) -> Tensor:
-        """Likewise the entropy, of ``neg_entropy_terms``."""
-        known = None if self.across is None else self.across.entropy
-        return self.copy(-self.sum(p * log_p)) if known is None else known.to(p.dtype)
-
-    def neg_entropy_terms(self) -> tuple[Tensor, Tensor]:
-        """p and log p, with 0 for the logarithm of 0."""
-        return self.log_p.exp(), torch.where(self.log_p == -math.inf, 0.0, self.log_p)
+from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
+from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, log_sum_exp
+from fused_ops.ops.cross_entropy.row import Across, Row, RowArgs, RowOptions, along_classes, counted_rows, rows_shape
 
 
 def _check_range(a: RowArgs, ignore_index: int) -> None:
@@ -234,8 +50,9 @@ def forward(
     a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
     _check_range(a, o.ignore_index)
     found: tuple[Tensor, ...] = ()
+    scratch = Scratch()
     for piece in (cut := pieces(input)):
-        results = _results(_Row(_piece_of(a, piece), o, acc_dtype(input.dtype)))
+        results = _results(Row(piece_of(a, piece), o, acc_dtype(input.dtype), scratch=scratch))
         if len(cut) == 1:
             return results
         found = found or tuple(r.new_empty(rows_shape(input) if r.numel() else (0,)) for r in results)
@@ -245,7 +62,7 @@ def forward(
     return found  # type: ignore[return-value]
 
 
-def _piece_of(a: RowArgs, piece: Piece) -> RowArgs:
+def piece_of(a: RowArgs, piece: Piece) -> RowArgs:
     mask = a.class_mask if a.class_mask is None or a.class_mask.dim() == 1 else piece.of(a.class_mask, a.input)
     indices, probabilities = (piece.of(t, a.input) for t in (a.indices, a.probabilities))
     return RowArgs(a.input[piece.all], indices, probabilities, a.weight, mask)
@@ -254,38 +71,31 @@ def _piece_of(a: RowArgs, piece: Piece) -> RowArgs:
 def formulas(a: RowArgs, o: RowOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``forward`` as a differentiable function of every floating-point tensor, any number of times, in both modes."""
     quiet = None if o.statistics else ~counted_rows(a, o.ignore_index)
-    return _results(_Row(a, o, torch.float64, quiet))
+    return _results(Row(a, o, acc_dtype(a.input.dtype), quiet))
 
 
-def _results(row: _Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _results(row: Row) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, o, dim = row.a, row.o, row.dim
     input, indices, probabilities, weight, _ = a
-    q, count = row.q(), row.valid.double()
-    lse = count * 0
-    if input.size(dim):  # NaN where no class is left, and beside an infinite logit
-        lse = log_sum_exp(row.u, row.log_p, dim)
-        if row.u.requires_grad or row.u.dtype == torch.float64:  # an even derivative where several are largest
-            lse = torch.where(row.log_p.amax(dim).isnan(), math.nan, row.u.logsumexp(dim).double())
-    nll = row.dot(q, -row.log_p)
-    one = indices is not None and probabilities is None
-    log_probability = row.of_index(row.log_p) if one else torch.zeros_like(nll)
-    mass = row.sum(q)
+    count = wide(row.valid)
+    lse = log_sum_exp(row.u, row.log_p, dim, row.scratch is None) if input.size(dim) else count * 0
+    nll = -row.dot(row.log_p, probabilities, weight)
+    log_probability = torch.zeros_like(nll)
     if indices is None:
-        target_weight = count
+        target_weight, mass = count, row.sum_of_q()
     else:
-        target_weight = row.sum(row.weighted(row.scatter(probabilities), weight))
-        share = (1 - o.label_smoothing) * target_weight
-        mass = mass - share if one else mass
-        # 0 * inf of a class index is NaN, as in PyTorch
-        nll = torch.where((share == 0) & ~(log_probability > -math.inf), math.nan, nll) if one else nll
-    empty, no_index = input.new_empty(0, dtype=torch.float64), input.new_empty(0, dtype=torch.int64)
-    nll, mass, target_weight = nll.double(), mass.double(), target_weight.double()
+        target_weight, mass = row.target_weight(), row.sum_of_q()
+        if probabilities is None:
+            log_probability = row.total(wide(row.at_indices(row.log_p)))
+            mass = torch.zeros_like(nll)
+            if o.label_smoothing != 0:
+                mass = torch.where(row.valid, row.mass_of_smoothing(), 0.0)
+    empty, no_index = count.new_empty(0), input.new_empty(0, dtype=torch.int64)
     if not o.statistics:
         return nll, torch.where(row.valid, lse, 0.0), mass, target_weight, empty, no_index, empty.clone()
     p, log_p = row.neg_entropy_terms()
-    entropy, log_probability = -row.sum(p * log_p).double(), log_probability.double()
     prediction = row.u.argmax(dim) if input.size(dim) else torch.zeros_like(nll, dtype=torch.int64)
-    return nll, lse, mass, target_weight, entropy, prediction, log_probability
+    return nll, lse, mass, target_weight, -row.sum(p * log_p), prediction, log_probability
 
 
 class RowGrads(NamedTuple):
@@ -306,31 +116,85 @@ def _quiet(g: RowGrads, valid: Tensor, statistics: bool) -> Tensor:
     return quiet
 
 
-def grad_input(g: RowGrads, a: RowArgs, o: RowOptions, dtype: torch.dtype, across: Across | None = None) -> Tensor:
-    """The gradient with respect to the logits; differentiable in every tensor."""
-    dim = class_dim(a.input)
+def grad_input(
+    g: RowGrads,
+    a: RowArgs,
+    o: RowOptions,
+    dtype: torch.dtype,
+    across: Across | None = None,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """The gradient with respect to the logits; differentiable in every tensor, but with ``scratch``."""
     if a.input.numel() == 0 and across is None:
         return a.input.to(dtype) * 0
-    row = _Row(a, o, dtype, _quiet(g, counted_rows(a, o.ignore_index), o.statistics), across)
-    p, log_p = row.neg_entropy_terms()
+    row = Row(a, o, dtype, _quiet(g, counted_rows(a, o.ignore_index), o.statistics), across, scratch)
 
     def each(grad: Tensor, counted: bool = True) -> Tensor:
         grad = row.copy(grad.to(dtype))
-        return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(dim)
+        return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(row.dim)
 
-    grad_u = torch.zeros_like(p)
-    if g.nll is not None:
-        q = row.q()
-        grad_u = grad_u + each(g.nll) * (p * row.mass(q).unsqueeze(dim) - q)
+    p = row.p()
+    more: Tensor | None = None  # not by its size: on a rank without classes all of it is empty
     if g.lse is not None:
-        grad_u = grad_u + each(g.lse, not o.statistics) * p
+        more = each(g.lse, not o.statistics) * p
     if g.entropy is not None:
-        entropy = row.entropy(p, log_p).unsqueeze(dim)
-        grad_u = grad_u - each(g.entropy, not o.statistics) * p * (log_p + entropy)
+        log_p = torch.where(row.log_p == -math.inf, 0.0, row.log_p)
+        entropy, grad = row.entropy(p, log_p), each(g.entropy, not o.statistics)
+        if scratch is not None and across is None:  # as p does not quite add up to 1
+            sum = row.along(wide_sum(p, row.dim))
+            entropy, grad = entropy / sum, grad / sum
+        entropy_grad = grad * p * (log_p + entropy)
+        more = -entropy_grad if more is None else more - entropy_grad
     if g.target_log_probability is not None and a.probabilities is None:
-        grad_u = grad_u + each(g.target_log_probability) * (row.scatter(None) - p)
-    grad = grad_u * row.slope
-    return grad if row.allowed is None else torch.where(row.allowed, grad, 0.0)
+        grad = each(g.target_log_probability)
+        less = row.scatter_add(-grad * p, torch.where(row.here[0], grad.squeeze(row.dim), 0.0))
+        more = less if more is None else more + less
+    if g.nll is None:
+        grad_u = torch.zeros_like(p) if more is None else more
+    else:
+        grad_u = _of_nll(row, p, row.copy(g.nll))
+        grad_u = grad_u if more is None else grad_u + more
+    if not (type(row.slope) is float and row.slope == 1):
+        grad_u = _times(grad_u, row.slope, scratch)
+    return grad_u if row.allowed is None else torch.where(row.allowed, grad_u, 0.0)
+
+
+def _times(values: Tensor, factor: Tensor | float, scratch: Scratch | None) -> Tensor:
+    return values * factor if scratch is None else values.mul_(factor)
+
+
+def _of_nll(row: Row, p: Tensor, grad: Tensor) -> Tensor:
+    """grad times p times the sum of q, less q; with scratch, written over p, whose sum then divides the row.
+
+    That sum is 1 but for the rounding of softmax's own, which many classes add to.
+    """
+    a, dim, mass, fast = row.a, row.dim, row.mass(), row.scratch is not None and row.across is None
+    grad = torch.where(row.valid, grad, 0.0)
+    one = a.indices is not None and a.probabilities is None
+    if one and row.o.label_smoothing == 0:  # (p - 1) of one class
+        grad = grad if mass is None else grad * mass
+        if row.across is not None:
+            return _times(row.with_expm1(p), row.along(grad), row.scratch)
+        if fast:
+            return p.mul_(row.along(grad / less_one_(p, row.here[1].unsqueeze(dim), dim).squeeze(dim)))
+        return row.scatter_add(p, -row.here[0].to(p.dtype)) * row.along(grad)
+    sum = wide_sum(p, dim) if fast else torch.ones((), dtype=wide_dtype(p), device=p.device)
+    at_target = row.smoothed_target(p, sum) if fast and one else None
+    values = p if mass is None else _times(p, row.along(mass), row.scratch)
+    if a.indices is None:
+        q = row.q(a.probabilities, a.weight)
+        values = values - (q * row.along(sum) if fast else q)
+    else:
+        if row.o.label_smoothing != 0:  # of masked classes too, whose gradient is left out later
+            spread = row.smoothing() * sum
+            spread = row.weighted(row.along(spread) if spread.dim() else spread.to(p.dtype), a.weight)
+            values = values - spread if row.scratch is None else values.sub_(spread)
+        if at_target is not None:
+            values.scatter_(dim, row.here[1].unsqueeze(dim), row.along(at_target))
+        else:
+            each = sum.unsqueeze(dim) if sum.dim() else sum
+            values = row.scatter_add(values, (row.o.label_smoothing - 1) * row.shares(a.probabilities, a.weight) * each)
+    return _times(values, row.along(grad / sum), row.scratch)
 
 
 def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | None = None) -> Tensor:
@@ -339,13 +203,13 @@ def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | 
     Of (indices, probabilities) each rank has what its classes add to it.
     """
     assert g.nll is not None and a.probabilities is not None
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
+    row, dim = Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
     each = torch.where(row.valid, row.copy(g.nll.to(row.u.dtype)), 0.0).unsqueeze(dim)
     values = -(1 - o.label_smoothing) * row.log_p_allowed * each
     if a.weight is not None:
         values = values * along_classes(a.weight.to(values.dtype), a.input)
     if a.indices is not None:
-        here, safe = row.here()
+        here, safe = row.here
         if values.size(dim) == 0:
             return torch.zeros_like(a.probabilities)
         values = torch.where(here, values.gather(dim, safe), 0.0)
@@ -355,8 +219,8 @@ def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | 
 def grad_weight(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | None = None) -> Tensor:
     """The gradient with respect to the weights of the classes here: the sum over rows of -g * t_j * log p_j."""
     assert g.nll is not None and a.weight is not None
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
-    t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), None)
+    row, dim = Row(a, o, acc_dtype(a.input.dtype), across=across), class_dim(a.input)
+    t = row.q(a.probabilities, None)
     each = torch.where(row.valid, row.copy(g.nll.to(t.dtype)), 0.0).unsqueeze(dim)
     values = -t * row.log_p_allowed * each
     n = values.size(dim)
@@ -388,9 +252,10 @@ def backward(
 
 def backward_to(grad: Tensor, g: RowGrads, a: RowArgs, o: RowOptions) -> Tensor:
     """The gradient with respect to the logits, written to ``grad``, which may be the logits."""
+    scratch = Scratch()
     for piece in pieces(a.input):
         g_piece = RowGrads(*(piece.of(t, a.input) for t in g))
-        grad[piece.all] = grad_input(g_piece, _piece_of(a, piece), o, acc_dtype(a.input.dtype)).to(grad.dtype)
+        grad[piece.all] = grad_input(g_piece, piece_of(a, piece), o, acc_dtype(a.input.dtype), scratch=scratch)
     return grad
 
 
@@ -416,22 +281,20 @@ def jvp(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tangents of nll, lse, entropy and target log-probability."""
     quiet = None if o.statistics else ~counted_rows(a, o.ignore_index)
-    row, dim = _Row(a, o, acc_dtype(a.input.dtype), quiet, across), class_dim(a.input)
+    row = Row(a, o, acc_dtype(a.input.dtype), quiet, across)
     p, log_p = row.neg_entropy_terms()
     u_t = torch.zeros_like(p) if input_t is None else row.slope * input_t.to(p.dtype)
+    u_t = u_t if row.allowed is None else torch.where(row.allowed, u_t, 0.0)
     lse_t = row.sum(p * u_t)
-    log_p_t = u_t - row.copy(lse_t).unsqueeze(dim)
-    nll_t = -row.dot(row.q(), log_p_t)
+    log_p_t = u_t - row.along(row.copy(lse_t))
+    nll_t = -row.dot(log_p_t, a.probabilities, a.weight)
     if probabilities_t is not None:
-        q_t = row.weighted(row.distribution(probabilities_t, 0.0), a.weight)
-        nll_t = nll_t - row.sum(q_t * row.log_p_allowed)
+        nll_t = nll_t - row.dot(row.log_p_allowed, probabilities_t, a.weight, share=False)
     if weight_t is not None:
-        q_t = row.weighted(row.distribution(a.probabilities, o.label_smoothing), weight_t)
-        nll_t = nll_t - row.sum(q_t * row.log_p_allowed)
+        nll_t = nll_t - row.dot(row.log_p_allowed, a.probabilities, weight_t)
     if not o.statistics:
-        return nll_t.double(), torch.where(row.valid, lse_t, 0.0).double(), None, None
-    entropy = row.entropy(p, log_p).unsqueeze(dim)
-    entropy_t = -row.sum(p * (log_p + entropy) * u_t)
-    one = a.probabilities is None
-    target_t = row.of_index(log_p_t) if one else torch.zeros_like(lse_t)
-    return nll_t.double(), lse_t.double(), entropy_t.double(), target_t.double()
+        return nll_t, torch.where(row.valid, lse_t, 0.0), None, None
+    entropy_t = -row.sum(p * (log_p + row.entropy(p, log_p)) * u_t)
+    one = a.probabilities is None and a.indices is not None
+    target_t = row.total(wide(row.at_indices(log_p_t))) if one else torch.zeros_like(lse_t)
+    return nll_t, lse_t, entropy_t, target_t

@@ -18,13 +18,14 @@ from fused_ops.core.checks import as_integer
 from fused_ops.core.function import FusedFunction, checked_saved, save
 from fused_ops.core.graph import as_tensor, in_graph, needs_formulas, register_graph_op
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import acc_dtype, empty_output, wide, wide_dtype, wide_sum
 from fused_ops.core.torch_private import transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import rows_reference, shards_reference
 from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, refuse_inplace_transforms, row_grads
-from fused_ops.ops.cross_entropy.reference import acc_dtype, class_dim
-from fused_ops.ops.cross_entropy.rows_reference import Across, RowArgs, RowGrads, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.reference import class_dim
+from fused_ops.ops.cross_entropy.row import Across, RowArgs, RowOptions, rows_shape
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards_reference import Merged, merge
 
 __all__ = ["Merged", "Shard", "gradient", "gradient_", "merge", "partial", "rows"]
@@ -70,7 +71,7 @@ _MERGED = "Tensor high, Tensor low, Tensor mass, Tensor target_weight, Tensor? e
 
 def _fake_forward(input: Tensor, *rest: Any) -> Tensor:
     o = RowOptions(*rest[-5:])
-    return input.new_empty((shards_reference.parts(o), *rows_shape(input)), dtype=torch.float64)
+    return input.new_empty((shards_reference.parts(o), *rows_shape(input)), dtype=wide_dtype(input))
 
 
 def _fake_gradient(*args: Any) -> Tensor:
@@ -116,20 +117,20 @@ def _local(a: RowArgs, start: int) -> RowArgs:
 
 
 def allowed_classes(a: RowArgs, o: RowOptions, shard: Shard) -> Tensor:
-    """How many classes smoothing is spread over, float64: a scalar, or one value per row with masks of rows."""
+    """How many classes smoothing is spread over, wide: a scalar, or one value per row with masks of rows."""
     if shard.allowed is not None:
         return shard.allowed
     mask = a.class_mask
     if mask is not None and mask.dim() > 1 and o.label_smoothing != 0:
-        count = mask.sum(class_dim(a.input), dtype=torch.float64)
+        count = wide(mask.sum(class_dim(a.input)))
         return count if shard.group is None else collectives.sum_of_ranks(count, shard.group)
     if mask is not None and mask.dim() == 1:
-        return mask.sum(dtype=torch.float64)
-    return torch.full((), shard.classes, dtype=torch.float64, device=a.input.device)
+        return wide(mask.sum())
+    return torch.full((), shard.classes, dtype=wide_dtype(a.input), device=a.input.device)
 
 
 def partial(a: RowArgs, o: RowOptions, shard: Shard) -> Tensor:
-    """A rank's part of each row, (parts, *rows) float64, to be gathered: (ranks, parts, *rows) for ``merge``.
+    """A rank's part of each row, (parts, *rows) wide, to be gathered: (ranks, parts, *rows) for ``merge``.
 
     Args:
         a: The logits of this rank's classes; class probabilities and a mask of their shape; indices, weight and a mask
@@ -189,7 +190,7 @@ def across_ranks(o: RowOptions, shard: Shard, high: Tensor) -> Across:
 
     def normalise(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         top = high.detach().to(u.dtype)
-        return top, total((u - top.unsqueeze(dim)).exp().sum(dim)).log()
+        return top, total(wide_sum((u - top.unsqueeze(dim)).exp(), dim)).log()
 
     def copy(values: Tensor) -> Tensor:
         return collectives.copy_to_shares(values, shard.group)
@@ -359,7 +360,7 @@ def _fake_in_graph(input: Tensor, *args: Any) -> Any:
     wanted = rows if statistics else (0,)
     allowed = () if mask is None or mask.dim() == 1 else rows
     shapes = rows, rows, rows, rows, wanted, wanted, rows, rows, rows, allowed
-    dtypes = [torch.int64 if i == 5 else torch.float64 for i in range(len(shapes))]
+    dtypes = [torch.int64 if i == 5 else wide_dtype(input) for i in range(len(shapes))]
     return tuple(input.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
@@ -517,7 +518,7 @@ def sum_over_rows(values: Tensor, a: RowArgs, o: RowOptions, group: Any, place: 
     """The sum of a scalar of each rank, for losses that add up; raises on all ranks for a bad target of one.
 
     Args:
-        values: The scalar, float64.
+        values: The scalar, wide.
         a: This rank's targets.
         o: The options.
         group: The ranks, or several groups: the sum of their sums, as over dimensions of a mesh.

@@ -15,30 +15,28 @@ results. See docs/cross_entropy.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
 from fused_ops.core.torch_private import assert_async
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
-from fused_ops.ops.cross_entropy.rows_reference import (
+from fused_ops.ops.cross_entropy.row import (
     Across,
+    Row,
     RowArgs,
-    RowGrads,
     RowOptions,
-    _Row,
     counted_rows,
-    grad_input,
-    over_logits,
     rows_shape,
 )
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads, grad_input, over_logits, piece_of
 
 
 class Part(NamedTuple):
-    """What a rank has of each row, in the order in which ranks exchange it: float64, one value per row each."""
+    """What a rank has of each row, in the order in which ranks exchange it: wide, one value per row each."""
 
     high: Tensor  # the maximum of u; -inf where no class is left
     low: Tensor  # lse of the classes here is high + low; NaN beside NaN and +inf, 0 where no class is left
@@ -61,7 +59,7 @@ def parts(o: RowOptions) -> int:
 
 
 class Merged(NamedTuple):
-    """The results of each row, float64 but for the prediction: those of the rows' op, and lse in two parts."""
+    """The results of each row, wide but for the prediction: those of the rows' op, and lse in two parts."""
 
     nll: Tensor
     lse: Tensor
@@ -82,17 +80,19 @@ def _lse_of_part(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     top = u.amax(dim)
     gone = top == -math.inf
     top = torch.where(gone, 0.0, top)
-    return top, torch.where(gone, 0.0, (u - top.unsqueeze(dim)).exp().sum(dim).log())
+    others = (u - top.unsqueeze(dim)).exp().scatter(dim, u.argmax(dim, keepdim=True), 0.0)
+    low = wide_sum(others, dim).log1p() + (top - top)  # NaN beside NaN and +inf
+    return top, torch.where(gone, 0.0, low)
 
 
 def bad_targets(a: RowArgs, o: RowOptions, classes: int | Tensor) -> Tensor:
-    """A target of each row that is no class, float64; NaN where there is none."""
-    none = torch.full((), math.nan, dtype=torch.float64, device=a.input.device)
+    """A target of each row that is no class, wide; NaN where there is none."""
+    none = torch.full((), math.nan, dtype=wide_dtype(a.input), device=a.input.device)
     if a.indices is None:
         return none.expand(rows_shape(a.input))
-    wide, dim = a.indices.long(), class_dim(a.input)  # a narrow dtype would wrap the number of classes
-    bad = counts(a.indices, o.ignore_index) & ((wide < 0) | (wide >= classes))
-    values = torch.where(bad, wide.double(), none)
+    index, dim = a.indices.long(), class_dim(a.input)  # a narrow dtype would wrap the number of classes
+    bad = counts(a.indices, o.ignore_index) & ((index < 0) | (index >= classes))
+    values = torch.where(bad, wide(index), none)
     if a.probabilities is None:
         return values
     if not values.size(dim):
@@ -113,27 +113,38 @@ def forward(
 ) -> Tensor:
     """A rank's part of each row, (parts, *rows). Input, weight and class_mask hold the classes from ``first`` on."""
     a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
-    row = _Row(a, o, torch.float64, across=Across(first, allowed, _lse_of_part))
-    dim, n = row.dim, row.u.size(row.dim)
-    spread = indices is None or o.label_smoothing != 0
-    one = indices is not None and probabilities is None
-    q, zero = row.q(), row.u.new_zeros(rows_shape(input))
+    found = wide(input.new_empty(0)).new_empty((parts(o), *rows_shape(input)))
+    for piece in pieces(input):
+        each = allowed[piece.row] if allowed.dim() else allowed
+        row = Row(piece_of(a, piece), o, acc_dtype(input.dtype), across=Across(first, each, _lse_of_part))
+        here = (slice(None), *piece.row)
+        found[here] = _part(row, first, classes)
+    return found
+
+
+def _part(row: Row, first: int, classes: int) -> Tensor:
+    a, o, dim = row.a, row.o, row.dim
+    n, one = row.u.size(dim), a.indices is not None and a.probabilities is None
+    zero = wide(row.u.new_zeros(rows_shape(a.input)))
     target_weight, log_probability = zero, zero + 1
-    if indices is not None:
-        own = row.weighted(row.scatter(probabilities), weight)
-        target_weight = own.sum(dim)
-        if one:
-            q = q - (1 - o.label_smoothing) * own if spread else q * 0
-            log_probability = torch.where(row.here()[0], row.of_index(row.log_p), 1.0)
-    nll = row.dot(q, -row.log_p) if spread or not one else zero
+    if a.indices is not None:
+        target_weight = row.target_weight()
+    if one:
+        log_probability = torch.where(row.here[0], wide(row.at_indices(row.log_p)), 1.0)
+        nll = mass = zero
+        if o.label_smoothing != 0:
+            nll = torch.where(row.valid, -row.smoothed(row.log_p_allowed, a.weight), 0.0)
+            mass = torch.where(row.valid, row.mass_of_smoothing(), 0.0)
+    else:
+        nll, mass = -row.dot(row.log_p, a.probabilities, a.weight), row.sum_of_q()
     gone = torch.ones_like(row.valid).expand_as(zero) if n == 0 else row.u.amax(dim) == -math.inf
     high = torch.where(gone, -math.inf, row.high)
-    found = [high, row.low, nll, q.sum(dim), target_weight, log_probability, bad_targets(a, o, classes)]
+    found = [high, row.low, nll, mass, target_weight, log_probability, bad_targets(a, o, classes)]
     if o.statistics:
         p, log_p = row.neg_entropy_terms()
         best = row.u.argmax(dim) + first if n else torch.full_like(zero, math.inf)
-        found += [torch.where(gone, 0.0, -(p * log_p).sum(dim)), best.double()]
-    return torch.stack([part.expand_as(zero) for part in found])
+        found += [torch.where(gone, 0.0, -row.sum(p * log_p)), best]
+    return torch.stack([wide(part).expand_as(zero) for part in found])
 
 
 def one_of(bad: Tensor) -> Tensor:
@@ -209,7 +220,7 @@ def _finished(
     else:
         nll = torch.where(lse.isnan() & (nll != 0), math.nan, nll)
     if a.indices is None:
-        target_weight = valid.double()
+        target_weight = wide(valid)
     if a.indices is not None and a.probabilities is None:
         log_probability = torch.where(lse.isnan(), math.nan, log_probability)
         nll = nll - (1 - o.label_smoothing) * target_weight * log_probability
@@ -266,7 +277,7 @@ def summands(part: Tensor, top: Tensor, a: RowArgs, o: RowOptions) -> Tensor:
     nll = p.nll - torch.where(gone | (p.mass == 0), 0.0, p.mass * over)
     entropy = torch.where(size == 0, 0.0, size * (p.entropy - over)) if o.statistics else torch.zeros_like(size)
     excess, others = torch.where(is_top, over.expm1(), size), torch.where(has_target, 0.0, size)
-    return torch.stack([excess, is_top.double(), others, *of_target, nll, p.mass, p.target_weight, entropy])
+    return torch.stack([excess, wide(is_top), others, *of_target, nll, p.mass, p.target_weight, entropy])
 
 
 def merge_sums(top: Tensor, total: Tensor, best: Tensor | None, a: RowArgs, o: RowOptions) -> Merged:
@@ -323,8 +334,22 @@ def backward(
     g = RowGrads(grad_nll, grad_lse, grad_entropy, grad_target_log_probability)
     if indices is not None and probabilities is None:
         mass = mass + (1 - o.label_smoothing) * target_weight
-    across = Across(first, allowed, lambda u, dim: (high, low), mass=mass, entropy=entropy)
-    return empty_output(input).copy_(grad_input(g, a, o, torch.float64, across))
+    grad, scratch = empty_output(input), Scratch()
+    for piece in pieces(input):
+        g_piece = RowGrads(*(piece.of(t, input) for t in g))
+        top, rest, each, total, known = (
+            t if t is None or not t.dim() else t[piece.row] for t in (high, low, allowed, mass, entropy)
+        )
+        assert top is not None and rest is not None and each is not None
+        across = Across(first, each, _found(top, rest), mass=total, entropy=known)
+        found = grad_input(g_piece, piece_of(a, piece), o, acc_dtype(input.dtype), across, scratch)
+        grad[piece.all] = found
+    return grad
+
+
+def _found(high: Tensor, low: Tensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """What a formula asks for lse with, where it is known."""
+    return lambda u, dim: (high, low)
 
 
 backward_ = over_logits(backward)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.library import register
+from fused_ops.core.memory_format import wide, wide_dtype
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions, is_index_alone
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, is_index_alone
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
@@ -82,7 +83,7 @@ class _Rows(NamedTuple):
             target,
             scale,
             maxima,
-            new(rows, dtype=torch.float64).zero_(),
+            new(rows, dtype=wide_dtype(input)).zero_(),
             new(rows, dtype=torch.float32).fill_(-torch.inf),
         )
 
@@ -94,8 +95,8 @@ class _Rows(NamedTuple):
 
     def finish(self, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """nll and lse; the factor of exp(logit - max) and the target's gradient, as the kernel takes them."""
-        highest = self.max.double()
-        below = self.target_logit.double() - highest
+        highest = wide(self.max)
+        below = wide(self.target_logit) - highest
         at_target = below.exp()
         total = self.others + at_target
         log_total = total.log()

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fused_ops.core.function import has_values
 from fused_ops.core.library import register
+from fused_ops.core.memory_format import wide, wide_dtype
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -190,7 +192,9 @@ def _row_results(head: Head, o: RowOptions, plan: Plan) -> list[Tensor]:
     positions = head.weight.size(0) // max(plan.classes, 1)
     shape = (head.input.size(0), positions) if positions != 1 else (head.input.size(0),)
     wanted: tuple[int, ...] = shape if o.statistics else (0,)
-    found = [head.input.new_zeros(s, dtype=torch.float64) for s in (shape, shape, shape, shape, wanted, wanted)]
+    found = [
+        head.input.new_zeros(s, dtype=wide_dtype(head.input)) for s in (shape, shape, shape, shape, wanted, wanted)
+    ]
     return [*found[:5], head.input.new_zeros(wanted, dtype=torch.int64), found[5]]
 
 
@@ -221,8 +225,8 @@ def _forward_in_tiles(
         head, a, o, row_scale, z_loss, wanted, plan.chunk_rows, plan.kept_rows, plan.tile_classes
     )
     none = head.input.new_empty(0)
-    mass, wide = counted.double(), none.double()
-    results = (nll, lse, mass, mass.clone(), wide, none.long(), wide.clone())
+    mass, empty = wide(counted), wide(none)
+    results = (nll, lse, mass, mass.clone(), empty, none.long(), empty.clone())
     found = (grad_input, grad_weight, grad_bias, None, None)
     return *results, *(none.clone() if t is None else t for t in found)
 

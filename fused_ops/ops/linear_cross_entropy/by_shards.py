@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core.graph import register_graph_op
+from fused_ops.core.memory_format import wide_dtype
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import functions, shards
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards import Merged, Place, Ranks, Shard
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import by_rows, graph, plan, reference
@@ -150,9 +152,9 @@ def _arrived(chunk: _Chunk, mine: Tensor, arriving: Tensor, work: Any, o: RowOpt
 def _row_results(x: Tensor, o: RowOptions, positions: int) -> Merged:
     """Zeros for the results of every row."""
     shape = _rows_shape(x.size(0), positions)
-    values = {name: x.new_zeros(shape, dtype=torch.float64) for name in Merged._fields}
+    values = {name: x.new_zeros(shape, dtype=wide_dtype(x)) for name in Merged._fields}
     wanted: tuple[int, ...] = shape if o.statistics else (0,)
-    values["entropy"] = x.new_zeros(wanted, dtype=torch.float64)
+    values["entropy"] = x.new_zeros(wanted, dtype=wide_dtype(x))
     values["prediction"] = x.new_zeros(wanted, dtype=torch.int64)
     return Merged(**values)
 
@@ -255,12 +257,12 @@ def _rows(*args: Any) -> tuple[Tensor, ...]:
 def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
     input, mask, positions, statistics = args[0], args[8], args[11], args[14]
     shape = _rows_shape(input.size(0), positions)
-    found = [input.new_empty(shape, dtype=torch.float64) for _ in range(10)]
+    found = [input.new_empty(shape, dtype=wide_dtype(input)) for _ in range(10)]
     if not statistics:
-        found[4] = input.new_empty(0, dtype=torch.float64)
+        found[4] = input.new_empty(0, dtype=wide_dtype(input))
     found[5] = torch.empty_like(found[4], dtype=torch.int64)
     if mask is None or mask.dim() == 1:
-        found[9] = input.new_empty((), dtype=torch.float64)
+        found[9] = input.new_empty((), dtype=wide_dtype(input))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
 from fused_ops.ops.linear_cross_entropy.arguments import check_main_grad
 from fused_ops.ops.linear_cross_entropy.by_rows import rescale_op

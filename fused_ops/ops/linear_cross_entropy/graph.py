@@ -16,11 +16,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core import torch_private
 from fused_ops.core.graph import as_tensor, register_graph_op
+from fused_ops.core.memory_format import wide_dtype
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as rows
 from fused_ops.ops.cross_entropy.reduction import fixed_order_sum
 from fused_ops.ops.cross_entropy.reference import counts
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_rows as chunks
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.arguments import at_least_one
@@ -130,7 +132,7 @@ def fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
 
 
 def fake_sum(*args: Any) -> tuple[Tensor, ...]:
-    return args[0].new_empty((), dtype=torch.float64), *fake_gradients(Head(*args[:5]), args[15])
+    return args[0].new_empty((), dtype=wide_dtype(args[0])), *fake_gradients(Head(*args[:5]), args[15])
 
 
 def sum_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -222,7 +224,7 @@ def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
     input, positions, statistics = args[0], args[11], args[14]
     shape = (input.size(0),) if positions == 1 else (input.size(0), positions)
     wanted = shape if statistics else (0,)
-    found = [input.new_empty(s, dtype=torch.float64) for s in (shape, shape, shape, shape, wanted, wanted)]
+    found = [input.new_empty(s, dtype=wide_dtype(input)) for s in (shape, shape, shape, shape, wanted, wanted)]
     return *found[:5], input.new_empty(wanted, dtype=torch.int64), found[5]
 
 

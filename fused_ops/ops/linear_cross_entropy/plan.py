@@ -8,14 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy.by_classes import suits
 from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
-_NEAR = 3 / 32  # what fast products may lose, of the time of those in one piece
+# What fast products may lose, of the time of those in one piece, so that no head was slower than under torch.compile,
+# which has all the logits and loses more of 16 bits: of 1024x512x32000, 2048x768x50257 and 8192x512x32000 on two cores
+# with AVX-512, calls were 1.05, 1.05 and 1.09 times as fast in float32 (with 3/32 0.99, 0.97 and 1.01), and 1.14, 1.14
+# and 1.10 in bfloat16.
+_NEAR, _NEAR_OF_16_BITS = 3 / 64, 3 / 32
+_AGAIN = 0.1  # what computing any rows again costs besides: 33 rows of 1024x512x32000 took 0.16 of the products' time
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
@@ -60,6 +65,11 @@ class Sizes(NamedTuple):
         """Of the sum in float32 that a 16-bit weight's gradient needs, if it comes in chunks of rows."""
         return 2 * self.row_bytes * self.features if self.itemsize == 2 and needs & WEIGHT else 0
 
+    @property
+    def near(self) -> float:
+        """What products may lose, of the time of those in one piece."""
+        return _NEAR_OF_16_BITS if self.itemsize == 2 else _NEAR
+
     def lost_rows(self, needs: int) -> int:
         """Rows whose products take the time that each chunk of rows costs besides its own."""
         if self.itemsize > 2:
@@ -95,13 +105,14 @@ def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
         kept = min(beyond, max(left - beyond * sums, 0) // max(sizes.row_bytes - sums, 1))
         if 2 * beyond * sums > left and chunk >= _FEWEST_ROWS:  # or found in a first pass by rows
             tile = min(_TILE_CLASSES, max(memory // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
-            return _Choice(1 + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
-    return _Choice(1 + (beyond - kept) / max(3 * sizes.rows, 1), Plan(sizes.classes, chunk, needs, kept, tile))
+            return _Choice(1 + _AGAIN + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
+    again = (beyond - kept) / (3 * sizes.rows) + _AGAIN if kept < beyond else 0
+    return _Choice(1 + again, Plan(sizes.classes, chunk, needs, kept, tile))
 
 
 def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
-    """The least memory with which the products lose no more than _NEAR, but the share in any case."""
-    logits, enough = sizes.rows * sizes.row_bytes, math.ceil(sizes.lost_rows(needs) / _NEAR)
+    """The least memory with which the products lose no more than they may, but the share in any case."""
+    logits, enough = sizes.rows * sizes.row_bytes, math.ceil(sizes.lost_rows(needs) / sizes.near)
     found = [logits, enough * sizes.row_bytes + sizes.sum_bytes(needs)]
     if in_tiles:  # all rows kept, and a tile
         found.append(sizes.beyond * sizes.row_bytes + _TILE_CLASSES * sizes.rows * sizes.itemsize)

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import piece_elements
+from fused_ops.core.memory_format import acc_dtype, piece_elements, wide_sum
 from fused_ops.ops.cross_entropy import reference as cross_entropy
 from fused_ops.ops.cross_entropy import rows_reference as rows
-from fused_ops.ops.cross_entropy.reference import acc_dtype
-from fused_ops.ops.cross_entropy.rows_reference import RowArgs, RowGrads, RowOptions
+from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
+from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 
 _FEWEST_COLUMNS = 64  # in memory a row's logits lie apart, those of one class side by side
 
@@ -113,10 +113,10 @@ def _tile_sums_of(logits: Tensor, at: Tensor, max: Tensor, others: Tensor, targe
     here = (at >= 0) & (at < z.size(0))
     now = torch.maximum(max, z.amax(0)) if z.size(0) else max
     shift = torch.where(now == -torch.inf, 0.0, now)
-    terms = (z - shift).exp().masked_fill_(torch.arange(z.size(0), device=z.device).unsqueeze(1) == at, 0.0)
-    others.mul_((max - shift).exp()).add_(terms.sum(0, dtype=others.dtype))
+    terms, rows = (z - shift).exp_(), here.nonzero().squeeze(1)
+    terms[at[rows], rows] = 0.0
+    others.mul_((max - shift).exp()).add_(wide_sum(terms, 0))
     max.copy_(now)
-    rows = here.nonzero().squeeze(1)
     target_logit[rows] = z[at[rows], rows]
 
 
