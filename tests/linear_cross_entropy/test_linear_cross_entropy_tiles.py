@@ -263,8 +263,12 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
         several = itemsize == 2 and plan.chunk_rows < rows
         bytes_used = plan.chunk_rows * sizes.row_bytes + (4 * 512 * 32000 if several else 0)
     least = 128 * rows * itemsize + (6 * 512 * rows if rows < 8192 else 0)
-    enough = 512 * sizes.row_bytes if itemsize == 4 else 470 * sizes.row_bytes + 4 * 512 * 32000  # for fast products
-    default = max(0.03 * logits, min(enough * (1.25 if in_tiles else 1), logits))  # a quarter more for whole products
+    enough = (
+        min(1024, max(256, -(-rows // 2))) * sizes.row_bytes
+        if itemsize == 4
+        else 470 * sizes.row_bytes + 4 * 512 * 32000
+    )  # for fast products
+    default = max(0.03 * logits, min(enough * (1.3 if in_tiles else 1), logits))  # more for whole products
     if in_tiles:
         assert bytes_used <= max(default if allowed is None else allowed, least)
     elif allowed is None:
@@ -284,7 +288,7 @@ def test_default_plans_have_fast_products(rows, features, classes, itemsize, in_
     if plan.tile_classes:
         assert in_tiles and features + plan.kept_rows >= rows
     else:
-        assert plan.chunk_rows >= min(rows, 512 if itemsize == 4 else 400)
+        assert plan.chunk_rows >= min(rows // 2, 1024) if itemsize == 4 else 400
 
 
 def test_the_page_says_what_the_default_takes():

@@ -15,13 +15,13 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
-# What fast products may lose, of the time of those in one piece, so that no head was slower than under torch.compile,
-# which has all the logits and loses more of 16 bits: of 1024x512x32000, 2048x768x50257 and 8192x512x32000 on two cores
-# with AVX-512, calls were 1.05, 1.05 and 1.09 times as fast in float32 (with 3/32 0.99, 0.97 and 1.01), and 1.14, 1.14
-# and 1.10 in bfloat16.
-_NEAR, _NEAR_OF_16_BITS = 3 / 64, 3 / 32
+# What fast products may lose, of the time of those in one piece: so little that no head is slower than under
+# torch.compile, which has all the logits, and loses more of 16 bits. On two cores with AVX-512 its time over ours at
+# 2048x768x50257 in float32 was 0.91 to 0.98 with 3/32 (256 rows), 0.98 to 1.05 with 3/64, 1.06 to 1.18 with this.
+_NEAR, _NEAR_OF_16_BITS = 3 / 128, 3 / 32
+_HALVED_ROWS = 256  # of more than these no more than half have their logits at once, though products lose more then
 _AGAIN = 0.1  # what computing any rows again costs besides: 33 rows of 1024x512x32000 took 0.16 of the products' time
-_MORE = 1.25  # times the least memory, for products that lose nothing: 1024x512x32000 takes 0.93 of the time for 1.06
+_MORE = 1.3  # times the least memory, for products that lose nothing: 2048x768x50257 takes 0.91 of the time
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
@@ -114,6 +114,8 @@ def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
 def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
     """The least memory with which the products lose no more than they may, but the share in any case."""
     logits, enough = sizes.rows * sizes.row_bytes, math.ceil(sizes.lost_rows(needs) / sizes.near)
+    if not sizes.sum_bytes(needs):
+        enough = min(enough, max(_HALVED_ROWS, math.ceil(sizes.rows / 2)))
     least = min(logits, enough * sizes.row_bytes + sizes.sum_bytes(needs))
     if in_tiles:  # all rows kept, and a tile: products lose nothing
         tiles = sizes.beyond * sizes.row_bytes + _TILE_CLASSES * sizes.rows * sizes.itemsize
