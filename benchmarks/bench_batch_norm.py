@@ -105,7 +105,7 @@ def bytes_that_move(numel: int, dtype: torch.dtype, residual: bool, training: bo
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-PIECE_ROWS = 512  # of channels that are adjacent: more than the small calls' kernel takes
+PIECE_ROWS = 512  # of channels that are adjacent: more than the small calls' kernel takes, which are of 256 channels
 PIECE = 16384  # values of a contiguous image
 
 
@@ -113,9 +113,9 @@ def piece_shape(shape: tuple[int, ...], layout: str, count: int) -> tuple[int, .
     """So many pieces of the shape: fewer rows, smaller images, or fewer channels of an image of the same size."""
     _, channels, *spatial = shape
     if not spatial:
-        return count * PIECE_ROWS, channels
+        return count * PIECE_ROWS * 256 // max(channels, 256), channels
     if layout == "channels_last":
-        return 2 * count, channels, 16, PIECE_ROWS // 32
+        return 2 * count, channels, 16, PIECE_ROWS * 256 // max(channels, 256) // 32
     return count, max(1, PIECE // math.prod(spatial)), *spatial
 
 

@@ -18,7 +18,7 @@ PLACES: dict[str, dict[str, str]] = {
     "ce": {
         "fused_ops/ops/cross_entropy": """
             _softmax_jvp double_backward row_scale _residual backward_jvp jvp grad_input grad_probabilities grad_weight
-            dot distribution _quiet neg_entropy_terms reduced_loss _denominator _mixup _mean _normalizer
+            dot _of_nll _quiet neg_entropy_terms reduced_loss _denominator _mixup _mean _normalizer
             fixed_order_sum small_loss _inplace_gradient""",
         "csrc/cross_entropy": """
             target_residual SplitLse plain_row largest exp_sums_of gradients_of add_exp
