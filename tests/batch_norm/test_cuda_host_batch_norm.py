@@ -359,7 +359,7 @@ def test_ghost_batches(host_ops, cuda_host, shape, layout, valid, groups):
         call_parts(host_ops, case, True, activation, counted, groups)
         count = reference.group_count(shape[0], groups)
         launches = cuda_host.cuda_host_launches()
-        assert launches == 2 * count or 6 * count <= launches <= 7 * count
+        assert launches % count == 0 and launches // count in (2, 4, 6, 7)  # one each way, or 3 or 4, or one way so
         for order in (1, 2):  # no bit depends on it
             cuda_host.cuda_host_set_order(order)
             again = call_parts(host_ops, case, True, activation, counted, groups)
