@@ -268,7 +268,7 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
         if itemsize == 4
         else 470 * sizes.row_bytes + 4 * 512 * 32000
     )  # for fast products
-    default = max(0.03 * logits, min(enough * (1.3 if in_tiles else 1), logits))  # more for whole products
+    default = max(0.03 * logits, min(enough, logits))
     if in_tiles:
         assert bytes_used <= max(default if allowed is None else allowed, least)
     elif allowed is None:

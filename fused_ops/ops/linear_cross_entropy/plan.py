@@ -17,11 +17,10 @@ SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
 # What fast products may lose, of the time of those in one piece: so little that no head is slower than under
 # torch.compile, which has all the logits, and loses more of 16 bits. On two cores with AVX-512 its time over ours at
-# 2048x768x50257 in float32 was 0.91 to 0.98 with 3/32 (256 rows), 0.98 to 1.05 with 3/64, 1.06 to 1.18 with this.
+# 2048x768x50257 in float32 was 0.91 to 0.98 with 3/32 (256 rows of logits), and 0.98 to 1.05 with 3/64.
 _NEAR, _NEAR_OF_16_BITS = 3 / 128, 3 / 32
 _HALVED_ROWS = 256  # of more than these no more than half have their logits at once, though products lose more then
 _AGAIN = 0.1  # what computing any rows again costs besides: 33 rows of 1024x512x32000 took 0.16 of the products' time
-_MORE = 1.3  # times the least memory, for products that lose nothing: 2048x768x50257 takes 0.91 of the time
 _TILE_CLASSES = 1024
 _FEWEST_CLASSES = 128  # of a tile: with fewer the products are slow
 _FEWEST_ROWS = 128  # of a chunk
@@ -117,9 +116,8 @@ def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
     if not sizes.sum_bytes(needs):
         enough = min(enough, max(_HALVED_ROWS, math.ceil(sizes.rows / 2)))
     least = min(logits, enough * sizes.row_bytes + sizes.sum_bytes(needs))
-    if in_tiles:  # all rows kept, and a tile: products lose nothing
-        tiles = sizes.beyond * sizes.row_bytes + _TILE_CLASSES * sizes.rows * sizes.itemsize
-        least = tiles if tiles <= min(_MORE * least, logits) else least
+    if in_tiles:  # all rows kept, and a tile
+        least = min(least, sizes.beyond * sizes.row_bytes + _TILE_CLASSES * sizes.rows * sizes.itemsize)
     return max(int(_SHARE * logits), least)
 
 
