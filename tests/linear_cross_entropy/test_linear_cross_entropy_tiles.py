@@ -264,7 +264,7 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
         bytes_used = plan.chunk_rows * sizes.row_bytes + (4 * 512 * 32000 if several else 0)
     least = 128 * rows * itemsize + (6 * 512 * rows if rows < 8192 else 0)
     enough = (
-        min(1024, max(256, -(-rows // 2))) * sizes.row_bytes
+        min(512, max(256, -(-rows // 2))) * sizes.row_bytes
         if itemsize == 4
         else 470 * sizes.row_bytes + 4 * 512 * 32000
     )  # for fast products
@@ -288,7 +288,7 @@ def test_default_plans_have_fast_products(rows, features, classes, itemsize, in_
     if plan.tile_classes:
         assert in_tiles and features + plan.kept_rows >= rows
     else:
-        assert plan.chunk_rows >= min(rows // 2, 1024) if itemsize == 4 else 400
+        assert plan.chunk_rows >= min(rows // 2, 512) if itemsize == 4 else 400
 
 
 def test_the_page_says_what_the_default_takes():

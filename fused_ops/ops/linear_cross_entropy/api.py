@@ -163,8 +163,8 @@ def linear_cross_entropy(
             logits.
         chunk_rows: Rows whose logits exist at once. Default: chosen with the memory, see ``max_memory_bytes``.
         max_memory_bytes: What the call may take beyond inputs and gradients. Default on the CPU: 3 % of the logits, or
-            what it takes for products that lose no more than 3/128 of their rate in float32, 3/32 in 16 bit: at most
-            the logits of 1024 rows or of half of them, and in 16 bit of 470 rows and two copies of ``linear_weight``,
+            what it takes for products that lose no more than 3/64 of their rate in float32, 3/32 in 16 bit: at most
+            the logits of 512 rows or of half of them, and in 16 bit of 470 rows and two copies of ``linear_weight``,
             but never more than all the logits; these, if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice. Default on CUDA: 1024 rows of logits or as many as the second-level cache
             holds; with 16-bit weights whose gradient is wanted at least 2048 rows, or as many as there are features,

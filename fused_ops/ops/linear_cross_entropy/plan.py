@@ -15,10 +15,10 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
 _SHARE = 0.03  # of the logits, which a call may take by default; more where fast products need more
-# What fast products may lose, of the time of those in one piece: so little that no head is slower than under
+# What fast products may lose, of the time of those in one piece: so little that heads are about as fast as under
 # torch.compile, which has all the logits, and loses more of 16 bits. On two cores with AVX-512 its time over ours at
-# 2048x768x50257 in float32 was 0.91 to 0.98 with 3/32 (256 rows of logits), and 0.98 to 1.05 with 3/64.
-_NEAR, _NEAR_OF_16_BITS = 3 / 128, 3 / 32
+# 2048x768x50257 in float32 was 0.91 to 0.98 with 3/32 (256 rows), 0.98 to 1.05 with this, and no more with 3/128.
+_NEAR, _NEAR_OF_16_BITS = 3 / 64, 3 / 32
 _HALVED_ROWS = 256  # of more than these no more than half have their logits at once, though products lose more then
 _AGAIN = 0.1  # what computing any rows again costs besides: 33 rows of 1024x512x32000 took 0.16 of the products' time
 _TILE_CLASSES = 1024
