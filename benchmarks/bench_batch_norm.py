@@ -112,10 +112,11 @@ PIECE = 16384  # values of a contiguous image
 def piece_shape(shape: tuple[int, ...], layout: str, count: int) -> tuple[int, ...]:
     """So many pieces of the shape: fewer rows, smaller images, or fewer channels of an image of the same size."""
     _, channels, *spatial = shape
+    rows = PIECE_ROWS * 256 // max(channels, 256)
     if not spatial:
-        return count * PIECE_ROWS * 256 // max(channels, 256), channels
+        return count * rows, channels
     if layout == "channels_last":
-        return 2 * count, channels, 16, PIECE_ROWS * 256 // max(channels, 256) // 32
+        return 2 * count, channels, 16, rows // 32
     return count, max(1, PIECE // math.prod(spatial)), *spatial
 
 

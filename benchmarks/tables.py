@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from . import gpu_tables, heads, pages, results, rivals, targets
@@ -242,47 +242,42 @@ def plots(tables: Tables, folder: Path) -> str:
     return "\n".join(lines) or NO_FIGURES
 
 
-def summary(tables: Tables) -> str:
-    """The few lines for the README: ratios of the quick cases."""
-    rows = [r for r in tables["timings"] if r["part"] in ("micro", "overhead") and r["direction"] == "both"]
-    lines = []
+def _with_recycled(rows: list[Row]) -> Iterator[tuple[str, dict[str, Row], dict[str, Row]]]:
+    """ "op case" of each, its providers with the C library's own choice of memory, and those with recycled memory."""
     for op in dict.fromkeys(r["op"] for r in rows):
         mine = [r for r in rows if r["op"] == op]
         again = _grouped(most_threads(recycled(mine)))
-        for (case, direction), group in _grouped(most_threads(by_default(mine))).items():
-            if case in SUMMARY and OURS in group and group[OURS]["status"] == "ok":
-                line = [f"{op} {case}", _ms(group, TRUTH), _ms(group, OURS)]
-                line += [_ratio(group, OURS, TRUTH), _ratio(group, OURS, COMPILE)]
-                there = again.get((case, direction), {})
-                lines.append([*line, *(_ratio(there, OURS, rival) for rival in (TRUTH, COMPILE))])
+        for key, group in _grouped(most_threads(by_default(mine))).items():
+            yield f"{op} {key[0]}", group, again.get(key, {})
+
+
+def summary(tables: Tables) -> str:
+    """The few lines for the README: ratios of the quick cases."""
+    rows = [r for r in _summarised(tables) if r["part"] in ("micro", "overhead")]
+    lines = []
+    for case, group, again in _with_recycled(rows):
+        if OURS in group and group[OURS]["status"] == "ok":
+            line = [case, _ms(group, TRUTH), _ms(group, OURS)]
+            lines.append([*line, *(_ratio(g, OURS, rival) for g in (group, again) for rival in (TRUTH, COMPILE))])
     columns = ["forward + backward", "eager", "fused_ops", "vs eager", "vs torch.compile"]
     return markdown([*columns, "recycled memory: vs eager", "vs torch.compile "], lines)
+
+
+def _summarised(tables: Tables) -> list[Row]:
+    return [r for r in tables["timings"] if r["direction"] == "both" and r["case"] in SUMMARY]
 
 
 def instruction_sets(machines: Sequence[Tables]) -> str:
     """The same cases against eager on each machine, with the C library's own choice of memory and with recycled one."""
     columns, found = ["forward + backward, eager / fused_ops"], {}
     for known in machines:
-        rows = [
-            r for r in known["timings"] if r["part"] == "micro" and r["direction"] == "both" and r["case"] in SUMMARY
-        ]
+        rows = [r for r in _summarised(known) if r["part"] == "micro"]
         if not recycled(rows):
             continue
         columns += [f"{rows[0]['isa']}", f"{rows[0]['isa']}, recycled memory"]
-        kinds = [
-            {op: _of_op(kind(rows), op) for op in dict.fromkeys(r["op"] for r in rows)}
-            for kind in (by_default, recycled)
-        ]
-        for op, groups in kinds[0].items():
-            for key, group in groups.items():
-                again = kinds[1][op].get(key, {})
-                ratios = [_ratio(g, OURS, TRUTH) for g in (group, again)]
-                found.setdefault(f"{op} {key[0]}", []).extend(ratios)
+        for case, *groups in _with_recycled(rows):
+            found.setdefault(case, []).extend(_ratio(g, OURS, TRUTH) for g in groups)
     return markdown(columns, [[case, *ratios] for case, ratios in found.items() if len(ratios) == len(columns) - 1])
-
-
-def _of_op(rows: list[Row], op: str) -> dict[tuple[str, str], dict[str, Row]]:
-    return _grouped(most_threads([r for r in rows if r["op"] == op]))
 
 
 def models_table(tables: Tables) -> str:

@@ -62,6 +62,16 @@ def rule(monkeypatch):
     return lambda: monkeypatch.setattr(memory_format, "_WITHOUT_FLOAT64", ("mps", "cpu"))
 
 
+def same_without_float64(run, rule):
+    """What run() gives with the rule on is what it gives without, to what float32 sums cost."""
+    expected = run()
+    rule()
+    with WithoutFloat64():
+        found = run()
+    for mine, ordinary in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.to(ordinary.dtype), ordinary, rtol=1e-5, atol=1e-5)
+
+
 def narrow(values, dtype=torch.float32):
     """The floating-point tensors in this dtype, leaves that require grad if they did; float64 as a dtype too."""
 
@@ -194,12 +204,7 @@ def test_parts_of_a_row_and_their_merge(smoothing, rule):
         ]
         return [*m, *again, *grads]
 
-    expected = run()
-    rule()
-    with WithoutFloat64():
-        found = run()
-    for mine, ordinary in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.to(ordinary.dtype), ordinary, rtol=1e-5, atol=1e-5)
+    same_without_float64(run, rule)
 
 
 def test_batch_norm_in_parts(rule):
@@ -216,12 +221,7 @@ def test_batch_norm_in_parts(rule):
         sums = ranks_reference.grad_sums(*args)
         return [*m, counted, y, sums, ranks_reference.gradient(sums / m.values, torch.empty_like(x), *args)]
 
-    expected = run()
-    rule()
-    with WithoutFloat64():
-        found = run()
-    for mine, ordinary in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.to(ordinary.dtype), ordinary, rtol=1e-5, atol=1e-5)
+    same_without_float64(run, rule)
 
 
 def test_sums_in_blocks(rule):

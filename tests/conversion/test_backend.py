@@ -19,7 +19,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def fresh(graphs_of_any_size):
-    """Everything is worth it, and nothing is compiled before."""
+    """Everything is worth it, and nothing is counted before."""
     GRAPHS.clear()
     torch.manual_seed(0)
 

@@ -74,8 +74,7 @@ def rebuild(
     groups: int,
 ) -> Tensor:
     """x, in the dtype of the computation."""
-    mask = stored_mask(output, weight, bias, activation, slope)
-    kept, centered = _centered(output, weight, bias, statistics, stored, activation, slope, groups, mask)
+    mask, kept, centered = _centered(output, weight, bias, statistics, stored, activation, slope, groups)
     return torch.where(mask, kept, (centered + by_row(statistics, output, groups)[0]).to(centered.dtype))
 
 
@@ -88,10 +87,12 @@ def _centered(
     activation: int,
     slope: float,
     groups: int,
-    mask: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The stored x, 0 elsewhere, and x - mean of all: of the others (activation^-1(y) - bias) / (weight * invstd)."""
-    dtype = acc_dtype(output.dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where x is stored, that x, 0 elsewhere, and x - mean of all.
+
+    Of the others it is (activation^-1(y) - bias) / (weight * invstd).
+    """
+    dtype, mask = acc_dtype(output.dtype), stored_mask(output, weight, bias, activation, slope)
     z = y = output.to(dtype)
     if activation == activations.LEAKY_RELU:
         z = torch.where(y > 0, y, y / slope)
@@ -103,7 +104,7 @@ def _centered(
     # a masked scatter waits for no device, and takes what has room for more than is stored, as a captured graph's
     flat = y.new_zeros(y.numel()).masked_scatter_(in_memory_order(mask, output), stored.to(dtype))
     kept, near = _from_memory_order(flat, output), mean.to(dtype)
-    return kept, torch.where(mask, (kept - near) - (mean - near).to(dtype), z / scale.to(dtype))
+    return mask, kept, torch.where(mask, (kept - near) - (mean - near).to(dtype), z / scale.to(dtype))
 
 
 def before(grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor, activation: int, slope: float) -> Tensor:
@@ -137,8 +138,7 @@ def keep_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``backward`` from the forward's output, from which x - mean is rebuilt."""
     y = output
-    mask = stored_mask(y, weight, bias, activation, slope)
-    _, centered = _centered(y, weight, bias, statistics, stored, activation, slope, groups, mask)
+    mask, _, centered = _centered(y, weight, bias, statistics, stored, activation, slope, groups)
     invstd = by_row(statistics, y, groups)[1]
     scale = invstd if weight is None else invstd * wide(per_channel(weight, y))
     z = centered * scale.to(centered.dtype)

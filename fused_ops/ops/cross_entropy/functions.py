@@ -427,6 +427,5 @@ def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str,
     if reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
         apply = _on_cpu if input.is_cpu else _on_device
         return apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
-    loss: Tensor
-    loss = CrossEntropyFunction.apply(input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)[0]
-    return loss
+    args = (input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)
+    return CrossEntropyFunction.apply(*args)[0]  # type: ignore[no-any-return]

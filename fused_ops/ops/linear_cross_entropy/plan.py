@@ -105,9 +105,10 @@ def _in_tiles(sizes: Sizes, needs: int, memory: int) -> _Choice:
         kept = min(beyond, max(left - beyond * sums, 0) // max(sizes.row_bytes - sums, 1))
         if 2 * beyond * sums > left and chunk >= _FEWEST_ROWS:  # or found in a first pass by rows
             tile = min(_TILE_CLASSES, max(memory // tile_row // 32 * 32, _FEWEST_CLASSES), sizes.classes)
-            return _Choice(1 + _AGAIN + beyond / (3 * sizes.rows), Plan(sizes.classes, chunk, needs, -1, tile))
-    again = (beyond - kept) / (3 * sizes.rows) + _AGAIN if kept < beyond else 0
-    return _Choice(1 + again, Plan(sizes.classes, chunk, needs, kept, tile))
+            kept = -1
+    again = beyond - max(kept, 0)
+    cost = 1 + _AGAIN + again / (3 * sizes.rows) if again else 1
+    return _Choice(cost, Plan(sizes.classes, chunk, needs, kept, tile))
 
 
 def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
