@@ -38,9 +38,7 @@ class Count(NamedTuple):
 
 def default_plan(sizes: Sizes, device: str) -> Plan:
     """What a call of class indices alone gets."""
-    if device == "cuda":
-        return Plan(sizes.classes, plan.chosen_rows(sizes.rows, sizes.row_bytes, plan.L2_BYTES, sizes.features), NEEDS)
-    return plan.choose(sizes, NEEDS, True, None, None)
+    return plan.choose(sizes._replace(l2_bytes=plan.L2_BYTES if device == "cuda" else 0), NEEDS, True, None, None)
 
 
 def count(sizes: Sizes, p: Plan) -> Count:

@@ -141,6 +141,26 @@ __device__ inline Online<A, S> merged(const Online<A, S>& a, const Online<A, S>&
   return {max, a.sum * S(rescale(a.max, max)) + b.sum * S(rescale(b.max, max))};
 }
 
+// Makes `max` the running maximum and returns what is subtracted from every value.
+template <class A, class S>
+__device__ inline A raise_to(Online<A, S>& to, A max) {
+  if (max > to.max) to.sum *= S(rescale(to.max, max)), to.max = max;
+  return to.max == -kInfinity<A> ? A(0) : to.max;
+}
+// Adds kCount elements of T to a running maximum and sum.
+template <class T, int kCount>
+__device__ inline void add_values(Online<acc_t<T>, sum_t<T>>& to, const acc_t<T>* v) {
+  using A = acc_t<T>;
+  A max = v[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) max = larger(max, v[k]);
+  const A shift = raise_to(to, max);
+  A sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum += exp_of<T>(v[k] - shift);
+  to.sum += sum;
+}
+
 // Merges a group's values: the maxima first, so that each thread rescales its sum once. As reduce_group.
 template <int kGroup, class A, class S>
 __device__ inline Online<A, S> reduce_online(Online<A, S> v) {

@@ -4,12 +4,9 @@
 
 #include "cross_entropy/on_cpu.h"
 #include "linear_cross_entropy/arguments.h"
-#include "linear_cross_entropy/kernels.h"
 
 namespace fused_ops {
 namespace {
-
-constexpr const char* kHere = "linear_cross_entropy";
 
 RowResults linear_cross_entropy_chunk_(const ChunkArguments& a) {
   const Tensor& logits = a.tensors.input;
@@ -42,53 +39,24 @@ RowResults linear_cross_entropy_chunk_(const ChunkArguments& a) {
 // Uninitialised memory for logits or a gradient, in huge pages where it is large.
 Tensor linear_cross_entropy_buffer(const BufferArguments& a) {
   if (a.rows < 0 || a.columns < 0)
-    raise(kHere, ": rows and columns must not be negative, got ", a.rows, " and ", a.columns);
+    raise(kHead, ": rows and columns must not be negative, got ", a.rows, " and ", a.columns);
   const int64_t shape[2] = {a.rows, a.columns};
   const Tensor t = empty(a.like, {shape, 2}, a.like.scalar_type());
-  advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(kHere, "like", t)));
+  advise_huge(t.mutable_data_ptr(), t.numel() * element_size(float_dtype(kHead, "like", t)));
   return t;
 }
 
-const float* floats(const char* name, const Tensor& t, int64_t rows) {
-  check_dtype(kHere, name, t, ScalarType::Float, "float32");
-  check_numel(kHere, name, t, rows);
-  if (!t.is_contiguous()) raise(kHere, ": ", name, " must be contiguous");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-// A target that is none of all classes raises.
-LinearCrossEntropyTile tile_of(const TileArguments& a) {
-  const Tensor &logits = a.logits, &target = a.target;
-  const int64_t first_class = a.first_class, classes = a.classes;
-  LinearCrossEntropyTile tile{};
-  tile.dtype = float_dtype(kHere, "logits", logits);
-  if (tile.dtype == DType::float64) raise(kHere, ": logits must have a dtype that is computed in float32, got float64");
-  if (logits.dim() != 2 || (logits.size(1) > 1 && logits.stride(1) != 1) ||
-      (logits.size(0) > 1 && logits.stride(0) < logits.size(1)))
-    raise(kHere, ": logits must be (classes, rows) with the rows adjacent, got shape ", shape_of(logits));
-  tile.classes = logits.size(0), tile.rows = logits.size(1), tile.stride = logits.stride(0);
-  check_dtype(kHere, "target", target, ScalarType::Long, "int64");
-  check_numel(kHere, "target", target, tile.rows);
-  if (!target.is_contiguous()) raise(kHere, ": target must be contiguous");
-  if (first_class < 0 || classes < tile.classes || classes > INT32_MAX || first_class > classes - tile.classes)
-    raise(kHere, ": first_class ", first_class, " and ", tile.classes, " more must be among ", classes, " classes");
-  tile.first_class = first_class;
-  tile.target = static_cast<const int64_t*>(target.const_data_ptr());
+// The tile; a target that is none of all classes raises.
+LinearCrossEntropyTile readable_tile(const TileArguments& a) {
+  const LinearCrossEntropyTile tile = a.tile();
   for (int64_t r = 0; r < tile.rows; ++r)
-    if (tile.target[r] < 0 || tile.target[r] >= classes) raise_bad_target(target, r);
-  tile.logits = const_cast<void*>(logits.const_data_ptr());
+    if (tile.target[r] < 0 || tile.target[r] >= a.classes) raise_bad_target(a.target, r);
   return tile;
 }
 
 void linear_cross_entropy_tile_sums_(const TileSums& a) {
-  const LinearCrossEntropyTile tile = tile_of(a);
-  const auto& [max, others, target_logit] = a.rows;
-  check_dtype(kHere, "others", others, ScalarType::Double, "float64");
-  check_numel(kHere, "others", others, tile.rows);
-  if (!others.is_contiguous()) raise(kHere, ": others must be contiguous");
-  const LinearCrossEntropySums sums{const_cast<float*>(floats("max", max, tile.rows)),
-                                    static_cast<double*>(others.mutable_data_ptr()),
-                                    const_cast<float*>(floats("target_logit", target_logit, tile.rows))};
+  const LinearCrossEntropyTile tile = readable_tile(a);
+  const LinearCrossEntropySums sums = a.sums();
   constexpr int64_t kRows = 32;  // a cache line of 16-bit logits: as little as a thread may take
   const auto kernel = FUSED_OPS_SELECT(linear_cross_entropy_tile_sums);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(tile.classes, 1) / kRows);
@@ -98,11 +66,9 @@ void linear_cross_entropy_tile_sums_(const TileSums& a) {
 }
 
 void linear_cross_entropy_tile_grads_(const TileGrads& a) {
-  LinearCrossEntropyTile tile = tile_of(a);
+  LinearCrossEntropyTile tile = readable_tile(a);
   tile.logits = a.logits.mutable_data_ptr();
-  const auto& [max, factor, target_grad] = a.rows;
-  const LinearCrossEntropyGrads grads{floats("max", max, tile.rows), floats("factor", factor, tile.rows),
-                                      floats("target_grad", target_grad, tile.rows)};
+  const LinearCrossEntropyGrads grads = a.grads();
   const auto kernel = FUSED_OPS_SELECT(linear_cross_entropy_tile_grads);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(tile.rows, 1));
   torch::stable::parallel_for(0, tile.classes, grain,
@@ -111,11 +77,11 @@ void linear_cross_entropy_tile_grads_(const TileGrads& a) {
 
 void linear_cross_entropy_add_(const AddArguments& a) {
   const auto& [sum, part] = a;
-  check_dtype(kHere, "sum", sum, ScalarType::Float, "float32");
-  check_numel(kHere, "part", part, sum.numel());
-  const DType dtype = float_dtype(kHere, "part", part);
-  if (element_size(dtype) != 2) raise(kHere, ": part must be bfloat16 or float16");
-  if (!sum.is_contiguous() || !part.is_contiguous()) raise(kHere, ": sum and part must be contiguous");
+  check_dtype(kHead, "sum", sum, ScalarType::Float, "float32");
+  check_numel(kHead, "part", part, sum.numel());
+  const DType dtype = float_dtype(kHead, "part", part);
+  if (element_size(dtype) != 2) raise(kHead, ": part must be bfloat16 or float16");
+  if (!sum.is_contiguous() || !part.is_contiguous()) raise(kHead, ": sum and part must be contiguous");
   float* to = static_cast<float*>(sum.mutable_data_ptr());
   const void* from = part.const_data_ptr();
   const auto kernel = FUSED_OPS_SELECT(linear_cross_entropy_add);
@@ -152,18 +118,18 @@ Tensor product(const Tensor& left, const Tensor& right) {
 
 void check_head(const HeadArguments& a) {
   const auto& [input, weight, bias, target, ignore_index, reduction, needs] = a;
-  float_dtype(kHere, "input", input);
-  check_same_dtype(kHere, "linear_weight", weight, "input", input);
+  float_dtype(kHead, "input", input);
+  check_same_dtype(kHead, "linear_weight", weight, "input", input);
   if (input.dim() != 2 || weight.dim() != 2 || input.size(1) != weight.size(1))
-    raise(kHere, ": expected input (rows, in_features) and linear_weight (classes, in_features), got ", shape_of(input),
+    raise(kHead, ": expected input (rows, in_features) and linear_weight (classes, in_features), got ", shape_of(input),
           " and ", shape_of(weight));
   if (target.dim() != 1 || target.size(0) != input.size(0))
-    raise(kHere, ": expected a target of each of ", input.size(0), " rows, got shape ", shape_of(target));
-  if (reduction != 1 && reduction != 2) raise(kHere, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
+    raise(kHead, ": expected a target of each of ", input.size(0), " rows, got shape ", shape_of(target));
+  if (reduction != 1 && reduction != 2) raise(kHead, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
   if (!bias) return;
-  check_same_dtype(kHere, "linear_bias", *bias, "input", input);
+  check_same_dtype(kHead, "linear_bias", *bias, "input", input);
   if (bias->dim() != 1 || bias->size(0) != weight.size(0))
-    raise(kHere, ": linear_bias must have the shape [", weight.size(0), "], got ", shape_of(*bias));
+    raise(kHead, ": linear_bias must have the shape [", weight.size(0), "], got ", shape_of(*bias));
 }
 
 // Writes the loss; where a gradient is needed, the logits become theirs.

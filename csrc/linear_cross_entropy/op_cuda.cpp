@@ -31,6 +31,28 @@ RowResults chunk(const ChunkArguments& a) {
   return outputs.all();
 }
 
+// A tile whose classes can be read 16 bytes at a time.
+LinearCrossEntropyTile aligned_tile(const TileArguments& a) {
+  const LinearCrossEntropyTile tile = a.tile();
+  const bool even = tile.classes <= 1 || tile.stride * element_size(tile.dtype) % 16 == 0;
+  if (!even || reinterpret_cast<uintptr_t>(tile.logits) % 16 != 0)
+    raise(kHead, ": every class of logits must begin at a multiple of 16 bytes, got a stride of ", tile.stride);
+  return tile;
+}
+
+void tile_sums(const TileSums& a) {
+  TileSumsCall call{aligned_tile(a), a.classes, a.sums(), nullptr};
+  const OnDevice device(a.logits);
+  const Tensor memory = scratch(a.logits, tile_sums_scratch(call.tile));
+  call.scratch = doubles_of(memory);
+  check_launch(kHead, linear_cross_entropy_tile_sums(call, device.stream()));
+}
+
+void tile_grads(const TileGrads& a) {
+  const TileGradsCall call{aligned_tile(a), a.grads()};
+  check_launch(kHead, linear_cross_entropy_tile_grads(call, OnDevice(a.logits).stream()));
+}
+
 void rescale(const RescaleArguments& a) {
   constexpr const char* kHere = "linear_cross_entropy_rescale_";
   check_numel(kHere, "scale", a.scale, 1);
@@ -46,5 +68,7 @@ void rescale(const RescaleArguments& a) {
 
 FUSED_OPS_LIBRARY_IMPL(FUSED_OPS_CUDA_LIBRARY, FUSED_OPS_CUDA_KEY, m) {
   fused_ops::implement_struct<&fused_ops::cuda::chunk>(m, "linear_cross_entropy_chunk_");
+  fused_ops::implement_struct<&fused_ops::cuda::tile_sums>(m, "linear_cross_entropy_tile_sums_");
+  fused_ops::implement_struct<&fused_ops::cuda::tile_grads>(m, "linear_cross_entropy_tile_grads_");
   fused_ops::implement_struct<&fused_ops::cuda::rescale>(m, "linear_cross_entropy_rescale_");
 }

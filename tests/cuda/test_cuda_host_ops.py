@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
 from fused_ops.ops.cross_entropy import functions
+from fused_ops.ops.linear_cross_entropy import by_classes
+from fused_ops.ops.linear_cross_entropy.by_rows import Plan
 from fused_ops.testing import compare_gradients, samples_of
 
 CALLED_AS = {  # by whom, in the order of OPS
@@ -21,7 +23,12 @@ CALLED_AS = {  # by whom, in the order of OPS
         for name in ("forward_op", "backward_op", "backward_inplace_op")
     ]
     + ["cross_entropy.functions._with_gradient_op", "cross_entropy.functions._scale_gradient_op"],
-    "linear_cross_entropy": ["linear_cross_entropy.by_rows._chunk_op", "linear_cross_entropy.functions.rescale_op"],
+    "linear_cross_entropy": [
+        "linear_cross_entropy.by_rows._chunk_op",
+        "linear_cross_entropy.functions.rescale_op",
+        "linear_cross_entropy.by_classes._sums_op",
+        "linear_cross_entropy.by_classes._grads_op",
+    ],
     "batch_norm": [
         *(f"batch_norm.functions._{name}_op" for name in ("forward", "backward", "plain_forward", "plain_backward")),
         *(f"batch_norm.ranks._{name}_op" for name in ("moments", "normalise", "sums", "gradient")),
@@ -29,6 +36,7 @@ CALLED_AS = {  # by whom, in the order of OPS
     ],
 }
 ON_CPU = functions._on_cpu
+TILES = {name: getattr(by_classes, name) for name in ("is_padded", "skips_ignored")}
 CALLS = int(os.environ.get("FUSED_OPS_FUZZ_CALLS", "1000"))
 
 
@@ -41,6 +49,9 @@ def call_with(monkeypatch, namespace):
     for name in ("forward", "plain_forward", "plain_backward"):  # as eager calls take them
         op = getattr(namespace, f"batch_norm_{name}").default
         monkeypatch.setattr(f"fused_ops.ops.batch_norm.functions._{name}", op)
+    for name, of_a_gpu in (("is_padded", True), ("skips_ignored", False)):
+        function = (lambda value: lambda tensor: value)(of_a_gpu) if on_device else TILES[name]
+        monkeypatch.setattr(by_classes, name, function)
     for op, places in CALLED_AS.items():
         for place, name in zip(places, OPS[op], strict=True):
             module, attribute = place.rsplit(".", 1)
@@ -143,6 +154,77 @@ def test_a_gradient_is_rescaled_where_it_lies(host_ops, dtype, count):
     for bad in (lambda: rescale(torch.randn(4, 3).T, torch.tensor(1.0)), lambda: rescale(grad, torch.ones(2))):
         with pytest.raises(RuntimeError, match="rescale_"):
             bad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "features", "classes"), [(300, 24, 1300), (24, 64, 1100), (70, 72, 600), (9, 8, 513)])
+@pytest.mark.parametrize("way", ["kept", "again", "first by rows"])
+def test_tiles(way, rows, features, classes, dtype, emulated, monkeypatch):
+    """By the error rule, with ignored rows of NaN, whatever a row's logits are computed for: once, twice, kept."""
+    kept, tile = {"kept": (rows, 256), "again": (64, 200), "first by rows": (-1, 600)}[way]
+    g = torch.Generator().manual_seed(rows)
+    x, w, bias = (torch.randn(s, generator=g).to(dtype) for s in ((rows, features), (classes, features), (classes,)))
+    target = torch.randint(0, classes, (rows,), generator=g)
+    target[::5] = -100
+    target[1], target[2] = 0, classes - 1
+    plan = Plan(classes, 40, 7, kept, tile)
+    monkeypatch.setattr("fused_ops.ops.linear_cross_entropy.graph.plan", lambda *_: plan)
+
+    def run(loss, *tensors, **more):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        value = loss(*leaves, **more)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    def eager(x, w, bias):
+        z = torch.nn.functional.linear(x, w, bias)
+        more = 1e-3 * (target != -100) * z.logsumexp(1).square()
+        return torch.nn.functional.cross_entropy(z, target) + more.sum() / (target != -100).sum()
+
+    options = {"z_loss": 1e-3, "max_memory_bytes": 1}
+    found = run(lambda x, w, b: fused_ops.linear_cross_entropy(x, w, target, linear_bias=b, **options), x, w, bias)
+    theirs, truth = run(eager, x, w, bias), run(eager, *(t.double() for t in (x, w, bias)))
+    for mine, other, true in zip(found, theirs, truth, strict=True):
+        rounding = torch.finfo(dtype).eps * true.abs().max()
+        assert (mine - true).abs().max() <= (other - true).abs().max() + rounding
+    x[::5] = float("nan")
+    again = run(lambda x, w, b: fused_ops.linear_cross_entropy(x, w, target, linear_bias=b, **options), x, w, bias)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1][1::5], found[1][1::5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("classes", "rows"), [(1, 1), (33, 7), (513, 100), (1300, 300), (40, 1000)])
+def test_tile_kernels_write_their_tile_alone(classes, rows, dtype, emulated):
+    """What each adds and writes, of two tiles one after the other; rows whose logits are -inf, inf or NaN."""
+    sums, grads = (emulated[f"linear_cross_entropy_tile_{name}_"] for name in ("sums", "grads"))
+    pitch = -(-rows // 64) * 64
+    g = torch.Generator().manual_seed(classes)
+    memory = torch.randn(2 * classes, pitch, generator=g).to(dtype)
+    logits = memory[:, :rows]
+    for value, row in ((-torch.inf, 3), (torch.inf, 4), (torch.nan, 5)):
+        logits[:, row : row + 1] = value
+    target = torch.randint(0, 2 * classes, (rows,), generator=g)
+    target[6:7] = torch.iinfo(torch.int64).min
+    highest = torch.full((rows,), -torch.inf)
+    others, at_target = torch.zeros(rows, dtype=torch.float64), torch.full((rows,), -torch.inf)
+    for first in (0, classes):
+        sums(logits[first : first + classes], target, first, 2 * classes, highest, others, at_target)
+    z, counts = logits.double(), target >= 0
+    fine = counts & z.isfinite().all(0)
+    assert torch.equal(highest.double()[fine], z.amax(0)[fine])
+    picked = torch.where(counts, target, 0)
+    expected = (z - z.amax(0)).exp().scatter(0, picked[None], 0.0).sum(0)
+    torch.testing.assert_close(others[fine], expected[fine], rtol=1e-6, atol=1e-30)
+    assert torch.equal(at_target[fine].double(), z.gather(0, picked[None])[0][fine])
+    assert not torch.isfinite(others[4:6][counts[4:6]]).any()
+    factor, target_grad = torch.rand(rows, generator=g), -torch.rand(rows, generator=g)
+    before = memory.clone()
+    for first in (0, classes):
+        grads(logits[first : first + classes], target, first, 2 * classes, highest, factor, target_grad)
+    wanted = ((z - highest.double()).exp() * factor).scatter(0, picked[None], target_grad.double()[None])
+    wanted = torch.where(counts, wanted, 0.0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.double()[:, fine], wanted[:, fine], rtol=8 * eps, atol=eps**2)
+    assert bool((logits[:, ~counts] == 0).all()) and torch.equal(memory[:, rows:], before[:, rows:])
 
 
 def test_a_bad_target_is_a_device_error(emulated, cuda_host):

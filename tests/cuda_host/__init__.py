@@ -32,7 +32,9 @@ OPS = {  # the raw ops with kernels
         for direction in ("forward", "backward", "backward_")
     ]
     + ["cross_entropy_with_gradient", "cross_entropy_scale_gradient"],
-    "linear_cross_entropy": ["linear_cross_entropy_chunk_", "linear_cross_entropy_rescale_"],
+    "linear_cross_entropy": [
+        f"linear_cross_entropy_{part}_" for part in ("chunk", "rescale", "tile_sums", "tile_grads")
+    ],
     "batch_norm": [
         *(f"batch_norm_{kind}{direction}" for kind in ("", "plain_") for direction in ("forward", "backward")),
         *(f"batch_norm_{part}" for part in ("moments", "normalise", "grad_sums", "gradient", "keep", "keep_backward")),

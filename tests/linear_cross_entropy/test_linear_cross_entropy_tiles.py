@@ -13,7 +13,7 @@ import fused_ops
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.by_rows import BIAS, INPUT, WEIGHT, Plan
-from fused_ops.ops.linear_cross_entropy.plan import Sizes, choose, default_bytes, least_bytes
+from fused_ops.ops.linear_cross_entropy.plan import L2_BYTES, Sizes, choose, default_bytes, least_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -99,11 +99,12 @@ def test_tiles_do_not_matter_beyond_rounding(tile, kept):
         torch.testing.assert_close(mine.double(), other / 61, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("memory", [1, 20000, 35000])
+@pytest.mark.parametrize("memory", [0, 20000, 35000])
 def test_memory_stays_within_what_is_allowed(memory, used, chunks_in_sight):
     rows, features, classes = 600, 200, 3000
     tensors, target = draw(torch.bfloat16, rows, features, classes, bias=False, ignored=0)
-    memory *= rows * classes * 2 // 100000
+    sizes = Sizes(rows, features, classes, 1, 2)
+    memory = memory * rows * classes * 2 // 100000 or least_bytes(sizes, INPUT | WEIGHT, True)[0]
     biggest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -116,11 +117,10 @@ def test_memory_stays_within_what_is_allowed(memory, used, chunks_in_sight):
 
     leaves = [t.requires_grad_() for t in tensors]
     with Watch():
-        fused_ops.linear_cross_entropy(*leaves, target, max_memory_bytes=max(memory, 1)).backward()
+        fused_ops.linear_cross_entropy(*leaves, target, max_memory_bytes=memory).backward()
     assert used
-    allowed = max(memory, 128 * rows * 2, 4 * rows * features)
-    assert sorted(set(biggest))[-1] <= max(allowed, 2 * features * classes)
-    assert sum(b > allowed for b in set(biggest)) <= 1  # grad_weight
+    assert sorted(set(biggest))[-1] <= max(memory, 2 * features * classes)
+    assert sum(b > memory for b in set(biggest)) <= 1  # grad_weight
 
 
 def test_rows_depend_on_neither_the_threads_nor_each_other():
@@ -241,14 +241,17 @@ def test_the_second_derivative():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("percent", [None, 3, 12, 50, 200])
 @pytest.mark.parametrize("in_tiles", [True, False])
-def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
-    sizes = Sizes(rows, 512, 32000, 1, itemsize)
+@pytest.mark.parametrize("l2_bytes", [0, L2_BYTES])
+def test_plans_keep_to_their_memory(l2_bytes, in_tiles, percent, itemsize, rows):
+    sizes = Sizes(rows, 512, 32000, 1, itemsize, l2_bytes)
     logits = rows * sizes.row_bytes
     allowed = None if percent is None else logits * percent // 100
     needs = INPUT | WEIGHT | BIAS
-    if allowed is not None and not in_tiles and allowed < least_bytes(sizes, needs):
+    least = least_bytes(sizes, needs, in_tiles)[0]
+    assert choose(sizes, needs, in_tiles, None, least)
+    if allowed is not None and allowed < least:
         assert itemsize == 2 and allowed < 128 * sizes.row_bytes + 4 * 512 * 32000
-        with pytest.raises(ValueError, match=f"to be at least {least_bytes(sizes, needs)}, for .* got {allowed}"):
+        with pytest.raises(ValueError, match=f"to be at least {least}, for .* got {allowed}"):
             choose(sizes, needs, in_tiles, None, allowed)
         return
     plan = choose(sizes, needs, in_tiles, None, allowed)
@@ -262,19 +265,15 @@ def test_plans_keep_to_their_memory(in_tiles, percent, itemsize, rows):
     else:
         several = itemsize == 2 and plan.chunk_rows < rows
         bytes_used = plan.chunk_rows * sizes.row_bytes + (4 * 512 * 32000 if several else 0)
-    least = 128 * rows * itemsize + (6 * 512 * rows if rows < 8192 else 0)
-    enough = (
-        min(512, max(256, -(-rows // 2))) * sizes.row_bytes
-        if itemsize == 4
-        else 470 * sizes.row_bytes + 4 * 512 * 32000
-    )  # for fast products
+    summed = 4 * 512 * 32000 if itemsize == 2 else 0
+    enough = 470 if itemsize == 2 else min(512, max(256, -(-rows // 2)))  # rows, for fast products
+    if l2_bytes:
+        enough = 2048 if itemsize == 2 else 1024
+    enough = enough * sizes.row_bytes + summed
     default = max(0.03 * logits, min(enough, logits))
-    if in_tiles:
-        assert bytes_used <= max(default if allowed is None else allowed, least)
-    elif allowed is None:
-        assert bytes_used <= default
-    else:
-        assert bytes_used <= allowed and plan.chunk_rows >= (min(rows, 128) if itemsize == 2 else 1)
+    assert bytes_used <= (default if allowed is None else allowed)
+    if not plan.tile_classes and allowed is not None:
+        assert plan.chunk_rows >= (min(rows, 128) if itemsize == 2 else 1)
 
 
 @pytest.mark.parametrize("in_tiles", [True, False])
@@ -311,6 +310,10 @@ def test_a_limit_that_cannot_be_kept_is_an_error_that_names_the_least():
     with pytest.raises(ValueError, match=f"expected max_memory_bytes to be at least {least}, for all logits, got 5"):
         choose(sizes, needs, False, None, 500_000_000)
     assert choose(sizes, needs, False, None, least).chunk_rows == 8192
+    some = 128 * 128256 * 2
+    assert choose(sizes, needs, True, None, some).kept_rows == -1
+    with pytest.raises(ValueError, match=f"to be at least {some}, for 128 rows or classes of logits, got {some - 1}"):
+        choose(sizes, needs, True, None, some - 1)
     twice, least = sizes._replace(rows=16384), 128 * 128256 * 2 + 4096 * 128256 * 4
     with pytest.raises(ValueError, match=f"to be at least {least}, for 128 rows of logits and a float32 sum"):
         choose(twice, needs, False, None, 2_000_000_000)

@@ -15,29 +15,7 @@ template <class T>
 __device__ inline State<T> nothing() {
   return {-kInfinity<acc_t<T>>, 0};
 }
-// Makes `max` the running maximum and returns what is subtracted from every value.
-template <class T>
-__device__ inline acc_t<T> raise_to(State<T>& to, acc_t<T> max) {
-  using A = acc_t<T>;
-  if (max > to.max) to.sum *= rescale(to.max, max), to.max = max;
-  return to.max == -kInfinity<A> ? A(0) : to.max;
-}
-
-// Adds kCount values to a running maximum and sum.
-template <class T, int kCount>
-__device__ inline void add_values(State<T>& to, const acc_t<T>* v) {
-  using A = acc_t<T>;
-  A max = v[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) max = larger(max, v[k]);
-  const A shift = raise_to<T>(to, max);
-  A sum = 0;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) sum += exp_of<T>(v[k] - shift);
-  to.sum += sum;
-}
-
-// The same for kCount vectors; the maximum of 16-bit values is taken two at a time.
+// As add_values, of kCount vectors; the maximum of 16-bit values is taken two at a time.
 template <class T, int kCount>
 __device__ inline void add_vectors(State<T>& to, const Words* words) {
   using A = acc_t<T>;
@@ -47,7 +25,7 @@ __device__ inline void add_vectors(State<T>& to, const Words* words) {
 #pragma unroll
     for (int i = 1; i < 4 * kCount; ++i) max = larger_pair(T{}, max, words[i / 4].w[i % 4]);
     const A low = to_acc(T{static_cast<uint16_t>(max)}), high = to_acc(T{static_cast<uint16_t>(max >> 16)});
-    const A shift = raise_to<T>(to, larger(low, high));
+    const A shift = raise_to(to, larger(low, high));
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       A v[kV], sum = 0;

@@ -3,7 +3,7 @@
 The transposed logits of the first in_features rows have as many elements as grad_weight, and grad_weight is not needed
 before they are done with: they cost no memory. Of the rows beyond, some are kept in a buffer and the others' logits are
 computed twice, a tile of classes at a time: once for lse, once for the gradient. grad_weight is then one product a
-tile, over all rows, rounded once.
+tile, over all rows, rounded once. On a GPU every class of logits begins at a multiple of 64 rows where there is room.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.library import register
+from fused_ops.core.library import cuda_missing_reason, register
 from fused_ops.core.memory_format import wide, wide_dtype
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions, is_index_alone
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.reference import Head
+
+_ALIGNED = 64  # logits, 128 bytes of 16 bits: what odd vocabularies, or numbers of rows, are rounded up to in memory
+_NO_TARGET = torch.iinfo(torch.int64).min  # of a row that does not count, where such rows are not left out
 
 
 def _fake_nothing(*_: object) -> None:
@@ -55,12 +58,29 @@ def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     return _buffer_op(like, rows, columns)  # type: ignore[return-value]
 
 
+def is_padded(like: Tensor) -> bool:
+    """Whether lines of logits begin at multiples of _ALIGNED: cuBLAS loads and stores others piecemeal."""
+    return like.is_cuda
+
+
+def logits_buffer(like: Tensor, lines: int, length: int) -> Tensor:
+    """Uninitialised (lines, length)."""
+    wide = -(-length // _ALIGNED) * _ALIGNED if is_padded(like) else length
+    return buffer(like, lines, wide)[:, :length]
+
+
+def skips_ignored(indices: Tensor) -> bool:
+    """Whether ignored rows are left out: only a GPU knows how many it has, and would have to be waited for."""
+    return indices.is_cpu
+
+
 def suits(head: Head, a: RowArgs, o: RowOptions) -> bool:
     """Whether a call is of the kind that the tiles know: class indices, no option that changes the logits."""
     x = head.input
     if not is_index_alone(a, o) or a.indices is None or a.indices.dim() != 1 or head.low_input is not None:
         return False
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.size(1) > 0
+    has_kernels = x.is_cpu or (x.is_cuda and cuda_missing_reason is None and x.size(1) * x.itemsize % 16 == 0)
+    return has_kernels and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.size(1) > 0
 
 
 class _Rows(NamedTuple):
@@ -129,6 +149,10 @@ class _Job(NamedTuple):
         else:
             torch.addmm(self.bias[first:last].unsqueeze(1), weight, x, out=out)
 
+    def buffer(self) -> Tensor:
+        """For a tile of the logits of all rows."""
+        return logits_buffer(self.weight, min(self.tile, self.weight.size(0)), self.rows.target.size(0))
+
     def tiles(self) -> list[tuple[int, int]]:
         """From the last, so that a tile's gradient never lands on logits that are still wanted."""
         classes = self.weight.size(0)
@@ -139,20 +163,21 @@ def _job(head: Head, rows: _Rows, grad_weight: Tensor, kept_rows: int, tile: int
     classes, features = head.weight.shape
     count = rows.target.size(0)
     free = min(count, features)
-    kept = [(0, free, grad_weight.view(-1)[: classes * free].view(classes, free))]
+    pitch = min(features, -(-free // _ALIGNED) * _ALIGNED) if is_padded(head.input) else free
+    kept = [(0, free, grad_weight.view(-1)[: classes * pitch].view(classes, pitch)[:, :free])]
     done = min(count, free + kept_rows)
     if done > free:
-        kept.append((free, done, buffer(head.input, classes, done - free)))
+        kept.append((free, done, logits_buffer(head.input, classes, done - free)))
     return _Job(head.weight, head.bias, rows, kept, done, tile)
 
 
 def _first_pass_by_rows(job: _Job, z_loss: float, chunk_rows: int, grad_input: Tensor | None) -> None:
     """Of the rows that are not kept: a chunk's logits give its grad_input too, as one product rounded once."""
     classes, rows = job.weight.size(0), job.rows.target.size(0)
-    z = buffer(job.weight, classes * min(chunk_rows, max(rows - job.done, 0)), 1).view(-1)
+    z = logits_buffer(job.weight, classes, min(chunk_rows, max(rows - job.done, 0)))
     for begin in range(job.done, rows, chunk_rows):
         end = min(begin + chunk_rows, rows)
-        part, logits = job.rows.cut(begin, end), z[: classes * (end - begin)].view(classes, end - begin)
+        part, logits = job.rows.cut(begin, end), z[:, : end - begin]
         job.logits(0, classes, part, logits)
         part.see(logits, 0, classes)
         if grad_input is not None:
@@ -161,15 +186,16 @@ def _first_pass_by_rows(job: _Job, z_loss: float, chunk_rows: int, grad_input: T
             torch.mm(logits.t(), job.weight, out=grad_input[begin:end])
 
 
-def _first_pass(job: _Job, d: Tensor | None) -> None:
+def _first_pass(job: _Job, by_rows: bool) -> None:
     classes = job.weight.size(0)
     for begin, end, z in job.kept:
         part = job.rows.cut(begin, end)
         job.logits(0, classes, part, z)
         part.see(z, 0, classes)
     rest = job.rows.cut(job.done, job.rows.target.size(0))
-    if d is None or not rest.target.numel():
+    if by_rows or not rest.target.numel():
         return
+    d = job.buffer()
     for first, last in job.tiles():
         z = d[: last - first, job.done :]
         job.logits(first, last, rest, z)
@@ -183,11 +209,13 @@ class _RestInput:
         self.grad_input = grad_input
         wide = grad_input.dtype.itemsize == 2
         self.sum = torch.zeros_like(grad_input, dtype=torch.float32) if wide else grad_input.zero_()
-        self.part = torch.empty_like(grad_input) if wide else grad_input
+        self.part = torch.empty_like(grad_input) if wide and not grad_input.is_cuda else grad_input
 
     def add(self, d: Tensor, weight: Tensor) -> None:
         if self.sum is self.grad_input:
             self.sum.addmm_(d.t(), weight)
+        elif self.sum.is_cuda:
+            torch.addmm(self.sum, d.t(), weight, out_dtype=torch.float32, out=self.sum)
         else:
             torch.mm(d.t(), weight, out=self.part)
             add_op(self.sum, self.part)
@@ -199,7 +227,6 @@ class _RestInput:
 
 def _gradients(
     job: _Job,
-    d: Tensor,
     z_loss: float,
     grad_weight: Tensor,
     grad_input: Tensor | None,
@@ -209,6 +236,7 @@ def _gradients(
     """Fills the gradients; returns nll and lse."""
     nll, lse, factor, target_grad = job.rows.finish(z_loss)
     classes, target = job.weight.size(0), job.rows.target
+    d = job.buffer()
     for begin, end, z in job.kept:
         part = slice(begin, end)
         _grads_op(z, target[part], 0, classes, job.rows.max[part], factor[part], target_grad[part])
@@ -251,10 +279,11 @@ def forward(
     assert a.indices is not None
     classes, features = head.weight.shape
     counted = counts(a.indices, o.ignore_index)
-    chosen = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    skips = skips_ignored(a.indices)
+    chosen = counted.nonzero().squeeze(1) if skips and not bool(counted.all()) else None
     cut = (t.detach() if chosen is None else t.detach()[chosen] for t in (head.input, a.indices, row_scale))
     x, target, scale = (t.contiguous() for t in cut)
-    rows = _Rows.of(x, target.long(), scale)
+    rows = _Rows.of(x, target.long() if skips else torch.where(counted, target.long(), _NO_TARGET), scale)
     grad_weight = buffer(head.input, classes, features)
     grad_input = x.new_empty(x.shape) if wanted[0] else None
     grad_bias = x.new_empty(classes) if wanted[1] else None
@@ -262,14 +291,15 @@ def forward(
         job, by_rows = _job(head, rows, grad_weight, max(kept_rows, 0), tile), kept_rows < 0
         if by_rows:
             _first_pass_by_rows(job, z_loss, chunk_rows, grad_input)
-        d = x.new_empty(min(tile, classes), target.size(0))
-        _first_pass(job, None if by_rows else d)
-        nll, lse = _gradients(job, d, z_loss, grad_weight, grad_input, grad_bias, by_rows)
+        _first_pass(job, by_rows)
+        nll, lse = _gradients(job, z_loss, grad_weight, grad_input, grad_bias, by_rows)
     else:
         nll, lse = rows.others, rows.others.clone()
         for gradient in (grad_weight, grad_input, grad_bias):
             if gradient is not None:
                 gradient.zero_()
+    if not skips:
+        nll, lse = (torch.where(counted, t, 0.0) for t in (nll, lse))
     if chosen is not None:
         nll, lse = (t.new_zeros(counted.shape).index_put_((chosen,), t) for t in (nll, lse))
         if grad_input is not None:

@@ -22,7 +22,6 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
 
-_ALIGNED = 64  # logits, 128 bytes of 16 bits: what odd vocabularies are rounded up to in memory
 _WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
 
 
@@ -155,17 +154,6 @@ def product(head: Head, part: Tensor | slice, x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _is_padded(like: Tensor) -> bool:
-    """Whether rows of logits begin at multiples of _ALIGNED: cuBLAS loads and stores other rows piecemeal."""
-    return like.is_cuda
-
-
-def _logits_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised (rows, columns)."""
-    wide = -(-columns // _ALIGNED) * _ALIGNED if _is_padded(like) else columns
-    return tiles.buffer(like, rows, wide)[:, :columns]
-
-
 def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """Each chunk's rows, its logits, (rows, classes[, positions]), and the same memory as a matrix."""
     outputs = head.weight.size(0)
@@ -173,7 +161,7 @@ def _chunks(head: Head, plan: Plan, parts: list[Tensor | slice]) -> Iterator[tup
     for part in parts:
         x = head.input[part]
         if buffer is None:
-            buffer = _logits_buffer(x, x.size(0), outputs)  # the first chunk is the largest
+            buffer = tiles.logits_buffer(x, x.size(0), outputs)  # the first chunk is the largest
         flat = product(head, part, x, buffer[: x.size(0)])
         yield part, flat if outputs == plan.classes else flat.view(x.size(0), plan.classes, -1), flat
 

@@ -97,11 +97,9 @@ def _rows_shape(rows: int, positions: int) -> tuple[int, ...]:
 def plan_of(head: Head, cut: Cut, classes: int, ranks: int, needs: int) -> Plan:
     """How the rows are cut, by what all ranks have alike: not by this rank's classes, gradients or device."""
     x = head.input
-    sizes = plan.Sizes(x.size(0), x.size(1), -(-classes // ranks), cut.positions, x.element_size())
-    if cut[1:] == (None, None) and x.is_cuda:
-        rows = plan.chosen_rows(sizes.rows, sizes.row_bytes, plan.L2_BYTES, sizes.features if x.itemsize == 2 else 0)
-    else:
-        rows = plan.choose(sizes, by_rows.WEIGHT, False, cut.chunk_rows, cut.max_memory_bytes).chunk_rows
+    l2_bytes = plan.L2_BYTES if x.is_cuda else 0
+    sizes = plan.Sizes(x.size(0), x.size(1), -(-classes // ranks), cut.positions, x.element_size(), l2_bytes)
+    rows = plan.choose(sizes, by_rows.WEIGHT, False, cut.chunk_rows, cut.max_memory_bytes).chunk_rows
     if rows < sizes.rows:
         rows = -(-rows // 2)  # two chunks of logits exist
     return Plan(cut.classes(head), rows, needs)
