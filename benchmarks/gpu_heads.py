@@ -38,6 +38,8 @@ def questions(first: Head) -> Iterator[tuple[str, Head, dict[str, dict[str, Any]
     yield "default", first, alone
     chunks = [{"chunk_rows": n} for n in (rows // 8, rows // 4, rows // 2, rows)]
     yield "chunks", first, {f"ours, {c['chunk_rows']} rows": c for c in chunks}
+    square = first._replace(rows=first.features)  # whose logits take grad_weight's memory
+    yield "rows <= in_features", square, {**alone, "ours, all rows": {"chunk_rows": square.rows}}
     yield "twice the rows", first._replace(rows=2 * rows), alone
     yield "odd vocabulary", first._replace(classes=first.classes + 1), alone
     yield (

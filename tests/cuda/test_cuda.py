@@ -21,6 +21,7 @@ from fused_ops.core import library
 from fused_ops.core.sample import Sample
 from fused_ops.core.torch_private import has_kernel
 from fused_ops.ops.batch_norm import activations, reference
+from fused_ops.ops.linear_cross_entropy.by_rows import INPUT, WEIGHT, Plan
 from fused_ops.testing import assert_no_worse_than, check_op, samples_of
 
 DEVICE = "cuda"
@@ -153,7 +154,12 @@ def test_cross_entropy_options(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_cross_entropy(dtype):
+@pytest.mark.parametrize("plan", [(64, 0, 0), (64, 300, 256), (64, 64, 200), (64, -1, 600)])
+def test_linear_cross_entropy(plan, dtype, monkeypatch):
+    """In chunks of rows; in tiles of classes where all rows' logits are kept, some, and none but grad_weight's."""
+    chunk_rows, kept_rows, tile_classes = plan
+    chosen = Plan(1000, chunk_rows, INPUT | WEIGHT, kept_rows, tile_classes)
+    monkeypatch.setattr("fused_ops.ops.linear_cross_entropy.graph.plan", lambda *_: chosen)
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(300, 64, generator=g)).to(DEVICE, dtype)
     weight = (torch.randn(1000, 64, generator=g) / 8).to(DEVICE, dtype)
@@ -161,7 +167,7 @@ def test_linear_cross_entropy(dtype):
     target[::7] = -100
     found, exact = [], []
     for function, kind, to in (
-        (lambda *t: fused_ops.linear_cross_entropy(*t, chunk_rows=64), dtype, found),
+        (fused_ops.linear_cross_entropy, dtype, found),
         (lambda a, w, t: F.cross_entropy(F.linear(a, w), t), torch.float64, exact),
     ):
         leaves = [t.to(kind).requires_grad_() for t in (x, weight)]

@@ -168,7 +168,8 @@ def linear_cross_entropy(
             but never more than all the logits; these, if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice. Default on CUDA: 1024 rows of logits or as many as the second-level cache
             holds; with 16-bit weights whose gradient is wanted at least 2048 rows, or as many as there are features,
-            beside a float32 sum of that gradient, or all rows at once where that is less.
+            beside a float32 sum of that gradient, or all rows at once where that is less; or, of class indices without
+            options, the rows beyond ``in_features`` and 32 MiB where that is less and costs little.
         return_outputs: Returns a ``CrossEntropyOutput``.
         class_group: As in ``cross_entropy``, like the next three, of ranks that share the classes: ``linear_weight``,
             ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape hold this rank's.
@@ -189,9 +190,9 @@ def linear_cross_entropy(
         The loss, as ``cross_entropy`` of the logits.
 
     Raises:
-        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1; a ``max_memory_bytes`` that,
-            where the call goes in chunks of rows, one row of the logits does not fit into, or 128 beside a float32 sum
-            of a 16-bit weight's gradient; ``sequence_parallel`` without ``class_group``, or with a target of another
+        ValueError: as ``cross_entropy``; ``chunk_rows`` or ``max_memory_bytes`` below 1; a ``max_memory_bytes`` that no
+            plan keeps (less than a row of logits, or than 128 beside a float32 sum of a 16-bit weight's gradient), but
+            of logits of at most 1 MiB; ``sequence_parallel`` without ``class_group``, or with a target of another
             number of rows than the ranks have together; ``compact`` with another target than class indices, without
             reduction, with ``return_outputs`` or ``sequence_parallel``.
         RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
