@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fused_ops.ops.linear_cross_entropy import plan
+from fused_ops.ops.linear_cross_entropy.by_classes import tiles_of
 from fused_ops.ops.linear_cross_entropy.by_rows import INPUT, WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.plan import Sizes
 
@@ -58,8 +59,10 @@ def _in_rows(sizes: Sizes, p: Plan) -> Count:
 
 
 def _in_tiles(sizes: Sizes, p: Plan) -> Count:
-    """Kept logits are copied into tiles besides; those of the other rows are written and read twice."""
-    rows, features, tiles = sizes.rows, sizes.features, -(-sizes.classes // p.tile_classes)
+    """Kept logits are copied into tiles besides, if need be; those of the other rows are written and read twice."""
+    rows, features = sizes.rows, sizes.features
+    cut = tiles_of(sizes.classes, features, min(rows, features), p.tile_classes)
+    copied, tiles = sum(last - first for first, last, copied in cut if copied), len(cut)
     beyond, kept, first_by_rows = max(rows - features, 0), max(p.kept_rows, 0), p.kept_rows < 0
     twice = beyond - kept
     input_sums = 0 if first_by_rows or sizes.itemsize != 2 else 6 * features * twice
@@ -67,7 +70,8 @@ def _in_tiles(sizes: Sizes, p: Plan) -> Count:
     extra = tile_bytes + kept * sizes.row_bytes + input_sums
     extra = max(p.chunk_rows * sizes.row_bytes, tile_bytes) if first_by_rows else extra
     weights, inputs, others = (sizes.itemsize * features * n for n in (sizes.classes, rows, twice))
-    moved = (8 * (rows - twice) + (9 if first_by_rows else 7) * twice) * sizes.row_bytes
+    moved = (6 * (rows - twice) + (9 if first_by_rows else 7) * twice) * sizes.row_bytes
+    moved += 2 * (rows - twice) * copied * sizes.itemsize
     first = -(-twice // p.chunk_rows) * 2 if first_by_rows else 1  # how often the first pass reads the weights
     moved += weights * (2 * (1 + (kept > 0)) + (1 + first + (not first_by_rows) if twice else 0) + 1)
     moved += 2 * inputs + tiles * (inputs + 2 * others) + tiles * 2 * input_sums

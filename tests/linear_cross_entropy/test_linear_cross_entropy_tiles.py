@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 import fused_ops
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.by_classes import tiles_of
 from fused_ops.ops.linear_cross_entropy.by_rows import BIAS, INPUT, WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.plan import L2_BYTES, Sizes, choose, default_bytes, least_bytes
 
@@ -274,6 +275,19 @@ def test_plans_keep_to_their_memory(l2_bytes, in_tiles, percent, itemsize, rows)
     assert bytes_used <= (default if allowed is None else allowed)
     if not plan.tile_classes and allowed is not None:
         assert plan.chunk_rows >= (min(rows, 128) if itemsize == 2 else 1)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 100, 1000, 50257])
+@pytest.mark.parametrize(("pitch", "features"), [(1, 1), (1, 7), (64, 64), (65, 128), (100, 101), (5, 4096)])
+@pytest.mark.parametrize("tile", [1, 128, 1024])
+def test_no_gradient_lands_on_logits_that_are_wanted(tile, pitch, features, classes):
+    last = classes
+    for first, end, copied in tiles_of(classes, features, pitch, tile):
+        assert end == last and 0 <= first < end
+        assert first * features >= first * pitch  # the logits of the tiles to come
+        assert end - first <= tile if copied else end * pitch <= first * features and end - first >= min(tile, end)
+        last = first
+    assert last == 0
 
 
 @pytest.mark.parametrize("in_tiles", [True, False])

@@ -168,8 +168,8 @@ def linear_cross_entropy(
             but never more than all the logits; these, if they are at most 1 MiB. With less memory than keeps every row,
             some logits are computed twice. Default on CUDA: 1024 rows of logits or as many as the second-level cache
             holds; with 16-bit weights whose gradient is wanted at least 2048 rows, or as many as there are features,
-            beside a float32 sum of that gradient, or all rows at once where that is less; or, of class indices without
-            options, the rows beyond ``in_features`` and 32 MiB where that is less and costs little.
+            beside a float32 sum of that gradient, or all rows at once where that is less; of class indices without
+            options 32 MiB, if there are no more rows than features.
         return_outputs: Returns a ``CrossEntropyOutput``.
         class_group: As in ``cross_entropy``, like the next three, of ranks that share the classes: ``linear_weight``,
             ``linear_bias``, lora's B, class probabilities and a ``class_mask`` of the logits' shape hold this rank's.

@@ -153,10 +153,34 @@ class _Job(NamedTuple):
         """For a tile of the logits of all rows."""
         return logits_buffer(self.weight, min(self.tile, self.weight.size(0)), self.rows.target.size(0))
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """From the last, so that a tile's gradient never lands on logits that are still wanted."""
-        classes = self.weight.size(0)
-        return [(c, min(c + self.tile, classes)) for c in reversed(range(0, classes, self.tile))]
+    def tiles(self) -> list[tuple[int, int, bool]]:
+        """As ``tiles_of``; if rows beyond are kept, or computed twice, they share tiles with the others' copies."""
+        (_, end, z), *others = self.kept
+        pitch = self.weight.size(1) if others or end < self.rows.target.size(0) else z.stride(0)
+        return tiles_of(*self.weight.shape, pitch, self.tile)
+
+
+def tiles_of(classes: int, features: int, pitch: int, tile: int) -> list[tuple[int, int, bool]]:
+    """(first class, behind the last, whether the logits are copied) of each tile, in the order of their products.
+
+    They go from the last, so that no tile's gradient lands on logits that are still wanted, and a copy gives its own
+    logits' memory free for it. With fewer rows than features a class's logits lie before its gradient, the further the
+    later the class: there a tile is of all the classes whose logits lie before the gradient of the first of them.
+
+    Args:
+        classes: Of all tiles.
+        features: Elements from one class's gradient to the next.
+        pitch: Elements from one class's logits to the next, no more than ``features``.
+        tile: The most classes whose logits are copied at once.
+    """
+    found, last = [], classes
+    while last > 0:
+        first = -(-last * pitch // features)
+        copied = last - first < min(tile, last)
+        first = max(last - tile, 0) if copied else first
+        found.append((first, last, copied))
+        last = first
+    return found
 
 
 def _job(head: Head, rows: _Rows, grad_weight: Tensor, kept_rows: int, tile: int) -> _Job:
@@ -196,7 +220,7 @@ def _first_pass(job: _Job, by_rows: bool) -> None:
     if by_rows or not rest.target.numel():
         return
     d = job.buffer()
-    for first, last in job.tiles():
+    for first, last, _ in job.tiles():
         z = d[: last - first, job.done :]
         job.logits(first, last, rest, z)
         rest.see(z, first, classes)
@@ -246,9 +270,9 @@ def _gradients(
     rest = job.rows.cut(job.done, target.size(0))
     some = rest.target.numel() > 0
     rest_input = _RestInput(grad_input[part]) if grad_input is not None and some and not by_rows else None
-    for first, last in job.tiles():
-        tile = d[: last - first]
-        for begin, end, z in job.kept:
+    for first, last, copied in job.tiles():
+        tile = d[: last - first] if copied else job.kept[0][2][first:last]
+        for begin, end, z in job.kept if copied else ():
             tile[:, begin:end] = z[first:last]
         if some:
             z = tile[:, job.done :]

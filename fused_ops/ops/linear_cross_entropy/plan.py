@@ -178,7 +178,7 @@ def default_bytes(sizes: Sizes, needs: int, in_tiles: bool) -> int:
         summed = sizes.features if sizes.sum_bytes(needs) else 0
         rows = chosen_rows(sizes.rows, sizes.row_bytes, sizes.l2_bytes, summed)
         least = rows * sizes.row_bytes + (sizes.sum_bytes(needs) if rows < sizes.rows else 0)
-        return min(least, tiles) if in_tiles and sizes.copied <= sizes.near else least
+        return least if not in_tiles or sizes.beyond else min(least, tiles)
     logits, enough = sizes.logits_bytes, math.ceil(sizes.lost_rows(needs) / sizes.near)
     if not sizes.sum_bytes(needs):
         enough = min(enough, max(_HALVED_ROWS, math.ceil(sizes.rows / 2)))
