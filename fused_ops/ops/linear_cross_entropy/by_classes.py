@@ -156,8 +156,9 @@ class _Job(NamedTuple):
     def tiles(self) -> list[tuple[int, int, bool]]:
         """As ``tiles_of``; if rows beyond are kept, or computed twice, they share tiles with the others' copies."""
         (_, end, z), *others = self.kept
-        pitch = self.weight.size(1) if others or end < self.rows.target.size(0) else z.stride(0)
-        return tiles_of(*self.weight.shape, pitch, self.tile)
+        classes, features = self.weight.shape
+        pitch = features if others or end < self.rows.target.size(0) else z.stride(0)
+        return tiles_of(classes, features, pitch, self.tile)
 
 
 def tiles_of(classes: int, features: int, pitch: int, tile: int) -> list[tuple[int, int, bool]]:
