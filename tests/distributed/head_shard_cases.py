@@ -15,7 +15,7 @@ from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
 from fused_ops.distributed import collectives
-from fused_ops.ops.linear_cross_entropy import plan
+from fused_ops.ops.linear_cross_entropy import by_rows, plan
 from tests.distributed.shard_cases import OPTIONS, Part, everywhere_alike, near, raises
 
 CASES = {}
@@ -454,6 +454,31 @@ def checkpointed(rank, world):
             found.append(torch.autograd.grad(loss, leaves.values(), create_graph=create_graph))
         for a, b in zip(*found, strict=True):
             near(a.detach(), b.detach(), 0, options)
+
+
+@case
+def padded_rows_of_logits_have_the_same_bits(rank, world):
+    """As on a GPU, where rows of an odd number of classes begin at multiples of 64 logits."""
+    product, strides = by_rows.product, []
+
+    def watched(head, part, x, out):
+        strides.append((out.stride(0), head.weight.size(0)))
+        return product(head, part, x, out)
+
+    target, part = draw("index", (ROWS, CLASSES, 2), None), Part("uneven", rank, world)
+    kinds = itertools.product((torch.float32, torch.bfloat16), ("mean", "none"), ((), (2,)))
+    for dtype, reduction, positions in kinds:
+        held = {key: Mine(part, rank).of(key, t) for key, t in draw_head(dtype, positions=positions).items()}
+        options = {"reduction": reduction, "chunk_rows": 8, "z_loss": 0.1, "label_smoothing": 0.1, **part.where()}
+        labels, found = target if positions else target[:, 0], []
+        for padded in (False, True):
+            strides.clear()
+            patched = {"_is_padded": lambda like, padded=padded: padded, "product": watched}
+            with mock.patch.multiple(by_rows, **patched):
+                found.append(run(held, labels, options, upstream=torch.linspace(-1, 1, labels.numel()).view_as(labels)))
+            assert strides and all(s == (-(-n // 64) * 64 if padded else n) for s, n in strides)
+        (loss, grads), (other, others) = found
+        assert torch.equal(loss, other) and all(torch.equal(grads[key], others[key]) for key in grads)
 
 
 @case

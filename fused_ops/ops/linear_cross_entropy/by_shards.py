@@ -23,7 +23,6 @@ from fused_ops.ops.cross_entropy import functions, shards
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards import Merged, Place, Ranks, Shard
-from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import by_rows, graph, plan, reference
 from fused_ops.ops.linear_cross_entropy.by_rows import Gradients, Plan, cut_rows
 from fused_ops.ops.linear_cross_entropy.graph import CLASS_WEIGHT, OF_HEAD, PROBABILITIES, TENSORS, Settings, split
@@ -122,7 +121,7 @@ def _chunks(
     for i, part in enumerate(parts):
         x = head.input[part]
         if i < buffers:
-            memory.append(tiles.buffer(x, x.size(0), head.weight.size(0)))
+            memory.append(by_rows._logits_buffer(x, x.size(0), head.weight.size(0)))
         matrix = by_rows.product(head, part, x, memory[i % buffers][: x.size(0)])
         logits = matrix if positions == 1 else matrix.view(x.size(0), in_rows.classes, positions)
         allowed = shard.allowed
