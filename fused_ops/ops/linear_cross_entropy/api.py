@@ -421,7 +421,7 @@ def _run(
         if not in_formulas and reduction.is_ordinary() and call.is_index_alone():
             assert call.args.indices is not None
             logits = reference.logits(head, classes)
-            return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name)
+            return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name, of_head=True)
         return reduced_loss(call, reduction, partial(_whole_rows, head, classes))
     needs = _is_sum(call, head, reduction, spread is not None)
     if needs:
