@@ -167,6 +167,10 @@ _dispatch_call_boxed = _found("torch:_C._dispatch_call_boxed", None)
 has_kernel: Callable[[str, str], bool] = _found("torch:_C._dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
 
 
+# Whether the backward that is going on runs a node of its graph, which is none of a leaf; without it, it may.
+runs_node: Callable[[Any], bool] = _found("torch:_C._will_engine_execute_node", lambda node: True)
+
+
 def without_overrides(op: Any) -> Callable[..., Any]:
     """An op without what a call of it spends on ``__torch_function__``, for arguments that have none; or as it is."""
     handle = getattr(op, "_handle", None)

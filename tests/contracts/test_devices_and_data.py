@@ -124,9 +124,13 @@ def recorded():
         settings, results = (-100, torch.tensor([0.1, 0.7, 5.0, 0.1]).double(), *cut), (*doubles[:5], indices)
         args = (*t, doubles[0], *settings, 31, False, *where)
         found.setdefault("linear_cross_entropy_shard", []).append(args)
-        found.setdefault("linear_cross_entropy_shard_rows", []).append((*t, *settings, True, *where))
+        found.setdefault("linear_cross_entropy_shard_rows", []).append((*t, *settings, True, *where, None))
+        found["linear_cross_entropy_shard_rows"].append((*t, *settings, True, *where, torch.zeros(classes, 3)))
         args = (*doubles[:4], *t, *results, *doubles[:3], doubles[0].new_ones(()), *settings, True, 31, *where)
         found.setdefault("linear_cross_entropy_shard_rows_grad", []).append(args)
+        found.setdefault("linear_cross_entropy_shard_rows_grad_to", []).append((*args, torch.zeros(classes, 3)))
+        args = (*doubles[:4], *t, *doubles[4:], *settings, True, 31, torch.zeros(classes, 3))
+        found.setdefault("linear_cross_entropy_rows_grad_to", []).append(args)
     rows = found["cross_entropy_rows_forward"]
     found["linear_cross_entropy_chunk_"] += [(*args[:5], None, 0.0, *args[5:]) for args in rows]
     found.setdefault("linear_cross_entropy_small", []).append((*head, indices, -100, 1, 7))

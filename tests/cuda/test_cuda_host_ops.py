@@ -14,7 +14,7 @@ import fused_ops
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.linear_cross_entropy import by_classes
 from fused_ops.ops.linear_cross_entropy.by_rows import Plan
-from fused_ops.testing import compare_gradients, samples_of
+from fused_ops.testing import assert_no_worse_than, compare_gradients, samples_of
 
 CALLED_AS = {  # by whom, in the order of OPS
     "cross_entropy": [
@@ -281,3 +281,25 @@ def test_garbage_is_a_result_or_an_exception(op, host_ops, cuda_host):
         if not mutable:
             assert all(same(a, b) for a, b in zip(before, fingerprint(args), strict=True)), (function, args)
     assert right > CALLS // 20 and wrong > CALLS // 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_small_head_costs(dtype, emulated, cuda_host, monkeypatch):
+    """Between its products a launch that finds loss and gradient, and one that scales this; float16 takes one more."""
+    monkeypatch.setattr("fused_ops.ops.linear_cross_entropy.api.is_small", lambda *_: False)  # what the CPU has for it
+    (x, w), target = (
+        (torch.randn(s).to(dtype).requires_grad_() for s in ((32, 8), (27, 8))),
+        torch.randint(0, 27, (32,)),
+    )
+    cuda_host.cuda_host_launches()
+    loss = fused_ops.linear_cross_entropy(x, w, target)
+    assert cuda_host.cuda_host_launches() == (2 if dtype == torch.float16 else 1)
+    found = torch.autograd.grad(loss, (x, w), torch.tensor(0.3, dtype=dtype))
+    assert cuda_host.cuda_host_launches() == 1
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    truth = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target)
+    eager = torch.nn.functional.cross_entropy(x @ w.t(), target)
+    theirs = torch.autograd.grad(eager, (x, w), torch.tensor(0.3, dtype=dtype))
+    upstream = torch.tensor(0.3, dtype=dtype).double()
+    for mine, other, right in zip(found, theirs, torch.autograd.grad(truth, exact, upstream), strict=True):
+        assert_no_worse_than(mine, other, right)

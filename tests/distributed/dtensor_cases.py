@@ -511,6 +511,42 @@ def heads_at_several_positions(rank, world):
 
 
 @case
+def heads_with_main_grad(rank, world):
+    """A DTensor gets the weight's gradient where it lies as the ranks find it, and the weight gets none."""
+    mesh, x, w = mesh_of(world), torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    target, classes = torch.randint(0, 9, (5,)), 3 * w
+    for of_input, of_weight, of_gradient in (
+        (R, S(0), S(0)),
+        (R, R, R),
+        (S(1), S(0), S(0)),  # the features are gathered
+        (R, S(1), R),
+        (S(0), S(0), S(0)),  # the rows are gathered, as there are few
+        (S(0), R, Partial()),
+    ):
+        for options in ({}, {"chunk_rows": 2, "reduction": "none"}):
+            leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+            right = fused_ops.linear_cross_entropy(*leaves, target, **options).sum()
+            exact = torch.autograd.grad(right, leaves)
+            ours = spread(x, mesh, [of_input], True), spread(w, mesh, [of_weight], True)
+            start = classes if rank == 0 or not of_gradient.is_partial() else 0 * classes
+            if of_gradient.is_partial():
+                buffer = DTensor.from_local(start.clone(), mesh, [of_gradient])
+            else:
+                buffer = spread(classes, mesh, [of_gradient])
+            version, what = buffer.to_local()._version, (of_input, of_weight, options)
+            for _ in range(2):
+                loss = fused_ops.linear_cross_entropy(*ours, target, main_grad=buffer, **options)
+                loss.full_tensor().sum().backward()
+            assert ours[1].grad is None and buffer.to_local()._version > version, what
+            near(buffer.full_tensor(), classes + 2 * exact[1], 1e-12, what)
+            near(ours[0].grad.full_tensor(), 2 * exact[0], 1e-12, what)
+            for wrong in (torch.zeros_like(w), spread(w, mesh, [S(1)])):
+                message = "expected main_grad to be a DTensor with the placements"
+                call = lambda wrong=wrong, ours=ours: fused_ops.linear_cross_entropy(*ours, target, main_grad=wrong)  # noqa: E731
+                raises(RuntimeError, message, call)
+
+
+@case
 def heads_on_two_dimensions_of_the_mesh(rank, world):
     meshes = [mesh_of(*sides(world))] if world > 2 else [mesh_of(1, 2), mesh_of(2, 1)]
     for mesh in meshes:

@@ -15,7 +15,7 @@ from cross_entropy_formulas import DTYPES, draw, formula
 
 import fused_ops
 from fused_ops.distributed import collectives
-from fused_ops.ops.linear_cross_entropy import plan
+from fused_ops.ops.linear_cross_entropy import by_rows, plan
 from tests.distributed.shard_cases import OPTIONS, Part, everywhere_alike, near, raises
 
 CASES = {}
@@ -454,6 +454,80 @@ def checkpointed(rank, world):
             found.append(torch.autograd.grad(loss, leaves.values(), create_graph=create_graph))
         for a, b in zip(*found, strict=True):
             near(a.detach(), b.detach(), 0, options)
+
+
+def added_up(held, target, options, buffer):
+    """The gradients by name after two backwards; that of the weight is what is added to the buffer."""
+    leaves = {name: t.clone().requires_grad_() for name, t in held.items()}
+    for factor in (1.0, 0.5):
+        loss = called(leaves, target, {**options, "main_grad": buffer}).sum()
+        (factor * loss).backward(retain_graph=True)
+        (2 * factor * loss).backward()
+    assert leaves["linear_weight"].grad is None
+    return {name: leaf.grad for name, leaf in leaves.items() if name != "linear_weight"} | {"linear_weight": buffer}
+
+
+@case
+def main_grads(rank, world):
+    """Each rank's main_grad gets the gradient of its classes: what one process finds, times what was asked for."""
+    target = draw("index", (ROWS, CLASSES), torch.float64)
+    ways = ({}, {"chunk_rows": 7, "z_loss": 0.1, "softcap": 4.0}, {"reduction": "none", "chunk_rows": 7})
+    for sizes, rows, options in itertools.product(("even", "empty"), ("uneven", None), ways):
+        mine = Mine(Part(sizes, rank, world), rank, rows and rows_of(world, rows))
+        tensors = draw_head(rank=2)
+        held = {key: mine.of(key, t) for key, t in tensors.items()}
+        buffer = torch.ones_like(held["linear_weight"])
+        found = added_up(held, mine.target(target), {**options, **mine.options}, buffer)
+        found["linear_weight"] = buffer - 1
+        upstream = torch.ones(ROWS)
+        whole = run(tensors, target, options, upstream=upstream)[1]
+        for key, grad in found.items():
+            near(grad, 4.5 * mine.of(key, whole[key]), 1e-12, (sizes, rows, options, key))
+    counts = rows_of(world, "uneven")
+    here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    held, labels = {**tensors, "input": tensors["input"][here]}, target[here]
+    found = added_up(
+        held, labels, {"row_group": dist.group.WORLD, "chunk_rows": 7}, torch.zeros(CLASSES, FEATURES).double()
+    )
+    sums = collectives.sum_of_ranks(found["linear_weight"], dist.group.WORLD)
+    near(sums, 4.5 * run(tensors, target, {})[1]["linear_weight"], 1e-12, "row_group")
+    main_grads_of_16_bits(Mine(Part("even", rank, world), rank), draw_head(torch.bfloat16), target)
+
+
+def main_grads_of_16_bits(mine, tensors, target):
+    """The float32 sum, whose rounding is the gradient without main_grad."""
+    held = {key: mine.of(key, t).clone().requires_grad_() for key, t in tensors.items()}
+    for options in ({"reduction": "sum"}, {"reduction": "none"}):
+        buffer = torch.zeros(held["linear_weight"].shape)
+        options = {**options, "chunk_rows": 7, **mine.options}
+        (grad,) = torch.autograd.grad(called(held, target, options).sum(), held["linear_weight"])
+        called(held, target, {**options, "main_grad": buffer}).sum().backward()
+        assert torch.equal(buffer.bfloat16(), grad) and not torch.equal(buffer, grad.float())
+
+
+@case
+def padded_rows_of_logits_have_the_same_bits(rank, world):
+    """As on a GPU, where rows of an odd number of classes begin at multiples of 64 logits."""
+    product, strides = by_rows.product, []
+
+    def watched(head, part, x, out):
+        strides.append((out.stride(0), head.weight.size(0)))
+        return product(head, part, x, out)
+
+    target, part = draw("index", (ROWS, CLASSES, 2), None), Part("uneven", rank, world)
+    kinds = itertools.product((torch.float32, torch.bfloat16), ("mean", "none"), ((), (2,)))
+    for dtype, reduction, positions in kinds:
+        held = {key: Mine(part, rank).of(key, t) for key, t in draw_head(dtype, positions=positions).items()}
+        options = {"reduction": reduction, "chunk_rows": 8, "z_loss": 0.1, "label_smoothing": 0.1, **part.where()}
+        labels, found = target if positions else target[:, 0], []
+        for padded in (False, True):
+            strides.clear()
+            is_padded = mock.patch.object(by_rows.tiles, "is_padded", lambda like, padded=padded: padded)
+            with mock.patch.object(by_rows, "product", watched), is_padded:
+                found.append(run(held, labels, options, upstream=torch.linspace(-1, 1, labels.numel()).view_as(labels)))
+            assert strides and all(s == (-(-n // 64) * 64 if padded else n) for s, n in strides)
+        (loss, grads), (other, others) = found
+        assert torch.equal(loss, other) and all(torch.equal(grads[key], others[key]) for key in grads)
 
 
 @case

@@ -25,6 +25,7 @@ CASES = [
     "heads",
     "shifted_targets",
     "heads_at_several_positions",
+    "heads_with_main_grad",
     "heads_on_two_dimensions_of_the_mesh",
     "models",
     "models_on_two_dimensions_of_the_mesh",

@@ -25,6 +25,8 @@ CASES = [
     "sums_of_16_bits",
     "scattered_sums_are_in_the_order_of_ranks",
     "checkpointed",
+    "main_grads",
+    "padded_rows_of_logits_have_the_same_bits",
     "what_many_ranks_do",
     "memory",
 ]

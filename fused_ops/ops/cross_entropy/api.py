@@ -33,12 +33,17 @@ _NUMBERS = (float, int)  # not a tensor, which might want a gradient
 
 
 def index_loss(
-    input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool = False
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    inplace_backward: bool = False,
+    of_head: bool = False,
 ) -> Tensor:
     """The loss of checked class indices, where ``needs_formulas`` does not hold."""
     if in_graph():
         return graph.index_loss(input, target, ignore_index, reduction)
-    return functions.index_loss(input, target, ignore_index, reduction, inplace_backward)
+    return functions.index_loss(input, target, ignore_index, reduction, inplace_backward, of_head)
 
 
 def rows(a: RowArgs, o: RowOptions, inplace_backward: bool = False) -> tuple[Tensor, ...]:

@@ -35,6 +35,8 @@ from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 # nothing, and so few on a GPU that the launches of its kernels take longer than they do.
 _SMALL = 32768
 _SMALL_DTYPES = (torch.float32, torch.float64)  # a 16-bit gradient would be rounded before the upstream one scales it
+# A head's is rounded once more on its way into products that are rounded too; float16 has no range to spare.
+_SMALL_HEAD_DTYPES = (*_SMALL_DTYPES, torch.bfloat16)
 _CUDA_KERNELS = cuda_missing_reason is None
 
 _grad_enabled = torch.is_grad_enabled
@@ -422,9 +424,12 @@ def small_loss(input: Any, target: Any, ignore_index: Any, reduction: Any) -> Te
     return None
 
 
-def index_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool) -> Tensor:
-    """The loss of checked class indices in eager mode."""
-    if reduction != "none" and not inplace_backward and input.dtype in _SMALL_DTYPES and _brings_gradient(input):
+def index_loss(
+    input: Tensor, target: Tensor, ignore_index: int, reduction: str, inplace_backward: bool, of_head: bool
+) -> Tensor:
+    """The loss of checked class indices in eager mode; ``of_head`` where the logits are a head's product."""
+    dtypes = _SMALL_HEAD_DTYPES if of_head else _SMALL_DTYPES
+    if reduction != "none" and not inplace_backward and input.dtype in dtypes and _brings_gradient(input):
         apply = _on_cpu if input.is_cpu else _on_device
         return apply(input, target, (ignore_index, REDUCTIONS[reduction]))  # type: ignore[no-any-return]
     args = (input, target, ignore_index, REDUCTIONS[reduction], inplace_backward)

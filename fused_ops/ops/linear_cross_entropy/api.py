@@ -36,12 +36,13 @@ from fused_ops.ops.linear_cross_entropy.arguments import (
     flat,
     flat_target,
     head_of,
+    main_grad_matrix,
     shapes,
     shifted,
     with_all_rows,
 )
 from fused_ops.ops.linear_cross_entropy.by_shards import Spread
-from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum, with_main_grad
+from fused_ops.ops.linear_cross_entropy.functions import linear_rows, linear_sum
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
 from fused_ops.ops.linear_cross_entropy.small import are_plain, is_small, small_logits, small_loss
@@ -183,8 +184,10 @@ def linear_cross_entropy(
             results, are of all of them. The input is gathered, and its gradient is that of this rank's entries.
         compact: Leaves ignored rows out of the matrix products on a GPU too, which the call then waits for, as it has
             to know their number. For class indices that are reduced; without effect while compiling or tracing.
-        main_grad: float32 (float64 for such weights), of the shape of ``linear_weight``, whose gradient the backward
-            adds to it; ``linear_weight.grad`` stays as it is.
+        main_grad: float32 (float64 for such weights), contiguous, of the shape of ``linear_weight``. Each backward adds
+            the weight's gradient to it in one pass, before it is rounded to 16 bits; ``linear_weight.grad`` stays as it
+            is. With ``class_group`` it has this rank's classes. With DTensors it is one, placed as the ranks find the
+            gradient: as the weight where that is not gathered, ``Partial()`` along what divides the rows.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
@@ -196,9 +199,10 @@ def linear_cross_entropy(
             number of rows than the ranks have together; ``compact`` with another target than class indices, without
             reduction, with ``return_outputs`` or ``sequence_parallel``.
         RuntimeError: as ``cross_entropy``; shapes or dtypes of the matrices that do not fit; ``ignore_index`` given
-            with class probabilities; ``shift`` with another target than class indices.
+            with class probabilities; ``shift`` with another target than class indices; ``main_grad`` where a backward
+            is to be differentiable, as of create_graph and torch.func, and in a graph: torch.compile breaks it there.
         IndexError: a class index outside [0, classes).
-        NotImplementedError: ``input`` is not floating-point; ``main_grad`` beside DTensors.
+        NotImplementedError: ``input`` is not floating-point.
         TypeError: something that must be a tensor or a number is none.
 
     Note:
@@ -310,8 +314,6 @@ def linear_cross_entropy(
             tensors = (input, linear_weight, linear_bias, target)
             function: Any = linear_cross_entropy
             return handle_torch_function(function, tensors, input, linear_weight, target, **everything)  # type: ignore[no-any-return]
-        if main_grad is not None:
-            raise NotImplementedError("linear_cross_entropy: main_grad is not supported with DTensors")
         parts, mine, logits = dtensors.spread(input, linear_weight, target, everything)
         return logits.result(linear_cross_entropy(*parts, **mine), reduction)  # type: ignore[no-any-return]
     named: list[tuple[str, Any]] = [
@@ -331,8 +333,10 @@ def linear_cross_entropy(
     shape = shapes(input, linear_weight, linear_bias)
     if sequence_parallel:
         shape = with_all_rows(shape, input, target)
-    matrix = linear_weight if main_grad is None else with_main_grad(linear_weight, main_grad)
-    head = head_of(input, matrix, linear_bias, lora, shape, class_group if sequence_parallel else None)
+    if main_grad is not None:
+        main_grad = main_grad_matrix(main_grad, linear_weight)
+        linear_weight = linear_weight.view_as(linear_weight)  # with a node that a backward runs or leaves out
+    head = head_of(input, linear_weight, linear_bias, lora, shape, class_group if sequence_parallel else None)
     some = class_group is not None
     found = flat_target(target, shape, ignore_index, some)
     cut = Cut(
@@ -364,7 +368,7 @@ def linear_cross_entropy(
     spread = None
     if ranks is not None:
         head, spread, wanted = _with_ranks(call, head, wanted, math.prod(shape.lead) if sequence_parallel else None)
-    result: Any = _run(call, head, shape.classes, cut, wanted, spread)
+    result: Any = _run(call, head, shape.classes, cut, wanted, spread, main_grad)
     if reduction != "none" and not return_outputs:
         return result  # type: ignore[no-any-return]
     row_shape = shape.rows(False)
@@ -398,24 +402,33 @@ def _with_ranks(
     return by_shards.spread(head, ranks.class_group, rows), Spread(place, ranks.class_group), reduction
 
 
-def _run(call: Call, head: Head, classes: int, cut: Cut, reduction: Reduction, spread: Spread | None) -> Any:
-    """The loss of a prepared call, in the way that suits it."""
+def _run(
+    call: Call,
+    head: Head,
+    classes: int,
+    cut: Cut,
+    reduction: Reduction,
+    spread: Spread | None,
+    main_grad: Tensor | None,
+) -> Any:
+    """The loss of a prepared call, in the way that suits it; what adds to a ``main_grad`` are the chunks."""
     compiling, in_formulas = torch.compiler.is_compiling(), needs_formulas()
     where: tuple[Any, ...] = ()
     if spread is not None:
-        if spread.at_once(head, cut):
+        if main_grad is None and spread.at_once(head, cut):
             return reduced_loss(call, reduction, partial(spread.whole_rows, head, cut))
         where = spread.where()
-    elif in_formulas or (not compiling and cut.is_small(head)):
+    elif in_formulas or (not compiling and main_grad is None and cut.is_small(head)):
         if not in_formulas and reduction.is_ordinary() and call.is_index_alone():
             assert call.args.indices is not None
             logits = reference.logits(head, classes)
-            return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name)
+            return index_loss(logits, call.args.indices, call.options.ignore_index, reduction.name, of_head=True)
         return reduced_loss(call, reduction, partial(_whole_rows, head, classes))
     needs = _is_sum(call, head, reduction, spread is not None)
     if needs:
         scale = row_scale(call, reduction)
         nan_if_empty = reduction.name == "mean" and reduction.normalizer is None and reduction.empty == "nan"
-        loss = linear_sum(head, call.args, scale, call.z_loss, call.options, cut, needs, nan_if_empty, where)
+        options = call.z_loss, call.options, cut, needs, nan_if_empty, where, main_grad
+        loss = linear_sum(head, call.args, scale, *options)
         return loss.to(call.loss_dtype)
-    return reduced_loss(call, reduction, partial(linear_rows, head, cut, where))
+    return reduced_loss(call, reduction, partial(linear_rows, head, cut, where, main_grad))

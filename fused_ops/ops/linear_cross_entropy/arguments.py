@@ -10,10 +10,16 @@ from torch import Tensor
 
 from fused_ops.core.checks import as_int64, as_integer
 from fused_ops.core.function import autocast_enabled, is_plain
+from fused_ops.core.torch_private import forward_ad, is_tracing, transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy.arguments import INDEX_DTYPES, LossOptions, ReductionName
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.linear_cross_entropy.reference import Head
+
+NOT_PLAIN = (
+    "linear_cross_entropy: main_grad is for a plain backward in eager mode, without create_graph, is_grads_batched, "
+    "torch.func, forward-mode AD, tracing, torch.export and torch.compile(fullgraph=True)"
+)
 
 
 class LinearCallOptions(LossOptions, total=False):
@@ -220,6 +226,21 @@ def check_main_grad(main_grad: object, linear_weight: Tensor) -> None:
         )
     if main_grad.requires_grad:
         raise RuntimeError("linear_cross_entropy: expected main_grad not to require grad, as the backward writes it")
+
+
+def main_grad_matrix(main_grad: Tensor, linear_weight: Tensor) -> Tensor | None:
+    """What the weight's gradient is added to, checked, as a matrix; None where there will be no gradient."""
+    check_main_grad(main_grad, linear_weight)
+    if not main_grad.is_contiguous():
+        raise RuntimeError(
+            f"linear_cross_entropy: expected main_grad to be contiguous, got strides {list(main_grad.stride())} for "
+            f"shape {list(main_grad.shape)}"
+        )
+    if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0 or is_tracing():
+        raise RuntimeError(NOT_PLAIN)
+    if not linear_weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    return main_grad.view(-1, main_grad.size(-1))
 
 
 class PerRow(NamedTuple):

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused_ops.core.function import has_values
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide, wide_dtype
+from fused_ops.core.torch_private import is_batched, runs_node, transforms_active
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import reference
+from fused_ops.ops.linear_cross_entropy.arguments import NOT_PLAIN
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
+WIDE_WEIGHT = 128  # with WEIGHT: the gradient of a 16-bit weight stays the float32 sum that it is added up in
 
-_WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
+WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
 
 
 def _fake_chunk_(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -62,12 +66,20 @@ class Plan(NamedTuple):
     tile_classes: int = 0  # 0: in chunks of rows
 
 
-class Gradients:
-    """The head's gradients as chunks add to them: weights in float32 at least."""
+def wide_weight_dtype(weight: Tensor) -> torch.dtype:
+    """In which a weight's gradients are added up."""
+    return torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
 
-    def __init__(self, head: Head, plan: Plan, chunks: int) -> None:
-        self.head, self.plan, self.several = head, plan, chunks > 1
+
+class Gradients:
+    """The head's gradients as chunks add to them: weights in float32 at least, or the large one to ``main_grad``."""
+
+    def __init__(self, head: Head, plan: Plan, chunks: int, main_grad: Tensor | None = None) -> None:
+        self.head, self.plan, self.several, self.main_grad = head, plan, chunks > 1, main_grad
         self.accumulated: dict[int, Tensor] = {}
+        if main_grad is not None:
+            self.accumulated[WEIGHT] = main_grad
+            increment_version(main_grad)  # what writes to it here does so below autograd
         self.input = self._rows(head.input, INPUT)
         self.low_input = self._rows(head.low_input, LOW_INPUT)
 
@@ -93,15 +105,17 @@ class Gradients:
             self.accumulated[BIAS] = self.accumulated[BIAS] + sums if BIAS in self.accumulated else sums
 
     def _add(self, bit: int, left: Tensor, right: Tensor) -> None:
-        first, wide = bit not in self.accumulated, self.several and left.dtype.itemsize == 2
+        first, narrow = bit not in self.accumulated, left.dtype.itemsize == 2
         if first:
+            wide = narrow and (self.several or self._is_wide(bit))
             like = right.new_empty(0, dtype=torch.float32) if wide else right
             self.accumulated[bit] = tiles.buffer(like, left.size(0), right.size(1))
         total = self.accumulated[bit]
-        if not wide:
+        if total.dtype == left.dtype:
             torch.mm(left, right, out=total) if first else total.addmm_(left, right)
             return
-        if total.is_cuda and torch.version.hip is None:  # cuBLAS adds to a float32 matrix itself; ROCm's does not
+        # cuBLAS adds to a float32 matrix itself; ROCm's does not
+        if narrow and total.is_cuda and torch.version.hip is None:
             if first:
                 torch.mm(left, right, out_dtype=torch.float32, out=total)
             else:
@@ -109,27 +123,60 @@ class Gradients:
             return
         if first:
             total.zero_()
-        product = right.new_empty(min(_WIDENED, left.size(0)), right.size(1))
-        for part in (slice(c, c + _WIDENED) for c in range(0, left.size(0), _WIDENED)):
+        product = right.new_empty(min(WIDENED, left.size(0)), right.size(1))
+        for part in (slice(c, c + WIDENED) for c in range(0, left.size(0), WIDENED)):
             rows = product[: total[part].size(0)]
             torch.mm(left[part], right, out=rows)
-            tiles.add_op(total[part], rows)
+            if narrow:
+                tiles.add_op(total[part], rows)
+            else:  # float64, of a float32 weight beside class probabilities of float64
+                total[part].add_(rows)
+
+    def _is_wide(self, bit: int) -> bool:
+        return bit == WEIGHT and bool(self.plan.needs & WIDE_WEIGHT)
 
     def of(self, bit: int, like: Tensor | None) -> Tensor:
         """One gradient, or an empty tensor if it is not wanted."""
-        if like is None or not self.plan.needs & bit:
+        if like is None or not self.plan.needs & bit or (bit == WEIGHT and self.main_grad is not None):
             return self.head.input.new_empty(0)
         if bit in (INPUT, LOW_INPUT):
             found = self.input if bit == INPUT else self.low_input
             assert found is not None
             return found
+        dtype = wide_weight_dtype(like) if self._is_wide(bit) else like.dtype
         if bit not in self.accumulated:  # no row counted
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
-        return self.accumulated[bit].to(like.dtype)
+            return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        return self.accumulated[bit].to(dtype)
 
     def all(self) -> tuple[Tensor, ...]:
         """In the order of Head."""
         return tuple(self.of(1 << i, tensor) for i, tensor in enumerate(self.head))
+
+
+def wanted_main_grad(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+    """What a Function's backward adds the gradient of its second input to; None where it is to find none.
+
+    Raises:
+        RuntimeError: The backward has to be differentiable, or is of several gradients.
+    """
+    if ctx.main_grad is None:
+        return None
+    if torch.is_grad_enabled() or transforms_active() or any(g is not None and is_batched(g) for g in grads):
+        raise RuntimeError(NOT_PLAIN)
+    # torch.autograd.grad of other inputs alone says nothing of it in needs_input_grad
+    wanted = ctx.needs_input_grad[1] and runs_node(ctx.next_functions[1][0])
+    return ctx.main_grad if wanted else None
+
+
+def add_scaled_(total: Tensor, grad: Tensor, scale: Tensor) -> None:
+    """total += scale * grad in one pass, without a temporary of their size."""
+    scale = scale.to(total.dtype)
+    if grad.dtype == total.dtype:
+        total.addcmul_(grad, scale)
+        return
+    for begin in range(0, total.size(0), WIDENED):  # PyTorch makes a copy of what it widens
+        part = slice(begin, begin + WIDENED)
+        total[part].addcmul_(grad[part], scale)
 
 
 def parts_of(head: Head, a: RowArgs, o: RowOptions, plan: Plan) -> list[Tensor | slice]:
@@ -220,11 +267,19 @@ def _forward_in_tiles(
 
 
 def backward(
-    g: RowGrads, head: Head, a: RowArgs, lse: Tensor, mass: Tensor, entropy: Tensor, o: RowOptions, plan: Plan
+    g: RowGrads,
+    head: Head,
+    a: RowArgs,
+    lse: Tensor,
+    mass: Tensor,
+    entropy: Tensor,
+    o: RowOptions,
+    plan: Plan,
+    main_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The head's five gradients, from logits that are computed again."""
+    """The head's five gradients, from logits that are computed again; the weight's is added to a ``main_grad``."""
     parts = parts_of(head, a, o, plan)
-    gradients = Gradients(head, plan, len(parts))
+    gradients = Gradients(head, plan, len(parts), main_grad)
     for part, logits, flat in _chunks(head, plan, parts):
         cut = cut_args(a, logits, part)
         grads = (cut_rows(grad, part) for grad in g)

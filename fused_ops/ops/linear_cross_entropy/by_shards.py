@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core.graph import register_graph_op
+from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide_dtype
 from fused_ops.core.torch_private import forward_ad, transforms_active
 from fused_ops.distributed import collectives
@@ -25,7 +26,7 @@ from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.cross_entropy.shards import Merged, Place, Ranks, Shard
 from fused_ops.ops.linear_cross_entropy import by_classes as tiles
 from fused_ops.ops.linear_cross_entropy import by_rows, graph, plan, reference
-from fused_ops.ops.linear_cross_entropy.by_rows import Gradients, Plan, cut_rows
+from fused_ops.ops.linear_cross_entropy.by_rows import Gradients, Plan, cut_rows, wanted_main_grad
 from fused_ops.ops.linear_cross_entropy.graph import CLASS_WEIGHT, OF_HEAD, PROBABILITIES, TENSORS, Settings, split
 from fused_ops.ops.linear_cross_entropy.plan import Cut
 from fused_ops.ops.linear_cross_entropy.reference import Head
@@ -120,7 +121,7 @@ def _chunks(
     for i, part in enumerate(parts):
         x = head.input[part]
         if i < buffers:
-            memory.append(tiles.buffer(x, x.size(0), head.weight.size(0)))
+            memory.append(tiles.logits_buffer(x, x.size(0), head.weight.size(0)))
         matrix = by_rows.product(head, part, x, memory[i % buffers][: x.size(0)])
         logits = matrix if positions == 1 else matrix.view(x.size(0), in_rows.classes, positions)
         allowed = shard.allowed
@@ -185,11 +186,19 @@ def forward(
 
 
 def backward(
-    g: RowGrads, head: Head, a: RowArgs, o: RowOptions, shard: Shard, results: Merged, in_rows: Plan, positions: int
+    g: RowGrads,
+    head: Head,
+    a: RowArgs,
+    o: RowOptions,
+    shard: Shard,
+    results: Merged,
+    in_rows: Plan,
+    positions: int,
+    main_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """This rank's share of the head's gradients, from logits that are computed again."""
+    """This rank's share of the head's gradients, from logits that are computed again; ``main_grad`` as in by_rows."""
     parts = by_rows.parts_of(head, a, o, in_rows)
-    gradients = Gradients(head, in_rows, len(parts))
+    gradients = Gradients(head, in_rows, len(parts), main_grad)
     for chunk in _chunks(head, a, shard, in_rows, positions, parts, 1):
         grads = RowGrads(*(cut_rows(grad, chunk.rows) for grad in g))
         found = Merged(*(values[chunk.rows] if values.numel() else values for values in results))
@@ -229,7 +238,7 @@ def _sum(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sum_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-    return graph.sum_gradients(ctx, grad_loss, sum_op, rows_op)
+    return graph.sum_gradients(ctx, grad_loss, sum_op, lambda *args: rows_op(*args, None))
 
 
 sum_op: Any = register_graph_op(
@@ -243,7 +252,7 @@ sum_op: Any = register_graph_op(
 
 
 def _rows(*args: Any) -> tuple[Tensor, ...]:
-    (head, a), settings, statistics, where = split(args), Settings(*args[9:14]), args[14], Where(*args[15:])
+    (head, a), settings, statistics, where = split(args), Settings(*args[9:14]), args[14], Where(*args[15:18])
     o, _ = settings.unpack(statistics)
     shard = _shard(head, a, o, settings, where)
     assert shard.allowed is not None
@@ -265,7 +274,7 @@ def _fake_rows(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.ignore_index, numbers, *ctx.cut, ctx.statistics, place, ctx.group, ctx.ranks = inputs[9:]
+    ctx.ignore_index, numbers, *ctx.cut, ctx.statistics, place, ctx.group, ctx.ranks, ctx.main_grad = inputs[9:]
     ctx.mark_non_differentiable(*shards.fixed_results(ctx.statistics, Merged(*output[:9])), output[9])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], *output, numbers, place)
@@ -275,7 +284,10 @@ def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
     *saved, numbers, place = ctx.saved_tensors
     g, needs = functions.row_grads(ctx.statistics, grads), graph.row_needs(ctx.needs_input_grad)
     if not needs or all(grad is None for grad in g):
-        return (None,) * 18
+        return (None,) * 19
+    main_grad = wanted_main_grad(ctx, *g)
+    if ctx.main_grad is not None and main_grad is None:
+        needs &= ~by_rows.WEIGHT
     if graph.is_batched(*g):
         raise NotImplementedError(
             "linear_cross_entropy: is_grads_batched=True is not for classes that are spread over class_group; expected "
@@ -283,9 +295,11 @@ def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
         )
     settings = Settings(ctx.ignore_index, numbers, *ctx.cut)
     args = (*g, *saved, *settings, ctx.statistics, needs, place, ctx.group, ctx.ranks)
-    again = torch.is_grad_enabled() or transforms_active()  # to be differentiated
-    found = _formulas(_Saved.of(args)) if again else _rows_grad_op(*args)
-    return graph.place(found, needs, 18)
+    if torch.is_grad_enabled() or transforms_active():  # to be differentiated
+        return graph.place(_formulas(_Saved.of(args)), needs, 19)
+    if main_grad is None:
+        return graph.place(_rows_grad_op(*args), needs, 19)
+    return graph.place(_rows_grad_to_op(*args, main_grad), needs & ~by_rows.WEIGHT, 19)
 
 
 class _Saved(NamedTuple):
@@ -304,7 +318,7 @@ class _Saved(NamedTuple):
     @staticmethod
     def of(args: tuple[Any, ...]) -> _Saved:
         (head, a), settings, statistics, needs = split(args[4:13]), Settings(*args[23:28]), *args[28:30]
-        where = Where(*args[30:])
+        where = Where(*args[30:33])
         shard = Shard(collectives.group_of(where.group), *where.place.tolist())._replace(allowed=args[22])
         o, _ = settings.unpack(statistics)
         return _Saved(RowGrads(*args[:4]), head, a, o, shard, Merged(*args[13:22]), settings, needs, where)
@@ -330,13 +344,13 @@ def _target_gradients(s: _Saved, a: RowArgs) -> tuple[Tensor | None, Tensor | No
     )
 
 
-def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
+def _rows_grad(*args: Any, main_grad: Tensor | None = None) -> tuple[Tensor, ...]:
     s = _Saved.of(args)
     graph.check(s.head, s.settings)
     found: tuple[Tensor, ...] = tuple(s.head.input.new_empty(0) for _ in range(5))
     if s.needs & OF_HEAD:
         in_rows = plan_of(s.head, s.settings.cut, s.shard.classes, s.where.ranks, s.needs & OF_HEAD)
-        found = backward(s.g, s.head, s.a, s.o, s.shard, s.results, in_rows, s.settings.positions)
+        found = backward(s.g, s.head, s.a, s.o, s.shard, s.results, in_rows, s.settings.positions, main_grad)
     others: tuple[Tensor | None, ...] = None, None
     if s.needs & ~OF_HEAD:
         others = _target_gradients(s, s.a._replace(input=_logits(s.head, s.settings.cut)))
@@ -349,9 +363,17 @@ def _fake_rows_grad(*args: Any) -> tuple[Tensor, ...]:
     return *graph.fake_gradients(head, args[29]), *graph.fake_others(a, args[29])
 
 
+def _rows_grad_to(*args: Any) -> tuple[Tensor, ...]:
+    return _rows_grad(*args[:33], main_grad=args[33])
+
+
+def _fake_rows_grad_to(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_rows_grad(*args[:29], args[29] & ~by_rows.WEIGHT)
+
+
 rows_op: Any = register_graph_op(
     f"linear_cross_entropy_shard_rows({graph.HEAD}, {functions.TENSORS}, {graph.NUMBERS}, {graph.CUT}, "
-    f"bool statistics, {_WHERE}) -> ({_MERGED})",
+    f"bool statistics, {_WHERE}, Tensor? main_grad) -> ({_MERGED})",
     _rows,
     _fake_rows,
     _rows_context,
@@ -364,11 +386,25 @@ _rows_grad_op: Any = register_graph_op(
     _rows_grad,
     _fake_rows_grad,
 )
+_rows_grad_to_op: Any = register(
+    f"linear_cross_entropy_shard_rows_grad_to({functions.GRADS}, {graph.HEAD}, {functions.TENSORS}, {_MERGED}, "
+    f"{graph.NUMBERS}, {graph.CUT}, bool statistics, int needs, {_WHERE}, Tensor(a!) main_grad) "
+    f"-> ({graph.GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
+    _rows_grad_to,
+    _fake_rows_grad_to,
+    native=False,
+)
 
 register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_shard, get_raw=True)(graph.sum_flops)
 register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_shard_rows, get_raw=True)(graph.rows_flops)
 
 
-@register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_shard_rows_grad, get_raw=True)
+@register_flop_formula(
+    [
+        torch.ops.fused_ops.linear_cross_entropy_shard_rows_grad,
+        torch.ops.fused_ops.linear_cross_entropy_shard_rows_grad_to,
+    ],
+    get_raw=True,
+)
 def _rows_grad_flops(*args: Any, **_: Any) -> int:
     return graph.flops(args[4:13], args[23], args[28], 1 + graph.gradient_products(args[29]))

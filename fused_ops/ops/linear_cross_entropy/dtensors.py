@@ -24,6 +24,7 @@ from fused_ops.ops.cross_entropy.arguments import check_shapes, target_tensors
 from fused_ops.ops.cross_entropy.dtensors import Logits, named_options, refuse_groups
 from fused_ops.ops.linear_cross_entropy.arguments import (
     Shape,
+    check_main_grad,
     checked_ignore_index,
     flat,
     flat_target,
@@ -42,11 +43,28 @@ class Head(NamedTuple):
 
     def matrix(self, value: Tensor | None) -> Tensor | None:
         """This rank's part of what has the classes first, with the gradient from its rows."""
-        if value is None:
-            return None
+        return None if value is None else self.weight.local(value, self.gradient())
+
+    def gradient(self) -> Layout:
+        """Where the parts of such a matrix' gradient are."""
         sums = self.logits.layout.sum_over(self.logits.row_dims()).placements
         placements = (s if s.is_partial() else w for s, w in zip(sums, self.weight.placements, strict=True))
-        return self.weight.local(value, self.weight._replace(placements=tuple(placements)))
+        return self.weight._replace(placements=tuple(placements))
+
+    def with_main_grad(self, weight: Tensor, main_grad: Any) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's part of the weight, and of what its gradient is added to, which must be where that is found."""
+        if main_grad is None:
+            return self.matrix(weight), None
+        check_main_grad(main_grad, weight)
+        wanted, found = self.gradient().placements, getattr(main_grad, "placements", None)
+        if found is None or tuple(found) != wanted:
+            raise RuntimeError(
+                f"linear_cross_entropy: expected main_grad to be a DTensor with the placements {wanted}, as this call "
+                f"finds the gradient of linear_weight, got {found or type(main_grad).__name__}"
+            )
+        part = self.matrix(weight.detach())  # to_local makes zeros of no gradient, and ``weight.grad`` is to stay
+        assert part is not None
+        return part.detach().requires_grad_(weight.requires_grad), main_grad.to_local()
 
     def lora(self, lora: Any, shape: Shape) -> Any:
         """This rank's part of lora's (A, B, scale)."""
@@ -119,14 +137,14 @@ def spread(
     """This rank's (input, linear_weight, target) and options, and where the logits would be.
 
     Raises:
-        RuntimeError: ordinary input beside DTensors, or several meshes; as ``linear_cross_entropy`` for shapes and
-            dtypes.
+        RuntimeError: ordinary input beside DTensors, or several meshes; a ``main_grad`` that is not where the gradient
+            is; as ``linear_cross_entropy`` for shapes and dtypes.
         ValueError: ``class_group`` or ``sequence_parallel``.
     """
     op = "linear_cross_entropy"
     lora = options["lora"]
     named = [("input", input), ("linear_weight", weight), ("linear_bias", options["linear_bias"])]
-    named += [*target_tensors(target), *named_options(options)]
+    named += [*target_tensors(target), *named_options(options), ("main_grad", options["main_grad"])]
     named += [(f"lora[{i}]", t) for i, t in enumerate(lora if isinstance(lora, (tuple, list)) else ())]
     check_mesh(op, named)
     refuse_groups(op, options)
@@ -145,5 +163,5 @@ def spread(
     logits = Logits(layout, shape.with_classes(shape.classes, False), dim, kind)
     head = Head(of_input, of_weight, logits)
     mine |= {"linear_bias": head.matrix(mine["linear_bias"]), "lora": head.lora(lora, shape)}
-    args = of_input.local(input), head.matrix(weight), logits.target(target)
-    return args, logits.options(mine), logits
+    matrix, mine["main_grad"] = head.with_main_grad(weight, mine["main_grad"])
+    return (of_input.local(input), matrix, logits.target(target)), logits.options(mine), logits

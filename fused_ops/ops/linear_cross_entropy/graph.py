@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core import torch_private
 from fused_ops.core.graph import as_tensor, register_graph_op
+from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide_dtype
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy import rows_reference as rows
@@ -115,7 +116,10 @@ def _sum(*args: Any) -> tuple[Tensor, ...]:
     check(head, settings)
     o, z_loss = settings.unpack()
     nll, lse, *others = chunks.forward(head, a, o, row_scale, z_loss, plan(head, a, o, settings.cut, needs))
-    return total(nll, lse, row_scale, z_loss, nan_if_empty), *others[5:]
+    x, weight, *rest = others[5:]
+    if needs & chunks.WIDE_WEIGHT:  # tiles have rounded it
+        weight = weight.to(chunks.wide_weight_dtype(weight))
+    return total(nll, lse, row_scale, z_loss, nan_if_empty), x, weight, *rest
 
 
 def total(nll: Tensor, lse: Tensor, row_scale: Tensor, z_loss: float, nan_if_empty: bool) -> Tensor:
@@ -126,9 +130,12 @@ def total(nll: Tensor, lse: Tensor, row_scale: Tensor, z_loss: float, nan_if_emp
 
 
 def fake_gradients(head: Head, needs: int) -> tuple[Tensor, ...]:
-    return tuple(
+    x, weight, *rest = (
         head.input.new_empty(t.shape if t is not None and needs & (1 << i) else (0,)) for i, t in enumerate(head)
     )
+    if needs & chunks.WIDE_WEIGHT:
+        weight = weight.to(chunks.wide_weight_dtype(weight))
+    return x, weight, *rest
 
 
 def fake_sum(*args: Any) -> tuple[Tensor, ...]:
@@ -276,7 +283,7 @@ def _target_gradients(
     )
 
 
-def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
+def _rows_grad(*args: Any, main_grad: Tensor | None = None) -> tuple[Tensor, ...]:
     g, (head, a), (lse, mass, entropy) = RowGrads(*args[:4]), split(args[4:13]), args[13:16]
     settings, statistics, needs = Settings(*args[16:21]), *args[21:]
     check(head, settings)
@@ -284,7 +291,7 @@ def _rows_grad(*args: Any) -> tuple[Tensor, ...]:
     found: tuple[Tensor, ...] = tuple(head.input.new_empty(0) for _ in range(5))
     if needs & OF_HEAD:
         in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=needs & OF_HEAD)
-        found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows)
+        found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows, main_grad)
     others = _target_gradients(g, head, a, o, settings.cut.classes(head), needs)
     empty = fake_others(a, needs)
     return *found, *(e.zero_() if t is None else t for t, e in zip(others, empty, strict=True))
@@ -298,6 +305,14 @@ def fake_others(a: RowArgs, needs: int) -> tuple[Tensor, ...]:
 def _fake_rows_grad(*args: Any) -> tuple[Tensor, ...]:
     head, a = split(args[4:13])
     return *fake_gradients(head, args[22]), *fake_others(a, args[22])
+
+
+def _rows_grad_to(*args: Any) -> tuple[Tensor, ...]:
+    return _rows_grad(*args[:23], main_grad=args[23])
+
+
+def _fake_rows_grad_to(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_rows_grad(*args[:22], args[22] & ~chunks.WEIGHT)
 
 
 class _Leaves(NamedTuple):
@@ -419,6 +434,14 @@ rows_grad_op: Any = register_graph_op(
     _rows_grad_context,
     _rows_grad_backward,
 )
+rows_grad_to_op: Any = register(
+    f"linear_cross_entropy_rows_grad_to({functions.GRADS}, {HEAD}, {functions.TENSORS}, {functions.SAVED}, {NUMBERS}, "
+    f"{CUT}, bool statistics, int needs, Tensor(a!) main_grad) "
+    f"-> ({GRADIENTS}, Tensor grad_probabilities, Tensor grad_class_weight)",
+    _rows_grad_to,
+    _fake_rows_grad_to,
+    native=False,
+)
 
 
 # ---- what FlopCounterMode counts
@@ -439,6 +462,9 @@ def rows_flops(*args: Any, **_: Any) -> int:
     return flops(args, args[9], args[14], 1)
 
 
-@register_flop_formula(torch.ops.fused_ops.linear_cross_entropy_rows_grad, get_raw=True)
+@register_flop_formula(
+    [torch.ops.fused_ops.linear_cross_entropy_rows_grad, torch.ops.fused_ops.linear_cross_entropy_rows_grad_to],
+    get_raw=True,
+)
 def _rows_grad_flops(*args: Any, **_: Any) -> int:
     return flops(args[4:13], args[16], args[21], 1 + gradient_products(args[22]))
