@@ -11,11 +11,13 @@ import pytest
 import torch
 from cuda_host import CSRC, DTYPES, build, numbers, pointer
 
+RACE = 719  # an error of the launch
+
 
 def run_shift(library, barrier, order):
     out = torch.full((64,), -1, dtype=torch.int32)
     library.cuda_host_set_order(order)
-    assert library.self_shift(barrier, pointer(out)) == 0
+    assert library.self_shift(barrier, pointer(out)) == (0 if barrier else RACE)
     return out
 
 
@@ -25,6 +27,22 @@ def test_a_missing_barrier_shows_in_another_order_of_threads(cuda_host):
     wrong = [run_shift(cuda_host, 0, order) for order in range(4)]
     assert all(torch.equal(r, expected) for r in right)
     assert not any(torch.equal(w, expected) for w in wrong)
+
+
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("kernel", ["shift", "show_lane", "shift_in_place", "twice", "other_block"])
+def test_races_show_in_any_order_of_threads(cuda_host, kernel, order):
+    cuda_host.cuda_host_set_order(order)
+    out = torch.zeros(256, dtype=torch.int32)
+    run = getattr(cuda_host, f"self_{kernel}")
+    assert [run(right, pointer(out)) for right in (0, 1, 0)] == [RACE, 0, RACE]
+
+
+def test_what_lies_beside_a_misaligned_vector_may_be_written(cuda_host):
+    values = torch.arange(64 * 4 + 8, dtype=torch.float32)
+    start = -(values.data_ptr() // 4) % 4
+    cuda_host.cuda_host_set_order(0)
+    assert cuda_host.self_straddle(pointer(values[start:])) == 0
 
 
 def test_shared_memory_is_poisoned_before_each_block(cuda_host):

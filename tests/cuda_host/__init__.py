@@ -25,6 +25,7 @@ TARGET_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-attributes"]
 FLAGS += ["-DFUSED_OPS_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+WATCHED = ["-fsanitize=thread"]  # of files with kernels: calls races.cpp at every access to memory
 OPS = {  # the raw ops with kernels
     "cross_entropy": [
         f"cross_entropy_{kind}{direction}"
@@ -55,7 +56,7 @@ def build():
     sources = [*sorted(CSRC.glob("*/cuda/*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(CSRC.glob("*/*_cuda.cpp"))]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     files = [p for folder in (CSRC, HERE) for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES]
-    made_of = [version, torch.__version__, *FLAGS, *(p.read_text() for p in files)]
+    made_of = [version, torch.__version__, *FLAGS, *WATCHED, *(p.read_text() for p in files)]
     directory = BUILD / hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     objects, library = [directory / f"{i}.o" for i in range(len(sources))], directory / "cuda_host.so"
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,9 @@ def compile_all(compiler, sources, objects, library):
 
     def compile_one(source, output):
         includes = [f"-I{HERE}", f"-I{CSRC}", "-isystem", str(torch_home / "include")]
-        command = [*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(output)]
+        kernels = source.suffix == ".cu" or source.stem == "self_test"
+        flags = [*FLAGS, *(WATCHED if kernels else ["-O2"])]
+        command = [*compiler, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, f"{source.name} does not compile\n{result.stderr[:2000]}"
 
@@ -102,19 +105,21 @@ def define_ops():
 
 
 def symbols(path):
-    """(address, size, kind) of each sized symbol."""
+    """(name, address, size, kind) of each sized symbol; kernels' files may have one of the same name each."""
     listing = subprocess.run(["nm", "-S", str(path)], check=True, capture_output=True, text=True).stdout
-    return {f[3]: (int(f[0], 16), int(f[1], 16), f[2]) for f in map(str.split, listing.splitlines()) if len(f) == 4}
+    lines = [line.split() for line in listing.splitlines()]
+    return [(f[3], int(f[0], 16), int(f[1], 16), f[2]) for f in lines if len(f) == 4]
 
 
 def register_shared(loaded, library, objects):
     """Tells the emulation where the ``__shared__`` variables are: static variables inside functions, by their names."""
-    names = {n for o in objects for n, (_, _, kind) in symbols(o).items() if n.startswith("_ZZ") and kind in "bBdDuVv"}
-    places = symbols(library)
-    known = "cuda_host_launches"
-    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value - places[known][0]
-    for name in sorted(names):
-        loaded.cuda_host_shared(ctypes.c_void_p(base + places[name][0]), ctypes.c_int64(places[name][1]))
+    names = {n for o in objects for n, _, _, kind in symbols(o) if n.startswith("_ZZ") and kind in "bBdDuVv"}
+    places, known = symbols(library), "cuda_host_launches"
+    base = ctypes.cast(getattr(loaded, known), ctypes.c_void_p).value
+    base -= next(address for name, address, _, _ in places if name == known)
+    for name, address, size, _ in places:
+        if name in names:
+            loaded.cuda_host_shared(ctypes.c_void_p(base + address), ctypes.c_int64(size))
     assert len(names) > 1
 
 

@@ -1,10 +1,10 @@
-// The CUDA execution model on the CPU, as far as csrc/*/cuda needs it: test code that lets g++ compile the kernel sources
-// unchanged and run them where there is no GPU.
+// The CUDA execution model on the CPU, as far as csrc/*/cuda needs it: test code that lets g++ compile the kernel
+// sources unchanged and run them where there is no GPU.
 //
 // Blocks run one after the other. The threads of a block are fibers of one OS thread that switch at barriers, shuffles
 // and votes only, in an order that set_order chooses, each warp as far ahead of the others as barriers let it: a kernel
-// whose result depends on that order has a race. A barrier
-// that not all threads reach ends the launch with an error. Shared memory is filled with ones before every block.
+// whose result depends on that order has a race. races.cpp finds races in any order: the launch fails. A barrier that
+// not all threads reach ends the process. Shared memory is filled with ones before every block.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -33,8 +33,14 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(16) uint4 {
+namespace cuda_host {
+void copy_vector(void* to, const void* from);  // in races.cpp
+}
+struct alignas(16) uint4 {  // copied 16 bytes at a time, as the GPU does
   unsigned x, y, z, w;
+  uint4(unsigned x_, unsigned y_, unsigned z_, unsigned w_) : x(x_), y(y_), z(z_), w(w_) {}
+  uint4(const uint4& from) { cuda_host::copy_vector(this, &from); }
+  uint4& operator=(const uint4& from) { return cuda_host::copy_vector(this, &from), *this; }
 };
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719, cudaErrorAssert = 710 };
@@ -54,9 +60,16 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int64_t kWatchedBlocks = 32;  // of a launch, the first that run: races show in few
 constexpr size_t kStackBytes = 256 * 1024;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+// Where a thread is: its block among all, and how often it has met others there.
+struct Stamp {
+  int64_t block = 0;
+  uint32_t thread = 0, block_barriers = 0, warp_barriers = 0, exchanges = 0;
+};
 
 struct Fiber {
   jmp_buf context;
@@ -64,17 +77,20 @@ struct Fiber {
   State state = State::done;
   int index = 0, parity = 0;
   dim3 thread;
+  Stamp now;
+  uint32_t stamp = 0;    // of races.cpp: what `now` is known by there, 0 if it is not yet,
+  uintptr_t vector = 0;  // and a load of 16 bytes that it has still to look at
 };
 
 struct Machine {
   jmp_buf scheduler;
   std::vector<Fiber> fibers{kMaxThreads};
-  Fiber* current = nullptr;
+  Fiber *current = nullptr, *running = nullptr;  // running: current while the kernel's code runs
   std::function<void()> body;
   int threads = 0;
   uint64_t slots[kMaxThreads / kWarp][2][kWarp];
-  bool trapped = false, capturing = false;
-  int64_t launches = 0, blocks = 0;
+  bool trapped = false, capturing = false, watching = false;
+  int64_t launch = 0, launches = 0, blocks = 0, races = 0;  // launch: the number of this one
   unsigned order_seed = 0;
   std::vector<std::pair<void*, size_t>> shared;  // every __shared__ variable of the library
   const unsigned char* canary = nullptr;         // what no launch may change
@@ -83,7 +99,10 @@ struct Machine {
 
 inline Machine machine;
 
+void finish_loads(Fiber& f);  // in races.cpp
+
 inline void leave() {  // from a fiber to the scheduler
+  if (machine.running) machine.running = nullptr, finish_loads(*machine.current);
   if (_setjmp(machine.current->context) == 0) _longjmp(machine.scheduler, 1);
 }
 
@@ -98,6 +117,7 @@ inline void fiber_main() {
 __attribute__((noinline)) inline void enter(Fiber& f) {
   machine.current = &f;
   threadIdx = f.thread;
+  if (machine.watching) machine.running = &f;
   if (_setjmp(machine.scheduler) == 0) _longjmp(f.context, 1);
 }
 
@@ -121,9 +141,12 @@ inline bool release(int begin, int end, State waiting) {
   return true;
 }
 
-inline void wait(State kind) {
-  machine.current->state = kind;
+inline void wait(State kind, bool exchanges = false) {
+  Fiber& f = *machine.current;
+  f.state = kind;
   leave();
+  ++(exchanges ? f.now.exchanges : kind == State::at_block_barrier ? f.now.block_barriers : f.now.warp_barriers);
+  f.stamp = 0;
 }
 
 inline void order_of(std::vector<int>& order) {
@@ -142,6 +165,7 @@ inline bool run_block(const std::vector<int>& order) {
     f.state = State::ready, f.index = i, f.parity = 0;
     const unsigned u = static_cast<unsigned>(i), x = blockDim.x, y = blockDim.y;
     f.thread = dim3(u % x, u / x % y, u / x / y);
+    f.now = {machine.blocks, u, 0, 0, 0}, f.stamp = 0;
   }
   for (;;) {
     bool ran = false;
@@ -173,20 +197,22 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
     return cudaErrorInvalidValue;
   machine.threads = static_cast<int>(threads);
   gridDim = config.gridDim, blockDim = config.blockDim, machine.body = std::move(body);
-  ++machine.launches;
+  ++machine.launch, ++machine.launches;
   for (int i = 0; i < machine.threads; ++i)
     if (!machine.fibers[i].stack) create(machine.fibers[i]);
   std::vector<int> order(static_cast<size_t>(threads));
   order_of(order);
+  int64_t ran = 0;
   for (unsigned y = 0; y < config.gridDim.y; ++y)
     for (unsigned i = 0; i < config.gridDim.x; ++i) {
       const unsigned x = machine.order_seed ? config.gridDim.x - 1 - i : i;  // nor may the order of blocks matter
       blockIdx = dim3(x, y, 0);
-      ++machine.blocks;
+      ++machine.blocks, machine.watching = ran++ < kWatchedBlocks;
       if (!run_block(order)) std::abort();
     }
   for (int64_t i = 0; i < machine.canary_bytes; ++i)
     if (machine.canary[i] != 0xc5) std::fprintf(stderr, "cuda_host: a kernel wrote behind its scratch\n"), std::abort();
+  if (std::exchange(machine.races, 0)) return cudaErrorLaunchFailure;
   return machine.trapped ? cudaErrorAssert : cudaSuccess;
 }
 
@@ -196,7 +222,7 @@ const uint64_t* exchange(T value) {
   Fiber& f = *machine.current;
   auto& slots = machine.slots[f.index / kWarp][f.parity ^= 1];
   std::memcpy(&slots[f.index % kWarp], &value, sizeof(T));
-  wait(State::at_warp_barrier);
+  wait(State::at_warp_barrier, true);
   return slots;
 }
 
