@@ -42,9 +42,11 @@ from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
 LIBRARY, CUDA_LIBRARY = "fused_ops._C", "fused_ops._C_cuda"
-# Compute capabilities; code for one runs on the later ones of its decade. Beyond them there is the PTX of PTX_FROM.
-CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Compute capabilities; code for one runs on the later ones of its decade (nvcc makes the same for 89 as for 86, to the
+# byte). Beyond them there is the PTX of PTX_FROM.
+CUDA_ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 PTX_FROM = 100
+OLDEST_CUDA = 12  # of which there are releases of torch >= 2.10
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 COLD = ("csrc/batch_norm/cpu/keep_output.cpp",)  # what few calls reach, where the ordinary optimisation is enough
 ISA_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
@@ -225,6 +227,11 @@ class Cuda:
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         return list(dict.fromkeys(flags))
 
+    def defines(self, torch) -> list[str]:
+        """What the bindings are told: which CUDA the driver must know, and the oldest compute capability with code."""
+        oldest = min(int(n) for flag in self.architectures(torch) for n in re.findall(r"arch=compute_(\d+)", flag))
+        return ["-DUSE_CUDA", f"-DFUSED_OPS_CUDA_MAJOR={self.major}", f"-DFUSED_OPS_CUDA_OLDEST={oldest}"]
+
     def command(self, torch) -> list[str]:
         """What compiles a .cu file. The code for every GPU but one is dead weight, so it is compressed."""
         small = ["--compress-mode=size"] if self.major >= 13 else ["-Xfatbin", "-compress-all"]
@@ -240,11 +247,17 @@ def find_cuda() -> Cuda | str:
     for home in (home for home in homes if (home / "bin" / "nvcc").exists()):
         nvcc = str(home / "bin" / "nvcc")
         release = re.search(r"release (\d+)", compiler_version(nvcc))
-        folders = (home / folder for folder in ("lib64", "lib", f"targets/{target_machine()}-linux/lib"))
-        runtime = next((path for f in folders if (path := f / "libcudart_static.a").exists()), None)
-        if release and runtime:
+        machine = target_machine()  # lib/<machine>-linux-gnu: Debian's own packages
+        folders = ("lib64", "lib", f"targets/{machine}-linux/lib", f"lib/{machine}-linux-gnu")
+        runtime = next((path for f in folders if (path := home / f / "libcudart_static.a").exists()), None)
+        if release is None:
+            why = f"{nvcc} does not say its version"
+        elif int(release[1]) < OLDEST_CUDA:
+            why = f"expected CUDA >= {OLDEST_CUDA}, got {release[1]}: {nvcc}"
+        elif runtime is None:
+            why = f"there is no libcudart_static.a under {home}"
+        else:
             return Cuda(nvcc, int(release[1]), str(runtime))
-        why = f"there is no libcudart_static.a under {home}" if release else f"{nvcc} does not say its version"
     return why
 
 
@@ -272,17 +285,16 @@ def kernel_units(objects: Path, cxx: list[str]) -> list[Unit]:
 
 
 def binding_units(
-    objects: Path, cxx: list[str], include: list[str], torch_version: str, cuda: Cuda | None = None
+    objects: Path, cxx: list[str], include: list[str], torch_version: str, for_cuda: list[str] | None = None
 ) -> list[Unit]:
-    """Each csrc/<op>/*.cpp, those for CUDA or all others.
+    """Each csrc/<op>/*.cpp, those for CUDA, with these flags, or all others.
 
     Torch's headers are the system's, without the path that they have here.
     """
     found = [flag for folder in include for flag in ("-isystem", folder, f"-ffile-prefix-map={folder}/=")]
-    for_cuda = ["-DUSE_CUDA", f"-DFUSED_OPS_CUDA_MAJOR={cuda.major}"] if cuda else []
-    command = [*cxx, *COMMON_FLAGS, *for_cuda, *found]
+    command = [*cxx, *COMMON_FLAGS, *(for_cuda or []), *found]
     versions = [compiler_version(cxx[0]), torch_version]
-    wanted = [s for s in sources("*/*.cpp") if s.endswith("_cuda.cpp") == (cuda is not None)]
+    wanted = [s for s in sources("*/*.cpp") if s.endswith("_cuda.cpp") == (for_cuda is not None)]
     return [Unit(s, object_of(objects, s), command, versions) for s in wanted]
 
 
@@ -408,7 +420,7 @@ def cuda_extension(torch, make) -> list[object]:
     )
 
     def units(objects: Path) -> list[Unit]:
-        bindings = binding_units(objects, CXX, extension.include_dirs, torch.__version__, cuda)
+        bindings = binding_units(objects, CXX, extension.include_dirs, torch.__version__, cuda.defines(torch))
         return [*cuda_units(objects, cuda, torch), *bindings]
 
     extension.units, extension.wanted_in_place = units, torch.version.cuda is not None or wish == "1"

@@ -14,28 +14,25 @@ extern "C" void cuda_host_guard(void* memory, int64_t bytes, int64_t behind);  /
 #define FUSED_OPS_CUDA_LIBRARY fused_ops
 #define FUSED_OPS_CUDA_KEY CUDA
 #endif
-// Registers a file's ops, once a file: none of them where the driver could launch no kernel of theirs.
-#define FUSED_OPS_LIBRARY_IMPL(library, key, m)                              \
-  static void fused_ops_of_this_file(torch::stable::detail::StableLibrary&); \
-  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                               \
-    if (fused_ops::cuda::driver_is_new_enough()) fused_ops_of_this_file(m);  \
-  }                                                                          \
+// Registers a file's ops, once a file: none of them where no kernel could be launched.
+#define FUSED_OPS_LIBRARY_IMPL(library, key, m)                                                  \
+  static void fused_ops_of_this_file(torch::stable::detail::StableLibrary&);                     \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                                   \
+    if (fused_ops::cuda::refusal() == fused_ops::cuda::Refusal::none) fused_ops_of_this_file(m); \
+  }                                                                                              \
   static void fused_ops_of_this_file(torch::stable::detail::StableLibrary& m)
 
 namespace fused_ops {
 namespace cuda {
 
-// Whether the driver knows the CUDA of this library's runtime, which is its own and not torch's. Where there is no
-// driver there is no GPU either. Asks without initialising CUDA: a process may still fork.
-inline bool driver_is_new_enough() {
-#if defined(FUSED_OPS_CUDA_MAJOR)
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-  void* found = driver ? dlsym(driver, "cuDriverGetVersion") : nullptr;
-  int version = 0;  // 1000 * major + 10 * minor
-  if (found && reinterpret_cast<int (*)(int*)>(found)(&version) == 0) return version >= 1000 * FUSED_OPS_CUDA_MAJOR;
+// Why this machine could run no kernel of this library (fused_ops/core/library.py has a sentence for each). Asked
+// without initialising CUDA: a process may still fork.
+enum class Refusal : int64_t { none, driver, gpu };
+#if defined(FUSED_OPS_CUDA_HOST)
+inline Refusal refusal() { return Refusal::none; }
+#else
+Refusal refusal();
 #endif
-  return true;
-}
 
 inline int32_t device_index(const Tensor& t) {
   int32_t index = 0;

@@ -25,6 +25,11 @@ CUDA_LIBRARY_PATH = LIBRARY_PATH.with_name("_C_cuda.so")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ISAS = ("DEFAULT", "AVX2", "AVX512")
+_CUDA_REFUSALS = (
+    "",
+    "the driver is older than the CUDA that they were built with",
+    "the GPU is older than those that they were built for",
+)
 _registered: list[str] = []  # raw ops, in the order of registration
 references: dict[Any, Callable[..., Any]] = {}  # of every op: what serves a device without a kernel
 
@@ -51,10 +56,10 @@ def _load_cuda() -> str | None:
         return "torch was built without CUDA"
     if missing_reason is not None or not CUDA_LIBRARY_PATH.exists():
         return missing_reason or "the CUDA kernels were not built"
-    why = "the driver is older than the CUDA that they were built with"  # they register nothing then
     try:
         torch.ops.load_library(str(CUDA_LIBRARY_PATH))
-        if has_kernel("fused_ops::cross_entropy_forward", "CUDA"):
+        why = _CUDA_REFUSALS[torch.ops.fused_ops.cuda_refusal()]  # with one, they register nothing
+        if not why:
             return None
     except OSError as error:
         why = str(error.__cause__ or error)  # torch names the file alone

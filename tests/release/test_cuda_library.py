@@ -163,7 +163,7 @@ def test_a_wheel_has_the_cuda_kernels_beside_any_torch(toolkit):
     (command,) = asked_of(tree)
     codes = re.findall(r"-gencode=arch=compute_(\d+),code=(\w+)", command)
     assert codes == [
-        *(("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90", "sm_90")),
+        *(("75", "sm_75"), ("80", "sm_80"), ("86", "sm_86"), ("90", "sm_90")),
         *(("100", "sm_100"), ("100", "compute_100"), ("120", "sm_120")),
     ]
     assert "--compress-mode=size" in command
@@ -176,7 +176,7 @@ def test_an_older_nvcc_builds_what_it_knows(toolkit):
     result = set_up(tree, "build_ext", **make("12.4", ""))
     assert result.returncode == 0, result.stderr
     (command,) = asked_of(tree)
-    assert re.findall(r",code=(\w+)", command) == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    assert re.findall(r",code=(\w+)", command) == ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"]
     assert "-Xfatbin -compress-all" in command
 
 
@@ -228,6 +228,13 @@ def test_a_torch_with_cuda_and_no_toolkit_is_one_warning(toolkit):
     (Path(environment["CUDA_HOME"]) / "lib64" / "libcudart_static.a").unlink()
     result = set_up(tree, "build_ext", **environment)
     assert "WARNING: there is no libcudart_static.a under" in result.stderr
+    result = set_up(tree, "build_ext", **make(release="11.8"))
+    assert "WARNING: expected CUDA >= 12, got 11: " in result.stderr
+    nvcc = Path(make()["CUDA_HOME"]) / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    result = set_up(tree, "build_ext", **environment)
+    assert result.returncode == 0 and result.stderr.count(f"WARNING: {nvcc} does not say its version; installing") == 1
+    assert {path.name for path in tree.glob("build/lib*/fused_ops/*.so")} == {"_C.so"}
 
 
 # ---- the library itself, for one architecture, beside this torch (minutes; objects that are current are taken over)
@@ -240,6 +247,19 @@ void torch_c10_cuda_free_error_msg(char*) {}
 }""",
     "libcuda.so.1": """#include <cstdlib>
 extern "C" int cuDriverGetVersion(int* version) { *version = std::atoi(std::getenv("DRIVER_VERSION")); return 0; }""",
+    "libnvidia-ml.so.1": """#include <cstdlib>
+#include <cstring>
+static const char* gpus = std::getenv("GPUS");  // a compute capability each
+extern "C" {
+int nvmlInit_v2() { return gpus ? 0 : 9; }
+int nvmlShutdown() { return 0; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = (std::strlen(gpus) + 1) / 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, const char** gpu) { *gpu = gpus + 3 * index; return 0; }
+int nvmlDeviceGetCudaComputeCapability(const char* gpu, int* major, int* minor) {
+  *major = gpu[0] - '0', *minor = gpu[1] - '0';
+  return 0;
+}
+}""",
 }
 
 
@@ -290,20 +310,33 @@ def test_it_needs_torchs_stable_interface_and_the_system_alone(cuda_library):
 @pytest.mark.slow
 @NEEDS_KERNELS
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the real ones")
-@pytest.mark.parametrize("driver", [13020, 12090])
-def test_its_kernels_are_registered_where_the_driver_knows_its_cuda(driver, cuda_library, run_python, tmp_path):
+@pytest.mark.parametrize(
+    ("ahead", "gpus", "reason"),
+    [
+        (20, "90", None),
+        (20, "70 90", None),
+        (20, None, None),  # NVML cannot tell
+        (-10, "90", "the driver is older than the CUDA that they were built with"),
+        (20, "70 80", "the GPU is older than those that they were built for"),
+    ],
+)
+def test_its_kernels_are_registered_where_the_driver_and_a_gpu_are_new_enough(
+    ahead, gpus, reason, cuda_library, run_python, tmp_path
+):
+    """The library is for sm_90; the driver's version is `ahead` of its CUDA's major one."""
     built, folder = cuda_library
-    before = f"import ctypes; ctypes.CDLL({str(folder / 'libtorch_cuda_stub.so')!r}, mode=ctypes.RTLD_GLOBAL)\n"
-    environment = {"LD_LIBRARY_PATH": str(folder), "DRIVER_VERSION": str(driver)}
-    said = used(run_python, tmp_path, "13.0", built, before, **environment)
     release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    driver = 1000 * int(re.search(r"release (\d+)", release)[1]) + ahead
+    before = f"import ctypes; ctypes.CDLL({str(folder / 'libtorch_cuda_stub.so')!r}, mode=ctypes.RTLD_GLOBAL)\n"
+    environment = {"LD_LIBRARY_PATH": str(folder), "DRIVER_VERSION": str(driver), **({"GPUS": gpus} if gpus else {})}
+    said = used(run_python, tmp_path, "13.0", built, before, **environment)
     assert said["ISA"] == [library.isa()]
-    if driver >= 1000 * int(re.search(r"release (\d+)", release)[1]):
+    if reason is None:
         assert said["WHY"] == ["None"] and said["WARNING"] == [] and "CUDA kernel" in said["CUDA"][0]
     else:
         assert said["CUDA"] == ["['plain PyTorch']"]
         (warning,) = said["WARNING"]
-        assert "the driver is older than the CUDA that they were built with" in warning
+        assert f"the CUDA kernels could not be loaded: {reason}; on a GPU every op runs" in warning
 
 
 @pytest.mark.slow
