@@ -212,7 +212,7 @@ def test_the_backward_takes_no_copy_of_the_gradient(way):
 
 
 def test_the_op_keeps_the_sum_in_float32():
-    """Whatever way it goes, as its fake kernel says."""
+    """As its fake kernel says, in chunks also where it would go in tiles."""
     for dtype, cut, more in itertools.product(DTYPES, ((None, None), (5, None), (None, 4000)), (None, 0.1)):
         (x, w, _), target = draw(dtype)
         numbers = None if more is None else torch.tensor([more, 1, 0, 0], dtype=torch.float64)
@@ -220,7 +220,9 @@ def test_the_op_keeps_the_sum_in_float32():
         op, needs = torch.ops.fused_ops.linear_cross_entropy, by_rows.INPUT | by_rows.WEIGHT
         found = op(*args, needs | by_rows.WIDE_WEIGHT, False)[2]
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.equal(found.to(dtype), op(*args, needs, False)[2])
+        plain = op(*args, needs, False)[2]
+        assert torch.equal(found.to(dtype), plain) or (cut[0] is None and more is None)
+        torch.testing.assert_close(found.to(dtype), plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
         torch.library.opcheck(op.default, (*args, needs | by_rows.WIDE_WEIGHT, False), test_utils="test_faketensor")
 
 

@@ -24,7 +24,7 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
-WIDE_WEIGHT = 128  # with WEIGHT: the gradient of a 16-bit weight stays the float32 sum that it is added up in
+WIDE_WEIGHT = 128  # with WEIGHT, and not in tiles: the gradient of a 16-bit weight stays the float32 sum that it is
 
 WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
 

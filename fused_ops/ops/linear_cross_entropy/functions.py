@@ -167,10 +167,13 @@ def _lift(row_scale: Tensor) -> Tensor:
 
 
 def _is_added_up(head: Head, a: RowArgs, o: RowOptions, cut: Cut, needs: int, where: tuple[Any, ...]) -> bool:
-    """Whether a 16-bit weight's gradient is found in float32: in chunks of rows. Of tiles it is one rounded product."""
+    """Whether a 16-bit weight's gradient is found in float32; a CPU's is not that is one product, which it rounds."""
     if head.weight.dtype.itemsize != 2 or not needs & WEIGHT:
         return False
-    return bool(where) or not plan(head, a, o, cut, needs).tile_classes
+    if where or head.weight.is_cuda:
+        return True
+    found = plan(head, a, o, cut, needs)
+    return not found.tile_classes and found.chunk_rows < head.input.size(0)
 
 
 def linear_sum(

@@ -116,10 +116,7 @@ def _sum(*args: Any) -> tuple[Tensor, ...]:
     check(head, settings)
     o, z_loss = settings.unpack()
     nll, lse, *others = chunks.forward(head, a, o, row_scale, z_loss, plan(head, a, o, settings.cut, needs))
-    x, weight, *rest = others[5:]
-    if needs & chunks.WIDE_WEIGHT:  # tiles have rounded it
-        weight = weight.to(chunks.wide_weight_dtype(weight))
-    return total(nll, lse, row_scale, z_loss, nan_if_empty), x, weight, *rest
+    return total(nll, lse, row_scale, z_loss, nan_if_empty), *others[5:]
 
 
 def total(nll: Tensor, lse: Tensor, row_scale: Tensor, z_loss: float, nan_if_empty: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy.by_classes import suits
-from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, Plan
+from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, WIDE_WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
@@ -273,5 +273,5 @@ def plan(head: Head, a: RowArgs, o: RowOptions, cut: Cut, needs: int) -> Plan:
     """The plan of a call whose sizes are known."""
     x = head.input
     sizes = Sizes(x.size(0), x.size(1), cut.classes(head), cut.positions, x.element_size(), l2_bytes(x))
-    in_tiles = cut.positions == 1 and suits(head, a, o)
+    in_tiles = cut.positions == 1 and suits(head, a, o) and not needs & WIDE_WEIGHT
     return choose(sizes, needs, in_tiles, cut.chunk_rows, cut.max_memory_bytes)
