@@ -314,3 +314,9 @@ def test_a_piece_shorter_than_a_vector_is_read_within_its_row(cuda_host, run_pyt
 def test_more_rows_than_blocks_with_a_block_a_row(cuda_host, order):
     x, target = data(4096 + 40, 520, torch.float64)
     compare(CrossEntropy(cuda_host, order), x, target)
+
+
+@pytest.mark.slow
+def test_more_rows_than_blocks_with_eight_threads_a_row(kernels):
+    x, target = data(1056 * 32 + 40, 64, torch.bfloat16)
+    compare(kernels, LAYOUTS["transposed"](x), target)

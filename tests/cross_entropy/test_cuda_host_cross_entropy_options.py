@@ -182,6 +182,19 @@ def test_alignment(host_ops, offset, dtype):
             assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["index + smoothing", "index + weight + smoothing + statistics"])
+@pytest.mark.parametrize(("rows", "classes", "layout"), [(4096 * 32, 64, "transposed"), (4096, 2056, "contiguous")])
+def test_more_rows_than_blocks(host_ops, case, rows, classes, layout):
+    """Eight threads a row or a block: the first blocks take more rows once their shared memory has been used."""
+    a, o = draw(case, rows + 40, classes, torch.bfloat16)
+    results, grad = run(host_ops, laid_out(a, layout), o)
+    few = RowArgs(a.input[-60:], a.indices[-60:], *a[2:])
+    alone, _ = run(host_ops, laid_out(few, layout), o)
+    assert all(torch.equal(x[-60:], y) for x, y in zip(results, alone, strict=True))
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES[2::2])
 def test_no_bit_depends_on_the_order_of_threads_and_blocks(host_ops, cuda_host, case, dtype):

@@ -81,6 +81,7 @@ def test_launches(kernels):
     """One where one block takes all rows; else the rows and their total, with a count of many targets before."""
     assert launches(kernels, 256, 27) == launches(kernels, 1024, 10) == launches(kernels, 32, 1000) == 1
     assert launches(kernels, 4, 8000) == 1
+    assert launches(kernels, 301, 5) == 1  # two tiles, of which the second is other threads' in part
     assert launches(kernels, 33, 200) == launches(kernels, 5, 2000) == 2
     assert launches(kernels, 1030, 9) == 3 and launches(kernels, 1030, 9, "sum") == 2
     assert launches(kernels, 3, 8200) == 3  # of the forward two, of the backward one: the row is read twice
