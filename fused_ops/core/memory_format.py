@@ -11,8 +11,14 @@ from torch import Tensor
 
 from fused_ops.core.torch_private import transforms_active
 
-# Elements of a piece: on the CPU what stays in the cache, elsewhere what makes a launch of a kernel worth its while.
-_CPU_PIECE, _PIECE = 1 << 19, 1 << 24
+# The most elements of a piece: on the CPU what stays in the cache, elsewhere what makes a launch worth its while.
+_CPU_PIECE, _PIECE = 1 << 19, 1 << 22
+# A piece is no more than this part of what it is of, so that what is made of it takes less memory than the result ...
+_PARTS = 8
+_CPU_FEWEST, _FEWEST = 1 << 17, 1 << 20  # ... down to so few elements, where calling an op costs more than its work.
+# The most values that PyTorch's CPU leaves to one thread; of more, the threads decide which are added first, and which
+# are the last of a thread's, whose exp or erf is another function than that of many at once.
+_SERIAL = (1 << 15) - 1
 # Types of devices that have no float64: what is in float64 elsewhere is in float32 there, and summed in blocks.
 _WITHOUT_FLOAT64 = ("mps",)
 _BLOCK = 512  # Values of a block: a float32 sum of so few is off by no more than a few roundings.
@@ -90,8 +96,9 @@ class Piece(NamedTuple):
 
 
 def piece_elements(input: Tensor) -> int:
-    """How many elements a piece should have on the input's device."""
-    return _CPU_PIECE if input.device.type == "cpu" else _PIECE
+    """How many elements a piece should have."""
+    most, fewest = (_CPU_PIECE, _CPU_FEWEST) if input.device.type == "cpu" else (_PIECE, _FEWEST)
+    return min(most, max(input.numel() // _PARTS, fewest))
 
 
 def pieces(input: Tensor) -> list[Piece]:
@@ -107,6 +114,32 @@ def pieces(input: Tensor) -> list[Piece]:
     step = max(piece_elements(input) // (one // length), 1)
     inner = [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
     return [Piece((part, slice(None), i), (part, i)) for part in rows for i in inner]
+
+
+def memory_pieces(input: Tensor, most: int | None = None) -> list[tuple[slice, ...]]:
+    """An input (batch, channels, ...) in pieces of one stretch of memory each, in its order."""
+    order = [0, *range(2, input.dim()), 1] if is_channels_last(input) else list(range(input.dim()))
+    found: list[tuple[slice, ...]] = []
+    most = piece_elements(input) if most is None else most
+
+    def cut(index: tuple[slice, ...], left: list[int], elements: int) -> None:
+        if elements <= most or not left:
+            found.append(index)
+            return
+        d, size = left[0], input.size(left[0])
+        step = max(most * size // elements, 1)
+        for begin in range(0, size, step):
+            part = slice(begin, min(begin + step, size))
+            each = (part.stop - begin) * (elements // size)
+            cut((*index[:d], part, *index[d + 1 :]), left[1:] if step == 1 else [], each)
+
+    cut((slice(None),) * input.dim(), order, input.numel())
+    return found
+
+
+def serial_pieces(piece: Tensor) -> list[tuple[slice, ...]]:
+    """A piece in parts of which each is one thread's on a CPU."""
+    return memory_pieces(piece, _SERIAL if piece.is_cpu else piece.numel())
 
 
 class Scratch:
@@ -125,6 +158,10 @@ class Scratch:
     def copy(self, name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
         """The piece in that dtype, for reading: itself if it has it."""
         return piece if piece.dtype == dtype else self.like(name, piece, dtype).copy_(piece)
+
+    def fresh(self, name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """The piece in that dtype, for writing over."""
+        return self.like(name, piece, dtype).copy_(piece)
 
 
 # ---- dtypes
@@ -145,24 +182,48 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
-def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False, exact: Scratch | None = None) -> Tensor:
-    """The sum of a piece's values in ``wide_dtype``.
-
-    Where there is float64, PyTorch's own float32 sum, which goes in blocks, or, with memory for it, one in float64,
-    which takes four times as long: for what PyTorch's op sums in float64 too.
-    """
-    if wide_dtype(values) == torch.float64:
-        values = values if exact is None else exact.copy("wide", values, torch.float64)
-        return values.sum(dims, keepdim=keepdim).double()
+def wide_sum(values: Tensor, dims: int | list[int], keepdim: bool = False) -> Tensor:
+    """The sum of a piece's values in ``wide_dtype``: of a few in their own dtype, of those sums then in that."""
     dims = [dims] if isinstance(dims, int) else dims
     for dim in dims:
         values = _sum_of_blocks(values, dim)
     return values if keepdim else values.squeeze(tuple(dims))
 
 
+def channel_sums(values: Tensor) -> Tensor:
+    """The sum of a piece (batch, channels, ...) over all but its channels, wide, the same on any number of threads.
+
+    What lies in one stretch of memory is summed first. Threads share what is left of the channels: of those side by
+    side a channel's neighbours decide in which order it is added, and of a single one the threads share the sum.
+    """
+    channels = values.size(1)
+    if channels > 1 and values.stride(1) > 1 and values.dim() > 2:
+        values = wide_sum(values.flatten(2), 2)
+    rows = values.movedim(1, -1).reshape(values.numel() // max(channels, 1), channels)
+    total, *others = (wide_sum(part, 0) for part in rows.split(max(_SERIAL // max(channels, 1), 1)))
+    for part in others:
+        total += part
+    return total
+
+
+def row_sums(values: Tensor, dim: int) -> Tensor:
+    """The sum over the classes, wide, with ``keepdim``, of each row alike: other rows have no part in its order."""
+    if values.stride(dim) == 1:
+        return wide_sum(values, dim, keepdim=True)
+    while (n := values.size(dim)) > 1:
+        half = n // 2
+        sums = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
+        if n % 2:
+            sums.narrow(dim, 0, 1).add_(values.narrow(dim, n - 1, 1))
+        values = sums
+    return wide(values.sum(dim, keepdim=True))
+
+
 def _sum_of_blocks(values: Tensor, dim: int) -> Tensor:
     while (n := values.size(dim)) > _BLOCK:
         whole = n - n % _BLOCK
-        blocks = values.narrow(dim, 0, whole).unflatten(dim, (-1, _BLOCK)).sum(dim + 1)
-        values = torch.cat((blocks, values.narrow(dim, whole, n - whole).sum(dim, keepdim=True)), dim)
-    return values.sum(dim, keepdim=True)
+        blocks = wide(values.narrow(dim, 0, whole).unflatten(dim, (-1, _BLOCK)).sum(dim + 1))
+        if whole < n:
+            blocks = torch.cat((blocks, wide(values.narrow(dim, whole, n - whole).sum(dim, keepdim=True))), dim)
+        values = blocks
+    return wide(values.sum(dim, keepdim=True))

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_ops.core import memory_format
-from fused_ops.core.memory_format import pieces
+from fused_ops.core.memory_format import channel_sums, memory_pieces, pieces
+from fused_ops.ops.batch_norm import activations, keep_output_reference
 from fused_ops.ops.batch_norm import reference as batch_norm
 from fused_ops.ops.batch_norm.backward_reference import backward as batch_norm_backward
 from fused_ops.ops.cross_entropy import reference, rows_reference
@@ -29,6 +30,20 @@ def test_pieces_are_small_and_cover_the_input_once(shape, elements, monkeypatch)
     assert bool((x == 1).all()) and bool((rows == 1).all())
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("elements", [1, 50, 1 << 20])
+def test_memory_pieces_are_stretches_of_memory_in_its_order(shape, elements, channels_last):
+    x = torch.zeros(shape)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    place = torch.arange(x.numel()).as_strided(x.shape, x.stride())
+    found = [place[index] for index in memory_pieces(x, elements)]
+    assert all(piece.numel() <= max(elements, 1) for piece in found)
+    begins = [int(piece.min()) for piece in found if piece.numel()]
+    assert begins == [sum(piece.numel() for piece in found[:i]) for i in range(len(begins))]
+
+
 def losses(dtype):
     torch.manual_seed(0)
     x, target = (torch.randn(40, 70) * 3).to(dtype), torch.randint(0, 70, (40,))
@@ -44,7 +59,7 @@ def calls(dtype):
     grad, weight, bias = torch.randn(image.shape).to(dtype), torch.rand(5) + 0.5, torch.randn(5)
     options = (-100, 0.1, 1.3, 0.0, True)
     ones = torch.ones(40, dtype=torch.float64)
-    lse = torch.zeros(40, dtype=torch.float64)
+    lse = x.double().logsumexp(1)
     statistics = batch_norm.forward(image, None, None, weight, bias, True)[1]
     valid = torch.arange(24).reshape(6, 4, 1).expand(6, 4, 3) % 5 != 0
     return {
@@ -60,7 +75,51 @@ def calls(dtype):
         "batch_norm's backward": lambda: batch_norm_backward(
             grad, image, weight, bias, statistics, activation=1, valid=valid
         ),
+        "kept output": lambda: kept_output(image, grad, weight, bias, statistics),
     }
+
+
+def kept_output(image, grad, weight, bias, statistics):
+    """What is stored of x, and the gradients from the output, of the elu of a training batch."""
+    y = batch_norm.forward(image, None, None, weight, bias, True, 0.1, 1e-5, 0, activations.ELU, 1.0)[0]
+    kept = keep_output_reference.keep(y, image, weight, bias, None, activations.ELU, 1.0, 1)
+    numbers = True, True, True, 0, activations.ELU, 1.0, None, 1
+    return kept[0], *keep_output_reference.keep_backward(grad, y, weight, bias, statistics, *kept, *numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(8192, 100), (3, 1, 300, 300), (40, 100, 40)], ids=str)
+def test_sums_of_channels_are_the_same_on_any_number_of_threads(shape, dtype):
+    x, found = torch.randn(shape, dtype=dtype), []
+    for threads in (1, 2, 3, 7):  # a fixture sets it back
+        torch.set_num_threads(threads)
+        found.append(channel_sums(x))
+    assert all(torch.equal(found[0], other) for other in found)
+    torch.testing.assert_close(found[0], x.double().transpose(0, 1).flatten(1).sum(1), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("code", sorted({*activations.CODES.values()} - {activations.NONE}))
+def test_activations_are_the_same_on_any_number_of_threads(code):
+    """Of a thread's share the last values are not computed as the others."""
+    x, grad, found = torch.randn(7, 9, 1201), torch.randn(7, 9, 1201), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append((activations.apply_(code, x.clone(), 0.7), activations.backward(code, grad, x.clone(), 0.7)))
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_positions_gradient_is_its_own(dtype):
+    """Whatever other positions, and however many, an image has."""
+    x, target = torch.randn(3, 21, 301).to(dtype), torch.randint(0, 21, (3, 301))
+    one = torch.ones((), dtype=torch.float64)
+
+    def grad(x, target):
+        ones, lse = torch.ones(target.shape, dtype=dtype), x.double().exp().cumsum(1)[:, -1].log()
+        return reference.backward(ones, x, target, lse, one, -100, 0)
+
+    whole = grad(x, target)
+    assert all(torch.equal(whole[..., i:], grad(x[..., i:].clone(), target[:, i:])) for i in (1, 8, 250))
 
 
 @pytest.mark.parametrize("name", calls(torch.float32))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.core.memory_format import serial_pieces
+
 ActivationName = Literal["relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid", "hardswish"]
 NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, TANH, SIGMOID, HARDSWISH = range(9)
 CODES: dict[str | None, int] = {
@@ -74,34 +76,43 @@ def apply(code: int, z: Tensor, slope: float) -> Tensor:
 
 
 def apply_(code: int, z: Tensor, slope: float) -> Tensor:
-    """``apply``, which may be written over z, by PyTorch's own functions: one pass, and no derivatives.
+    """``apply``, written over z, by PyTorch's own functions: one pass, and no derivatives.
 
-    But for gelu, whose erf is off by 1.5e-7 in PyTorch's own function on some processors.
+    But for gelu, whose infinity is NaN in PyTorch's own function on some processors.
     """
     in_place: dict[int, Callable[[Tensor], Tensor]] = {
         RELU: torch.relu_,
         LEAKY_RELU: lambda z: F.leaky_relu(z, slope, inplace=True),
         ELU: lambda z: F.elu(z, slope, inplace=True),
         SILU: lambda z: F.silu(z, inplace=True),
+        GELU: lambda z: z.copy_(apply(GELU, z, slope)),
         TANH: torch.tanh_,
         SIGMOID: torch.sigmoid_,
         HARDSWISH: lambda z: F.hardswish(z, inplace=True),
     }
-    return in_place[code](z) if code in in_place else apply(code, z, slope)
+    for part in serial_pieces(z) if code in in_place else ():
+        in_place[code](z[part])
+    return z
 
 
 def backward(code: int, grad: Tensor, z: Tensor, slope: float) -> Tensor:
-    """grad * ``first_derivative`` at z, which may be written over, by PyTorch's own functions in one pass."""
+    """grad * ``first_derivative`` at z, which is written over, by PyTorch's own functions in one pass."""
     aten = torch.ops.aten
-    one_pass: dict[int, Callable[[], Tensor]] = {
-        RELU: lambda: aten.threshold_backward.grad_input(grad, z, 0.0, grad_input=z),
-        LEAKY_RELU: lambda: aten.leaky_relu_backward.grad_input(grad, z, slope, False, grad_input=z),
-        SILU: lambda: aten.silu_backward.grad_input(grad, z, grad_input=z),
-        TANH: lambda: aten.tanh_backward(grad, z.tanh_()),
-        SIGMOID: lambda: aten.sigmoid_backward(grad, z.sigmoid_()),
-        HARDSWISH: lambda: aten.hardswish_backward(grad, z),
+    one_pass: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+        RELU: lambda grad, z: aten.threshold_backward.grad_input(grad, z, 0.0, grad_input=z),
+        LEAKY_RELU: lambda grad, z: aten.leaky_relu_backward.grad_input(grad, z, slope, False, grad_input=z),
+        ELU: lambda grad, z: z.copy_(aten.elu_backward(grad, slope, 1.0, 1.0, False, z)),
+        SILU: lambda grad, z: aten.silu_backward.grad_input(grad, z, grad_input=z),
+        GELU: lambda grad, z: z.copy_(grad * first_derivative(GELU, z, slope)),
+        TANH: lambda grad, z: z.copy_(aten.tanh_backward(grad, z.tanh_())),
+        SIGMOID: lambda grad, z: z.copy_(aten.sigmoid_backward(grad, z.sigmoid_())),
+        HARDSWISH: lambda grad, z: z.copy_(aten.hardswish_backward(grad, z)),
     }
-    return one_pass[code]() if code in one_pass else grad * first_derivative(code, z, slope)
+    if code not in one_pass:
+        return grad
+    for part in serial_pieces(z):
+        one_pass[code](grad[part], z[part])
+    return z
 
 
 def sign_derivative(code: int, positive: Tensor, slope: float, dtype: torch.dtype) -> Tensor:

@@ -2,135 +2,164 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, wide, wide_sum
+from fused_ops.core.memory_format import Scratch, acc_dtype, channel_sums, empty_output, memory_pieces, wide
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import (
     Affine,
     BackwardArguments,
-    all_but_channels,
-    counted,
-    group_size,
+    counted_of,
+    entries,
+    group_slices,
+    mask_of,
+    of_group,
     param_dtype,
     per_channel,
-    sums_exactly,
+    rounded_off,
+    sum_dtype,
     unpack,
+    within,
 )
+
+
+class Part(NamedTuple):
+    """What the gradients of a piece are made of; both tensors may be written over, unless they are an argument's."""
+
+    place: tuple[slice, ...]
+    h: Tensor  # in the dtype of the computation
+    centered: Callable[[Tensor], Tensor]  # writes x - mean, in the dtype of what it is given
+    keep: Tensor | None  # which positions count
+
+
+Parts = Callable[[], Iterator[Part]]  # of one group, each time it is asked for
 
 
 def backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias, empty where not needed, in one step; writes ``grad_residual``."""
     a = BackwardArguments(*arguments, **named)
-    input = a.input
-    groups = a.groups if a.training else 1
-    positive = None if a.mask is None or not a.mask.numel() else unpack(a.mask, input)
-    size, channels = group_size(input.size(0), groups), input.size(1)
-    grad_input, sums, dots = empty_output(input) if a.need_input else None, [], []
-    for i, begin in enumerate(range(0, max(input.size(0), 1), size)):
-        rows, here = slice(begin, begin + size), slice(i * channels, (i + 1) * channels)
-        part = _batch_entries(a, rows)
-        signs = None if positive is None else positive[rows]
+    return gradients(a._replace(mask=real_mask(a.mask)), parts_of_input)
+
+
+def real_mask(mask: Tensor | None) -> Tensor | None:
+    """The mask, unless it is an empty one, which stands for none."""
+    return None if mask is None or not mask.numel() else mask
+
+
+def gradients(
+    a: BackwardArguments, parts_of: Callable[[BackwardArguments, Affine, int], Iterator[Part]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward``, from h and x - mean of the pieces of each group, by its number."""
+    input, sums_, dots = a.input, [], []
+    grad_input = empty_output(input) if a.need_input else None
+    for i, rows in enumerate(group_slices(input.size(0), a.groups if a.training else 1)):
+        affine = Affine.of(*of_group(a.statistics, i, input.size(1)), a.weight, a.bias, input)
         to = None if grad_input is None else grad_input[rows]
-        total, dot = _backward_of_group(part, signs, a.statistics[0, here], a.statistics[1, here], to)
-        sums.append(total)
+        part = entries(a, rows)
+        total, dot = _backward_of_group(part, affine, partial(parts_of, part, affine, i), to)
+        sums_.append(total)
         dots.append(dot)
     kind, none = param_dtype(input, a.weight, a.bias), input.new_empty(0)
     return (
         none if grad_input is None else grad_input,
-        torch.stack(dots).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
-        torch.stack(sums).sum(0).to(kind) if a.need_params else none.to(kind, copy=True),
+        channel_sums(torch.stack(dots)).to(kind) if a.need_params else none.to(kind, copy=True),
+        channel_sums(torch.stack(sums_)).to(kind) if a.need_params else none.to(kind, copy=True),
     )
 
 
-def _batch_entries(a: BackwardArguments, rows: slice) -> BackwardArguments:
-    residual, valid, grad_residual = (None if t is None else t[rows] for t in (a.residual, a.valid, a.grad_residual))
-    a = a._replace(grad_output=a.grad_output[rows], input=a.input[rows])
-    return a._replace(residual=residual, valid=valid, grad_residual=grad_residual)
-
-
 def _backward_of_group(
-    a: BackwardArguments, positive: Tensor | None, mean: Tensor, invstd: Tensor, grad_input: Tensor | None
+    a: BackwardArguments, affine: Affine, parts: Parts, grad_input: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of bias and weight of one group, wide; writes those of the input and the residual."""
     n = a.input.numel() // max(a.input.size(1), 1) if a.valid is None else int(a.valid.bool().sum())
-    affine = affine_of(a, mean, invstd)
-    total, dot = invstd.new_zeros(invstd.shape), invstd.new_zeros(invstd.shape)
+    invstd = affine.invstd.flatten()
+    total = dot = torch.zeros_like(invstd)
     if a.need_params or (a.training and grad_input is not None):
-        total, dot = sums(a, affine, positive)
+        total, dot = sums(a, affine, parts)
     means = (total / n, dot * invstd.square() / (n - a.correction)) if n and a.training else None
-    write_gradients(a, affine, positive, means, grad_input)
+    write_gradients(a, affine, parts, means, grad_input)
     return total, dot * invstd if n else dot
 
 
-def affine_of(a: BackwardArguments, mean: Tensor, invstd: Tensor) -> Affine:
-    """Of one group, from its (channels,) statistics."""
-    return Affine.of(per_channel(mean, a.input), per_channel(invstd, a.input), a.weight, a.bias, a.input)
-
-
-def sums(a: BackwardArguments, affine: Affine, positive: Tensor | None) -> tuple[Tensor, Tensor]:
+def sums(a: BackwardArguments, affine: Affine, parts: Parts) -> tuple[Tensor, Tensor]:
     """Per channel the sums of h and of h * (x - mean), wide."""
-    dims, scratch = all_but_channels(a.input), Scratch()
-    exact = scratch if sums_exactly(a.input) else None
-    total = dot = wide(a.input.new_zeros(a.input.size(1)))
-    for piece in pieces(a.input):
-        h, centered, _ = _before_activation(a, affine, piece, positive, scratch)
-        total, dot = total + wide_sum(h, dims, exact=exact), dot + wide_sum(centered.mul_(h), dims, exact=exact)
-    rest = affine.rest.flatten()
-    return total, dot - torch.where(rest == 0, 0.0, rest * total)
+    total, dot = (wide(a.input.new_zeros(a.input.size(1))) for _ in range(2))
+    scratch = Scratch()
+    dtype = sum_dtype(a.input)
+    for index, h, centered, keep in parts():
+        h = scratch.copy("h", h, dtype)
+        total[index[1]] += channel_sums(h)
+        terms = centered(scratch.like("terms", h, dtype))
+        terms = terms if keep is None else terms.masked_fill_(~keep, 0.0)
+        dot[index[1]] += channel_sums(terms.mul_(h))
+    if dtype != total.dtype:  # of x - near, then
+        dot += rounded_off(affine.mean, affine.near, -total.reshape(affine.mean.shape)).flatten()
+    return total, dot
 
 
 def write_gradients(
     a: BackwardArguments,
     affine: Affine,
-    positive: Tensor | None,
+    parts: Parts,
     means: tuple[Tensor, Tensor] | None,
     grad_input: Tensor | None,
 ) -> None:
     """Writes the gradients of input and residual; ``means`` are grad_mean and grad_slope of a training batch."""
     if grad_input is None and a.grad_residual is None:
         return
-    dtype, x = acc_dtype(a.input.dtype), a.input
+    dtype, scratch = acc_dtype(a.input.dtype), Scratch()
     if means is not None:
-        grad_mean, grad_slope = (per_channel(m, x) for m in means)
-        grad_mean = grad_mean - torch.where(affine.rest == 0, 0.0, affine.rest * grad_slope)
-        grad_mean, grad_slope = grad_mean.to(dtype), grad_slope.to(dtype)
-    scratch = Scratch()
-    for piece in pieces(x):
-        h, centered, keep = _before_activation(a, affine, piece, positive, scratch)
+        mean, slope = (per_channel(m, a.input) for m in means)
+        mean, slope = (mean + rounded_off(affine.mean, affine.near, -slope)).to(dtype), slope.to(dtype)
+    for index, h, centered, keep in parts():
         if a.grad_residual is not None:
-            a.grad_residual[piece.all] = h
+            a.grad_residual[index] = h
         if grad_input is None:
             continue
-        to = grad_input[piece.all]
-        grad = to if to.dtype == dtype else centered
+        to, scale = grad_input[index], affine.scale[:, index[1]]
+        grad = to if to.dtype == dtype else scratch.like("grad", to, dtype)
         if means is not None:
-            torch.sub(h, centered.mul_(grad_slope).add_(grad_mean), out=grad).mul_(affine.scale)
+            grad = centered(grad).mul_(slope[:, index[1]]).add_(mean[:, index[1]])
+            torch.sub(h, grad, out=grad).mul_(scale)
         else:
-            torch.mul(h, affine.scale, out=grad)
+            torch.mul(h, scale, out=grad)
         if keep is not None:
             grad.masked_fill_(~keep, 0.0)
         if grad is not to:
             to.copy_(grad)
 
 
-def _before_activation(
-    a: BackwardArguments, affine: Affine, piece: Piece, positive: Tensor | None, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h, x - near (to be written over) and which positions count, of a piece."""
-    x, dtype = a.input[piece.all], affine.near.dtype
-    centered, h = scratch.like("x", x, dtype), scratch.copy("h", a.grad_output[piece.all], dtype)
-    torch.sub(scratch.copy("x", x, dtype), affine.near, out=centered)
-    if positive is not None:
-        h = h * activations.sign_derivative(a.activation, positive[piece.all], a.slope, dtype)
-    elif a.activation != activations.NONE:
-        z = torch.mul(centered, affine.scale, out=scratch.like("z", x, dtype)).add_(affine.shift)
-        z = z if a.residual is None else z.add_(a.residual[piece.all])
-        h = activations.backward(a.activation, h, z, a.slope)
-    if a.valid is None:
-        return h, centered, None
-    keep = counted(a.valid, a.input)[piece.all].bool()
-    return torch.where(keep, h, 0.0), centered.masked_fill_(~keep, 0.0), keep
+def parts_of_input(a: BackwardArguments, affine: Affine, group: int) -> Iterator[Part]:
+    """h and x - mean of each piece of a group, from the input."""
+    scratch = Scratch()
+    for rows, indices in groupby(memory_pieces(a.input) if a.input.numel() else (), itemgetter(0)):
+        signs = None if a.mask is None else unpack(mask_of(a.mask, a.input, rows), a.input[rows])
+        for index in indices:
+            x, each = a.input[index], affine.at(index)
+            h = _h(a, each, index, None if signs is None else signs[within(index)], scratch)
+            keep = None if a.valid is None else counted_of(index, a.valid, a.input)
+            h = h if keep is None else torch.where(keep, h, 0.0)
+            yield Part(index, h, lambda out, x=x, each=each: each.center(x, out), keep)  # type: ignore[misc]
+
+
+def _h(
+    a: BackwardArguments, affine: Affine, index: tuple[slice, ...], signs: Tensor | None, scratch: Scratch
+) -> Tensor:
+    """The gradient of what the activation is of, whether a position counts or not."""
+    dtype, x = affine.near.dtype, a.input[index]
+    h = scratch.copy("h", a.grad_output[index], dtype)
+    if a.activation == activations.NONE:
+        return h
+    if signs is not None:  # any z of those signs has its derivative
+        z = scratch.fresh("z", signs, dtype)
+    else:
+        z = affine.apply(scratch.copy("z", x, dtype), scratch.like("z", x, dtype))
+        z = z if a.residual is None else z.add_(a.residual[index])
+    return activations.backward(a.activation, h, z, a.slope)

@@ -12,14 +12,16 @@ What of ``reference`` is computed on each process, and from what all of them hav
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import empty_output, wide_dtype
+from fused_ops.core.memory_format import channel_sums, empty_output, wide_dtype
 from fused_ops.ops.batch_norm import backward_reference, reference
-from fused_ops.ops.batch_norm.reference import Affine, BackwardArguments, ForwardArguments, normalised, unpack
+from fused_ops.ops.batch_norm.backward_reference import Parts
+from fused_ops.ops.batch_norm.reference import Affine, BackwardArguments, ForwardArguments, normalised
 
 
 class Merged(NamedTuple):
@@ -49,9 +51,9 @@ def merge(parts: Tensor) -> Merged:
     count = counts.sum()
     share = counts / count
     first = means.index_select(0, (counts > 0).to(torch.uint8).argmax(0))[0]
-    mean = first + (share * (means - first)).sum(0)
-    mean = torch.where(mean.isfinite(), mean, (share * means).sum(0))
-    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    mean = first + channel_sums(share * (means - first))
+    mean = torch.where(mean.isfinite(), mean, channel_sums(share * means))
+    m2 = channel_sums(m2s + counts * (means - mean).square())
     return Merged(mean, m2, count, parts[:, 1].sum())
 
 
@@ -62,14 +64,12 @@ def normalise(statistics: Tensor, input: Tensor, *options: Any) -> Tensor:
     return normalised(a, statistics, 1)
 
 
-def _backward_of(*arguments: Any) -> tuple[BackwardArguments, Affine, Tensor | None]:
+def _backward_of(*arguments: Any) -> tuple[BackwardArguments, Affine, Parts]:
     grad_output, input, weight, bias, statistics, activation, slope, *more = arguments
     a = BackwardArguments(grad_output, input, weight, bias, statistics, True, True, True, 0, activation, slope, *more)
-    return (
-        a,
-        backward_reference.affine_of(a, *statistics.unbind(0)),
-        None if a.mask is None or not a.mask.numel() else unpack(a.mask, input),
-    )
+    affine = Affine.of(statistics[0], statistics[1], weight, bias, input)
+    a = a._replace(mask=backward_reference.real_mask(a.mask))
+    return a, affine, partial(backward_reference.parts_of_input, a, affine, 0)
 
 
 def grad_sums(*arguments: Any) -> Tensor:
@@ -83,9 +83,8 @@ def grad_sums(*arguments: Any) -> Tensor:
 
 def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any) -> Tensor:
     """grad_input, empty without ``means``, which are grad_mean and grad_slope; writes ``grad_residual``."""
-    a, affine, positive = _backward_of(*arguments)
-    a = a._replace(grad_residual=grad_residual)
+    a, affine, parts = _backward_of(*arguments)
     grad_input = None if means is None else empty_output(a.input)
     pair = None if means is None else (means[0], means[1])
-    backward_reference.write_gradients(a, affine, positive, pair, grad_input)
+    backward_reference.write_gradients(a._replace(grad_residual=grad_residual), affine, parts, pair, grad_input)
     return a.input.new_empty(0) if grad_input is None else grad_input

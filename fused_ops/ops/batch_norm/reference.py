@@ -16,26 +16,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import (
-    Piece,
     Scratch,
     acc_dtype,
+    channel_sums,
     empty_output,
     is_channels_last,
-    pieces,
+    memory_pieces,
     wide,
     wide_dtype,
-    wide_sum,
 )
 from fused_ops.ops.batch_norm import activations
 
 # NCHW with at most this many values a channel and image has one row of mask bits for each image, not for each channel.
 SMALL_SPATIAL = 32
+_MERGED_AT_ONCE = 64  # moments of pieces, so that those of few values of many channels take little memory
+_GATHER = sum(1 << (56 - 7 * k) for k in range(8))  # of which the product with eight bytes has bit 8k at 56 + k
 
 
 class Saved(NamedTuple):
@@ -99,11 +102,10 @@ def group_count(batch: int, groups: int) -> int:
     return torch.sym_max(1, -(-batch // group_size(batch, groups)))  # type: ignore[no-any-return]
 
 
-def by_row(statistics: Tensor, input: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """mean and invstd of each batch entry's group, to be broadcast against the input."""
-    which = torch.arange(input.size(0), device=input.device) // group_size(input.size(0), groups)
-    shape = (group_count(input.size(0), groups), input.size(1), *[1] * (input.dim() - 2))
-    return statistics[0].reshape(shape)[which], statistics[1].reshape(shape)[which]
+def group_slices(batch: int, groups: int) -> list[slice]:
+    """The batch entries of each ghost batch; of an empty batch one without any."""
+    size = group_size(batch, groups)
+    return [slice(begin, begin + size) for begin in range(0, max(batch, 1), size)]
 
 
 def _mask_rows(input: Tensor) -> tuple[int, int]:
@@ -129,16 +131,18 @@ def pack(positive: Tensor, input: Tensor) -> Tensor:
     """The mask from a bool tensor of the input's shape."""
     rows, length = _mask_rows(input)
     ordered = positive.movedim(1, -1) if is_channels_last(input) else positive
-    bits = torch.nn.functional.pad(ordered.reshape(rows, length).to(torch.uint8), (0, -length % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=input.device)
-    return (bits.reshape(-1, 8) * weights).sum(-1, dtype=torch.uint8)
+    bits = torch.nn.functional.pad(ordered.reshape(rows, length), (0, -length % 8)).reshape(-1, 8)
+    # the product's uppermost byte has a bit of each byte of a number: much faster than sums of eight
+    return (bits.view(torch.int64).flatten() * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack(mask: Tensor, input: Tensor) -> Tensor:
     """The mask as a bool tensor of the input's shape."""
     rows, length = _mask_rows(input)
-    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    flat = bits.reshape(rows, -1)[:, :length].bool()
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bools = torch.arange(256, dtype=torch.uint8, device=mask.device).unsqueeze(1).bitwise_right_shift(bits) & 1
+    eights = bools.view(torch.int64).flatten()  # to look a byte up is much faster than to shift it
+    flat = eights.index_select(0, mask.int()).view(torch.bool).reshape(rows, -1)[:, :length]
     if is_channels_last(input):
         return flat.reshape(input.size(0), *input.shape[2:], input.size(1)).movedim(-1, 1)
     return flat.reshape(input.shape)
@@ -147,6 +151,12 @@ def unpack(mask: Tensor, input: Tensor) -> Tensor:
 def counted(valid: Tensor, input: Tensor) -> Tensor:
     """``valid``, (batch, ...), in the shape that broadcasts against the input."""
     return valid.reshape(input.size(0), 1, *input.shape[2:])
+
+
+def counted_of(index: tuple[slice, ...], valid: Tensor, input: Tensor) -> Tensor:
+    """``counted`` of a piece, as bool."""
+    here = (index[0], slice(None), *index[2:])
+    return counted(valid, input)[here].bool()
 
 
 def param_dtype(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -195,6 +205,9 @@ class BackwardArguments(NamedTuple):
     grad_residual: Tensor | None = None
 
 
+_Arguments = TypeVar("_Arguments", ForwardArguments, BackwardArguments)
+
+
 def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """The output, and mean and invstd, (2, groups * channels) wide; writes running statistics and ``mask``."""
     a = ForwardArguments(*arguments, **named)
@@ -222,62 +235,115 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     return output, statistics
 
 
+def entries(a: _Arguments, rows: slice) -> _Arguments:
+    """The arguments of some of the batch."""
+    names = ("input", "grad_output", "residual", "valid", "grad_residual")
+    part = a._replace(**{n: t[rows] for n in names if (t := getattr(a, n, None)) is not None})
+    return part if a.mask is None else part._replace(mask=mask_of(a.mask, a.input, rows))
+
+
+def mask_of(mask: Tensor, input: Tensor, rows: slice) -> Tensor:
+    """The mask of some of the batch."""
+    return mask.view(input.size(0), -1)[rows].view(-1)
+
+
+def of_group(statistics: Tensor, group: int, channels: int) -> tuple[Tensor, Tensor]:
+    """mean and invstd of a group, (channels,) each."""
+    mean, invstd = statistics[:2, group * channels : (group + 1) * channels]
+    return mean, invstd
+
+
 def normalised(a: ForwardArguments, statistics: Tensor, groups: int) -> Tensor:
     """The output, from mean and invstd of each group; writes ``mask``."""
-    input, dtype = a.input, acc_dtype(a.input.dtype)
     if a.mask is not None and not has_mask(a.residual, a.valid, a.activation):
         raise RuntimeError("batch_norm: expected no mask without a residual and relu or leaky_relu, or with valid")
-    output, signs = empty_forward_output(a), None if a.mask is None else torch.empty_like(input, dtype=torch.bool)
-    affine, scratch = None, Scratch()
-    for piece in pieces(input):
-        x, y = input[piece.all], output[piece.all]
-        if affine is None or groups > 1:
-            affine = Affine.of(*_by_row_of_piece(statistics, input, groups, piece), a.weight, a.bias, input)
-        z = y if y.dtype == dtype else scratch.like("z", x, dtype)
-        torch.sub(scratch.copy("z", x, dtype), affine.near, out=z).mul_(affine.scale).add_(affine.shift)
-        z = z if a.residual is None else z.add_(a.residual[piece.all])
-        if signs is not None:
-            signs[piece.all] = ~(z <= 0)
-        z = activations.apply_(a.activation, z, a.slope)
-        if a.valid is not None:
-            z = z.masked_fill_(~counted(a.valid, input)[piece.all].bool(), 0.0)
-        if z is not y:
-            y.copy_(z)
-    if a.mask is not None and signs is not None:
-        a.mask.copy_(pack(signs, input))
+    output, input = empty_forward_output(a), a.input
+    if not input.numel():
+        return output
+    for i, of_this in enumerate(group_slices(input.size(0), groups)):
+        affine = Affine.of(*of_group(statistics, i, input.size(1)), a.weight, a.bias, input)
+        _write_output(entries(a, of_this), affine, output[of_this])
     return output
 
 
-class Affine(NamedTuple):
-    """z = (x - near) * scale + shift, all in the dtype of the computation and broadcastable against x.
+def _write_output(a: ForwardArguments, affine: Affine, output: Tensor) -> None:
+    scratch = Scratch()
+    for rows, indices in groupby(memory_pieces(a.input), itemgetter(0)):
+        signs = None if a.mask is None else torch.empty_like(a.input[rows], dtype=torch.bool)
+        for index in indices:
+            _write_piece(a, affine.at(index), index, output, None if signs is None else signs[within(index)], scratch)
+        if a.mask is not None and signs is not None:
+            mask_of(a.mask, a.input, rows).copy_(pack(signs, a.input[rows]))
 
-    ``near`` is the mean rounded to that dtype; what the rounding took off, ``rest`` (wide), is in the shift.
+
+def within(index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The place of a piece in its batch entries."""
+    return (slice(None), *index[1:])
+
+
+def _write_piece(
+    a: ForwardArguments,
+    affine: Affine,
+    index: tuple[slice, ...],
+    output: Tensor,
+    signs: Tensor | None,
+    scratch: Scratch,
+) -> None:
+    x, y, dtype = a.input[index], output[index], affine.near.dtype
+    z = y if y.dtype == dtype else scratch.like("z", x, dtype)
+    affine.apply(scratch.copy("z", x, dtype), z)
+    z = z if a.residual is None else z.add_(a.residual[index])
+    if signs is not None:
+        torch.le(z, 0, out=signs).logical_not_()
+    z = activations.apply_(a.activation, z, a.slope)
+    if a.valid is not None:
+        z = z.masked_fill_(~counted_of(index, a.valid, a.input), 0.0)
+    if z is not y:
+        y.copy_(z)
+
+
+class Affine(NamedTuple):
+    """z = (x - near) * scale + shift, each (1, channels, ...), mean and invstd wide, the others as it is computed.
+
+    ``near`` is the mean rounded to that dtype; what the rounding took off is in the shift.
     """
 
+    mean: Tensor
+    invstd: Tensor
     near: Tensor
-    rest: Tensor
     scale: Tensor
     shift: Tensor
 
     @staticmethod
     def of(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, input: Tensor) -> Affine:
-        """From the statistics, wide and broadcastable against the input."""
-        dtype = acc_dtype(input.dtype)
+        """From the statistics of a group, (channels,) each, wide."""
+        dtype, mean, invstd = acc_dtype(input.dtype), per_channel(mean, input), per_channel(invstd, input)
         near = mean.to(dtype)
-        rest = torch.where(near.isfinite(), mean - near, 0.0)
         scale = invstd if weight is None else invstd * wide(per_channel(weight, input))
-        shift = torch.where(rest == 0, 0.0, -rest * scale)  # 0 where the scale is infinite
+        shift = rounded_off(mean, near, -scale)
         shift = shift if bias is None else shift + wide(per_channel(bias, input))
-        return Affine(near, rest, scale.to(dtype), shift.to(dtype))
+        return Affine(mean, invstd, near, scale.to(dtype), shift.to(dtype))
+
+    def at(self, index: tuple[slice, ...]) -> Affine:
+        """Of the channels of a piece."""
+        channels = index[1]
+        return self if channels.start is None else Affine(*(t[:, channels] for t in self))
+
+    def apply(self, x: Tensor, out: Tensor) -> Tensor:
+        """z, written to ``out``."""
+        return torch.sub(x, self.near, out=out).mul_(self.scale).add_(self.shift)
+
+    def center(self, x: Tensor, out: Tensor) -> Tensor:
+        """x - mean where ``out`` is wide, else x - near, written to it."""
+        if out.dtype == x.dtype:
+            return torch.sub(x, self.near, out=out)
+        return out.copy_(x).sub_(self.mean if out.dtype == self.mean.dtype else self.near)
 
 
-def _by_row_of_piece(statistics: Tensor, input: Tensor, groups: int, piece: Piece) -> tuple[Tensor, Tensor]:
-    """``by_row``, of the piece's batch entries; without ghost batches one for all of them."""
-    if groups == 1:
-        return per_channel(statistics[0], input), per_channel(statistics[1], input)
-    which = torch.arange(input.size(0), device=input.device)[piece.all[:1]] // group_size(input.size(0), groups)
-    shape = (group_count(input.size(0), groups), input.size(1), *[1] * (input.dim() - 2))
-    return statistics[0].reshape(shape)[which], statistics[1].reshape(shape)[which]
+def rounded_off(mean: Tensor, near: Tensor, factor: Tensor) -> Tensor:
+    """(mean - near) * factor, 0 where the mean is no number or exact: the factor may be infinite."""
+    rest = torch.where(near.isfinite(), mean - near, 0.0)
+    return torch.where(rest == 0, 0.0, rest * factor)
 
 
 def empty_forward_output(a: ForwardArguments) -> Tensor:
@@ -290,9 +356,7 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input, correction = a.input, a.correction
     means, invstds = [], []
     new = [None if r is None else wide(r) for r in (a.running_mean, a.running_var)]
-    size = group_size(input.size(0), a.groups)
-    for begin in range(0, max(input.size(0), 1), size):
-        part = slice(begin, begin + size)
+    for part in group_slices(input.size(0), a.groups):
         n, mean, m2 = moments(input[part], None if a.valid is None else a.valid[part])
         invstds.append((m2 / (n - correction) + a.eps).rsqrt() if n > correction else m2 / 0 if n else mean)
         means.append(mean)
@@ -304,42 +368,58 @@ def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.cat(means), torch.cat(invstds), new_mean, new_var
 
 
+def sum_dtype(input: Tensor) -> torch.dtype:
+    """What is summed: 32-bit values in float64 where there is that, 16-bit ones in float32, both as by PyTorch."""
+    return wide_dtype(input) if input.dtype == torch.float32 else acc_dtype(input.dtype)
+
+
+class _Moments(NamedTuple):
+    values: int  # of a channel
+    mean: Tensor
+    m2: Tensor
+
+
 def moments(input: Tensor, valid: Tensor | None) -> tuple[int, Tensor, Tensor]:
     """How many values of each channel count, and their mean and M2, wide, merged from those of pieces."""
-    channels, dtype, found, scratch = input.size(1), acc_dtype(input.dtype), [], Scratch()
-    exact = scratch if sums_exactly(input) else None
-    for piece in pieces(input):
-        x, dims = scratch.copy("x", input[piece.all], dtype), all_but_channels(input)
+    found: dict[int, list[_Moments]] = {}  # by the first of a piece's channels
+    scratch = Scratch()
+    for index in memory_pieces(input) if input.numel() else ():
+        x = scratch.fresh("x", input[index], sum_dtype(input))
         if valid is not None:
-            keep = valid.reshape(input.size(0), *input.shape[2:])[piece.row].reshape(-1).bool()
-            x, dims = x.movedim(1, -1).reshape(-1, channels)[keep], [0]
-        count = x.numel() // max(channels, 1)
-        if count:
-            mean = wide_sum(x, dims, True, exact) / count
-            near = mean.to(dtype)
-            x = torch.sub(x, near, out=scratch.like("x", x, dtype))
-            rest = mean - near if exact else wide_sum(x, dims, True) / count  # says how near the mean it is
-            rest = torch.where(near.isfinite(), rest, 0.0).flatten()
-            m2 = wide_sum(x.square_(), dims, exact=exact) - count * rest.square()
-            found.append((count, near.flatten() + rest, m2))
-    n = sum(count for count, _, _ in found)
-    if not n:
+            keep = counted_of(index, valid, input).reshape(-1)
+            x = x.movedim(1, -1).reshape(-1, x.size(1))[keep]
+        if x.numel():
+            parts = found.setdefault(index[1].start or 0, [])
+            parts.append(_moments_of_piece(x))
+            if len(parts) == _MERGED_AT_ONCE:
+                parts[:] = [_merged(parts)]
+    if not found:
+        channels = input.size(1)
         return 0, wide(input.new_full((channels,), math.nan)), wide(input.new_zeros(channels))
-    if len(found) == 1:
-        return found[0]
-    first = found[0][1]
-    mean = first + torch.stack([(count / n) * (m - first) for count, m, _ in found]).sum(0)
-    mean = torch.where(mean.isfinite(), mean, torch.stack([m for _, m, _ in found]).sum(0))  # infinite where one is
-    return n, mean, torch.stack([m2 + count * (m - mean).square() for count, m, m2 in found]).sum(0)
+    each = [_merged(found[begin]) for begin in sorted(found)]
+    return each[0].values, torch.cat([m.mean for m in each]), torch.cat([m.m2 for m in each])
 
 
-def sums_exactly(input: Tensor) -> bool:
-    """Whether sums are taken in float64: of 32-bit values, as by PyTorch, which sums 16-bit values in float32."""
-    return input.dtype == torch.float32 and wide_dtype(input) == torch.float64
+def _moments_of_piece(x: Tensor) -> _Moments:
+    """Of a piece that is written over."""
+    count = x.numel() // x.size(1)
+    mean = channel_sums(x) / count
+    near = mean.to(x.dtype)
+    x = x.sub_(per_channel(near, x))
+    if x.dtype == torch.float64:
+        return _Moments(count, mean, channel_sums(x.square_()))
+    rest = torch.where(near.isfinite(), channel_sums(x) / count, 0.0)  # says how near the mean it is
+    return _Moments(count, near + rest, channel_sums(x.square_()) - count * rest.square())
 
 
-def all_but_channels(input: Tensor) -> list[int]:
-    return [d for d in range(input.dim()) if d != 1]
+def _merged(parts: list[_Moments]) -> _Moments:
+    if len(parts) == 1:
+        return parts[0]
+    n, first = sum(p.values for p in parts), parts[0].mean
+    mean = first + channel_sums(torch.stack([(p.values / n) * (p.mean - first) for p in parts]))
+    # infinite where one is
+    mean = torch.where(mean.isfinite(), mean, channel_sums(torch.stack([p.mean for p in parts])))
+    return _Moments(n, mean, channel_sums(torch.stack([p.m2 + p.values * (p.mean - mean).square() for p in parts])))
 
 
 def check_written(*statistics: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
+from fused_ops.core.memory_format import Scratch, acc_dtype, empty_output, pieces, row_sums, wide, wide_dtype
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -85,27 +85,41 @@ def row_scale(grad_loss: Tensor, total: Tensor, valid: Tensor, reduction: int) -
 def backward(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> Tensor:
-    """The gradient with respect to the logits. The softmax is found anew, which is no more work than from ``lse``."""
-    return _backward_to(empty_output(input), grad_loss, input, target, total, ignore_index, reduction)
+    """The gradient with respect to the logits."""
+    return _backward_to(empty_output(input), grad_loss, input, target, lse, total, ignore_index, reduction)
 
 
 def _backward_to(
-    grad: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: int
+    grad: Tensor,
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    reduction: int,
 ) -> Tensor:
-    """``backward``, written to ``grad``, which may be the logits."""
+    """``backward``, written to ``grad``, which may be the logits.
+
+    p is found from lse. Of a target that has all but nothing of it, the others' sum is what is left.
+    """
     dim, dtype, scratch = class_dim(input), acc_dtype(input.dtype), Scratch()
     valid, safe = split_targets(input, target, ignore_index)
     _check_range(target, valid, input.size(dim))
-    scale = row_scale(wide(grad_loss), total, valid, reduction)
+    scale, near = row_scale(wide(grad_loss), total, valid, reduction), lse.to(dtype)
     for piece in pieces(input) if input.numel() else ():
-        x = scratch.copy("x", input[piece.all], dtype)
-        p = torch.softmax(x, dim, out=scratch.like("p", x))
-        here, keep = (t[piece.row].unsqueeze(dim) for t in (safe, valid))
-        sum = less_one_(p, here, dim)
-        p.mul_((scale[piece.row].unsqueeze(dim) / sum).to(dtype))
+        here, keep, each, high, low = (t[piece.row].unsqueeze(dim) for t in (safe, valid, scale, near, lse - near))
+        x, to = scratch.copy("x", input[piece.all], dtype), grad[piece.all]
+        at_target = ((wide(x.gather(dim, here)) - high) - low).expm1()
+        p = to if to.dtype == dtype else scratch.like("x", x, dtype)
+        torch.sub(x, high, out=p).exp_().scatter_(dim, here, 0.0)
+        rest = (-low).exp()
+        at_target = torch.where(at_target > -0.5, -rest * row_sums(p, dim), at_target)
+        p.mul_((each * rest).to(dtype)).scatter_(dim, here, (each * at_target).to(dtype))
         if not (keep.is_cpu and keep.all()):
             p.masked_fill_(~keep, 0.0)
-        grad[piece.all] = p
+        if p is not to:
+            to.copy_(p)
     return grad
 
 
@@ -116,7 +130,7 @@ def less_one_(p: Tensor, here: Tensor, dim: int) -> Tensor:
     it is the others' sum that is left.
     """
     at = p.gather(dim, here)
-    others = wide_sum(p.scatter_(dim, here, 0.0), dim, keepdim=True)
+    others = row_sums(p.scatter_(dim, here, 0.0), dim)
     sum = others + at
     p.scatter_(dim, here, torch.where(at > 0.5, -others, at - sum).to(p.dtype))
     return sum
@@ -126,7 +140,7 @@ def backward_(
     grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
 ) -> None:
     """``backward``, written over the logits."""
-    _backward_to(input, grad_loss, input, target, total, ignore_index, reduction)
+    _backward_to(input, grad_loss, input, target, lse, total, ignore_index, reduction)
 
 
 def with_gradient(input: Tensor, target: Tensor, ignore_index: int, reduction: int) -> tuple[Tensor, Tensor, int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Scratch, wide, wide_sum
+from fused_ops.core.memory_format import Scratch, row_sums, wide, wide_sum
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
 
 
@@ -143,7 +143,9 @@ class Row:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of each row's values over all classes, wide."""
-        return self.total(wide_sum(values, self.dim))
+        if self.scratch is None:
+            return self.total(wide_sum(values, self.dim))
+        return self.total(row_sums(values, self.dim).squeeze(self.dim))
 
     def total(self, rows: Tensor) -> Tensor:
         """The sum over ranks of what each has of a row."""

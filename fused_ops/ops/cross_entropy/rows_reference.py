@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, wide, wide_dtype, wide_sum
+from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, row_sums, wide, wide_dtype
 from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, log_sum_exp
 from fused_ops.ops.cross_entropy.row import Across, Row, RowArgs, RowOptions, along_classes, counted_rows, rows_shape
 
@@ -141,7 +141,7 @@ def grad_input(
         log_p = torch.where(row.log_p == -math.inf, 0.0, row.log_p)
         entropy, grad = row.entropy(p, log_p), each(g.entropy, not o.statistics)
         if scratch is not None and across is None:  # as p does not quite add up to 1
-            sum = row.along(wide_sum(p, row.dim))
+            sum = row_sums(p, row.dim).to(p.dtype)
             entropy, grad = entropy / sum, grad / sum
         entropy_grad = grad * p * (log_p + entropy)
         more = -entropy_grad if more is None else more - entropy_grad
@@ -178,7 +178,7 @@ def _of_nll(row: Row, p: Tensor, grad: Tensor) -> Tensor:
         if fast:
             return p.mul_(row.along(grad / less_one_(p, row.here[1].unsqueeze(dim), dim).squeeze(dim)))
         return row.scatter_add(p, -row.here[0].to(p.dtype)) * row.along(grad)
-    sum = wide_sum(p, dim) if fast else torch.ones((), dtype=wide_dtype(p), device=p.device)
+    sum = row_sums(p, dim).squeeze(dim) if fast else torch.ones((), dtype=wide_dtype(p), device=p.device)
     at_target = row.smoothed_target(p, sum) if fast and one else None
     values = p if mass is None else _times(p, row.along(mass), row.scratch)
     if a.indices is None:
