@@ -42,9 +42,8 @@ from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
 LIBRARY, CUDA_LIBRARY = "fused_ops._C", "fused_ops._C_cuda"
-# Compute capabilities; code for one runs on the later ones of its decade (nvcc makes the same for 89 as for 86, to the
-# byte). Beyond them there is the PTX of PTX_FROM.
-CUDA_ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+# Compute capabilities; code for one runs on the later ones of its decade. Beyond them there is the PTX of PTX_FROM.
+CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PTX_FROM = 100
 OLDEST_CUDA = 12  # of which there are releases of torch >= 2.10
 CXX = shlex.split(os.environ.get("CXX") or "c++")

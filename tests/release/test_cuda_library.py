@@ -163,7 +163,7 @@ def test_a_wheel_has_the_cuda_kernels_beside_any_torch(toolkit):
     (command,) = asked_of(tree)
     codes = re.findall(r"-gencode=arch=compute_(\d+),code=(\w+)", command)
     assert codes == [
-        *(("75", "sm_75"), ("80", "sm_80"), ("86", "sm_86"), ("90", "sm_90")),
+        *(("75", "sm_75"), ("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90", "sm_90")),
         *(("100", "sm_100"), ("100", "compute_100"), ("120", "sm_120")),
     ]
     assert "--compress-mode=size" in command
@@ -176,7 +176,7 @@ def test_an_older_nvcc_builds_what_it_knows(toolkit):
     result = set_up(tree, "build_ext", **make("12.4", ""))
     assert result.returncode == 0, result.stderr
     (command,) = asked_of(tree)
-    assert re.findall(r",code=(\w+)", command) == ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"]
+    assert re.findall(r",code=(\w+)", command) == ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
     assert "-Xfatbin -compress-all" in command
 
 

@@ -185,9 +185,10 @@ def linear_cross_entropy(
         compact: Leaves ignored rows out of the matrix products on a GPU too, which the call then waits for, as it has
             to know their number. For class indices that are reduced; without effect while compiling or tracing.
         main_grad: float32 (float64 for such weights), contiguous, of the shape of ``linear_weight``. Each backward adds
-            the weight's gradient to it in one pass, before it is rounded to 16 bits; ``linear_weight.grad`` stays as it
-            is. With ``class_group`` it has this rank's classes. With DTensors it is one, placed as the ranks find the
-            gradient: as the weight where that is not gathered, ``Partial()`` along what divides the rows.
+            the weight's gradient to it in one pass, before it is rounded to 16 bits (on the CPU once rounded, where it
+            is one product of all rows); ``linear_weight.grad`` stays as it is. With ``class_group`` it has this rank's
+            classes. With DTensors it is one, placed as the ranks find the gradient: as the weight where that is not
+            gathered, ``Partial()`` along what divides the rows.
 
     Returns:
         The loss, as ``cross_entropy`` of the logits.
