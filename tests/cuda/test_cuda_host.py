@@ -104,7 +104,8 @@ def test_the_bindings_compile_for_a_gpu(source):
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
     flags = ["-std=c++17", f"-I{CSRC}", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-attributes", "-Werror", "-DUSE_CUDA"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
+    flags += ["-DFUSED_OPS_CUDA_MAJOR=13", "-DFUSED_OPS_CUDA_OLDEST=75", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-isystem", str(Path(torch.__file__).parent / "include")]
     result = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:2000]
 
