@@ -13,6 +13,13 @@ namespace cuda {
 constexpr int kBlock = 256;
 constexpr unsigned kAll = 0xffffffffu;
 
+// How many blocks less are to share a multiprocessor where the compiler needs more registers for the same source.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+constexpr int kFewerBlocks = 1;
+#else
+constexpr int kFewerBlocks = 0;
+#endif
+
 template <class V>
 __device__ inline V shuffled(V v, int lanes) {
   return __shfl_xor_sync(kAll, v, lanes);

@@ -46,6 +46,11 @@ def is_one(grad: Tensor) -> bool:
     return type(grad) is Tensor and grad.is_cpu and not (is_batched(grad) or dispatch_modes()) and grad.item() == 1
 
 
+def is_differentiated() -> bool:
+    """Whether a backward that runs is to be differentiated: by a graph of its own, a transform or forward-mode AD."""
+    return torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Saves for the backward and, only where tangents flow, for ``jvp``.
 

@@ -11,12 +11,8 @@ constexpr int64_t kWarpRow = 1024;        // of up to so many a warp's, of more 
 constexpr int64_t kPieceBytes = 1 << 18;  // and a row beyond this length is cut into pieces for several blocks
 constexpr int kTileMemory = kBlock * (static_cast<int>(kTileVectors) * 4 + 1) / 4;  // 16-byte vectors of shared memory
 
-// Blocks of a forward that walks rows on one multiprocessor: the registers that this leaves suffice but on sm_100.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kForwardBlocks = 3;
-#else
-constexpr int kForwardBlocks = 4;
-#endif
+// Blocks of a forward that walks rows on one multiprocessor.
+constexpr int kForwardBlocks = 4 - kFewerBlocks;
 
 inline int64_t blocks_of(int64_t items) { return items < kRowBlocks ? items : kRowBlocks; }
 

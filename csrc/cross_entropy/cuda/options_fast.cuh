@@ -76,9 +76,9 @@ struct LaneStep {
   static constexpr int kV = 8, kU = 1, kCount = kU * kV, kApart = kV;
 };
 
-// Blocks of a multiprocessor at once: 64 or 80 registers a thread.
+// Blocks of a multiprocessor at once: 64 or 80 registers a thread, or 80 and 128.
 template <class T, Kind kKind>
-constexpr int kFastBlocks = kFactors<kKind> && (sizeof(T) == 4 || kKind == Kind::wide) ? 3 : 4;
+constexpr int kFastBlocks = (kFactors<kKind> && (sizeof(T) == 4 || kKind == Kind::wide) ? 3 : 4) - kFewerBlocks;
 
 // Elements [0, have) of a vector at p, `filler` behind them.
 template <class T>

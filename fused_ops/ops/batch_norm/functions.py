@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fused_ops.core.checks import check_data
-from fused_ops.core.function import FusedFunction, checked_saved, save
+from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, save
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output, in_its_format, wide_dtype
 from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
     has_torch_function,
-    transforms_active,
     without_overrides,
 )
 from fused_ops.ops.batch_norm import activations, backward_reference, derivatives, ranks, reference
@@ -136,7 +135,7 @@ def gradients(
     """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
     need_input, need_residual, need_weight, need_bias = needs
     given = need_residual and options.activation == activations.NONE and saved.valid is None
-    if torch.is_grad_enabled() or transforms_active():
+    if is_differentiated():
         found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
     else:
         found = [
@@ -364,7 +363,7 @@ class BatchNormEagerFunction(Function):
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
         numbers = ctx.numbers
-        if len(numbers) == 7 or _is_grad_enabled() or transforms_active():
+        if len(numbers) == 7 or is_differentiated():
             return _all_gradients(ctx, grad_output)
         input, weight, bias, statistics = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad

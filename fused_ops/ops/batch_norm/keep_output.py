@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.checks import check_data
-from fused_ops.core.function import FusedFunction, checked_saved
+from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import empty_output
-from fused_ops.core.torch_private import transforms_active
 from fused_ops.ops.batch_norm import activations, functions, keep_output_reference, reference
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
 
@@ -112,7 +111,7 @@ class BatchNormKeptOutputFunction(FusedFunction):
         o: Options = ctx.options
         need_input, _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         output, weight, bias, statistics, stored, offsets, valid = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms_active():
+        if is_differentiated():
             saved = _rebuilt(ctx, output, weight, bias, statistics, stored, valid, grad_output)
             needs = need_input, False, need_weight, need_bias
             grad_input, _none, grad_weight, grad_bias = functions.gradients(grad_output, saved, o, needs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
+from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, is_one, is_plain, save
 from fused_ops.core.library import cuda_missing_reason, register
 from fused_ops.core.memory_format import acc_dtype, empty_output, wide_dtype
 from fused_ops.core.torch_private import (
@@ -107,7 +107,7 @@ backward_inplace_op = register(
 
 def refuse_inplace_transforms() -> None:
     """Raises where a gradient that overwrites the logits would be wrong."""
-    if torch.is_grad_enabled() or transforms_active():
+    if is_differentiated():
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
             "transform; expected inplace_backward=False for those"
@@ -179,7 +179,7 @@ class CrossEntropyFunction(FusedFunction):
         args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
         if ctx.inplace_backward:
             return _inplace_gradient(*args), None, None, None, None
-        if torch.is_grad_enabled() or transforms_active():
+        if is_differentiated():
             return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
         return backward_op(*args), None, None, None, None
 
@@ -220,7 +220,7 @@ class _SmallFunction(Function):
         if gradient is None:  # a second backward through a graph that was retained
             gradient = _with_gradient_op(input.detach(), target, *options)[1]
         # An ignored row's gradient is 0 even for an upstream gradient that is not finite.
-        if not ignored and not torch.is_grad_enabled():
+        if not ignored and not torch.is_grad_enabled() and forward_ad._current_level < 0:
             if is_one(grad_loss):
                 ctx.found = None, ignored, options  # it is handed over, not only lent
                 return gradient, None, None
@@ -247,7 +247,7 @@ class _SmallOnDeviceFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         input, target, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled() or not is_plain(grad_loss):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not is_plain(grad_loss):
             return _differentiable(grad_loss, input, target, ctx.options)
         return _scale_gradient_op(gradient, grad_loss, target, ctx.options[0]), None, None
 
@@ -351,7 +351,7 @@ class CrossEntropyRowsFunction(FusedFunction):
         found: list[Tensor | None] = [None] * 11
         if all(grad is None for grad in g):
             return tuple(found)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or torch.is_grad_enabled():
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or is_differentiated():
             checked_saved(tensors, *g)
         if g.nll is not None and ctx.needs_input_grad[2]:
             found[2] = rows_reference.grad_probabilities(g, a, o)
@@ -364,7 +364,7 @@ class CrossEntropyRowsFunction(FusedFunction):
             found[0] = gradient = a.input.detach()
             rows_backward_inplace_op(*g, gradient, *a[1:], lse, mass, entropy, *o)
             increment_version(a.input)
-        elif torch.is_grad_enabled() or transforms_active():
+        elif is_differentiated():
             found[0] = rows_reference.grad_input(g, a, o, acc_dtype(a.input.dtype)).to(a.input.dtype)
         else:
             gradient = rows_backward_op(*g, *a, lse, mass, entropy, *o)  # type: ignore[assignment]

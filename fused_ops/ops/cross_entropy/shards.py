@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_ops.core.checks import as_integer
-from fused_ops.core.function import FusedFunction, checked_saved, save
+from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, save
 from fused_ops.core.graph import as_tensor, in_graph, needs_formulas, register_graph_op
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import acc_dtype, empty_output, wide, wide_dtype, wide_sum
-from fused_ops.core.torch_private import transforms_active
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import rows_reference, shards_reference
 from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, refuse_inplace_transforms, row_grads
@@ -298,7 +297,7 @@ class CrossEntropyShardFunction(FusedFunction):
         if all(grad is None for grad in g):
             return tuple(found)
         across = across_ranks(o, shard, merged.high)
-        again = torch.is_grad_enabled() or transforms_active()
+        again = is_differentiated()
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] or again:
             checked_saved(a, *g)
         if g.nll is not None and ctx.needs_input_grad[2]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_ops.core.function import has_values
+from fused_ops.core.function import has_values, is_differentiated
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide, wide_dtype
-from fused_ops.core.torch_private import is_batched, runs_node, transforms_active
+from fused_ops.core.torch_private import is_batched, runs_node
 from fused_ops.ops.cross_entropy import functions
 from fused_ops.ops.cross_entropy.reference import counts
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
@@ -161,7 +161,7 @@ def wanted_main_grad(ctx: Any, *grads: Tensor | None) -> Tensor | None:
     """
     if ctx.main_grad is None:
         return None
-    if torch.is_grad_enabled() or transforms_active() or any(g is not None and is_batched(g) for g in grads):
+    if is_differentiated() or any(g is not None and is_batched(g) for g in grads):
         raise RuntimeError(NOT_PLAIN)
     # torch.autograd.grad of other inputs alone says nothing of it in needs_input_grad
     wanted = ctx.needs_input_grad[1] and runs_node(ctx.next_functions[1][0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fused_ops.core.function import is_differentiated
 from fused_ops.core.graph import register_graph_op
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide_dtype
@@ -295,7 +296,7 @@ def _rows_backward(ctx: Any, *grads: Tensor | None) -> Any:
         )
     settings = Settings(ctx.ignore_index, numbers, *ctx.cut)
     args = (*g, *saved, *settings, ctx.statistics, needs, place, ctx.group, ctx.ranks)
-    if torch.is_grad_enabled() or transforms_active():  # to be differentiated
+    if is_differentiated():
         return graph.place(_formulas(_Saved.of(args)), needs, 19)
     if main_grad is None:
         return graph.place(_rows_grad_op(*args), needs, 19)

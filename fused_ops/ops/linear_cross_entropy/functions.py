@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.core.function import FusedFunction, checked_saved, is_one, is_plain, save
+from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, is_one, is_plain, save
 from fused_ops.core.torch_private import forward_ad, hide_from_dynamo, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
@@ -94,7 +94,7 @@ class LinearCrossEntropySumFunction(FusedFunction):
             return none
         main_grad = wanted_main_grad(ctx, grad_loss)
         *tensors, row_scale = saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses to unpack them again
-        if torch.is_grad_enabled():
+        if is_differentiated():
             checked_saved(saved, grad_loss)
             run = partial(_rows_of, ctx.o, ctx.cut, ctx.where)
             return *graph.differentiable(run, tensors, row_scale, ctx.z_loss, grad_loss, need), *none[5:]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_ops.core import torch_private
+from fused_ops.core.function import is_differentiated
 from fused_ops.core.graph import as_tensor, register_graph_op
 from fused_ops.core.library import register
 from fused_ops.core.memory_format import wide_dtype
@@ -180,11 +181,13 @@ def differentiable(
     need: Sequence[bool],
 ) -> list[Tensor | None]:
     """The head's gradients of the sum with a graph of their own, through the rows that ``run`` finds."""
-    tensors = cut_off(tensors)
-    nll, lse = run(*tensors)[:2]
-    terms = nll if z_loss == 0 else nll + z_loss * torch.where(row_scale == 0, 0.0, lse).square()
-    wanted = [t for t, n in zip(tensors, need, strict=False) if n]
-    new = iter(torch.autograd.grad((terms * row_scale).sum(), wanted, grad_loss, create_graph=True))  # type: ignore[arg-type]
+    again = torch.is_grad_enabled()  # else tangents are all that is wanted of them
+    with torch.enable_grad():
+        tensors = cut_off(tensors)
+        nll, lse = run(*tensors)[:2]
+        terms = nll if z_loss == 0 else nll + z_loss * torch.where(row_scale == 0, 0.0, lse).square()
+        wanted = [t for t, n in zip(tensors, need, strict=False) if n]
+        new = iter(torch.autograd.grad((terms * row_scale).sum(), wanted, grad_loss, create_graph=again))  # type: ignore[arg-type]
     return [next(new) if n else None for n in need]
 
 
@@ -404,7 +407,7 @@ def _rows_grad_backward(ctx: Any, *outer: Tensor | None) -> Any:
     if all(v is None for v in outer) or not any(wanted):
         return tuple(found)
     leaves, (o, _) = _Leaves(tuple(saved[i] for i in _PLACES)), settings.unpack(ctx.statistics)
-    again = torch.is_grad_enabled()
+    again = is_differentiated()
     if again or is_batched(*outer):  # a third derivative, or several: with all the logits
         new = _second(outer, leaves, wanted, a, o, settings.cut.classes(head), ctx.needs, create_graph=again)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fused_ops.core.checks import check_tensors
-from fused_ops.core.function import is_one
+from fused_ops.core.function import is_differentiated, is_one
 from fused_ops.core.graph import needs_formulas
 from fused_ops.core.library import register
 from fused_ops.core.torch_private import forward_ad, is_tracing, transforms_active
@@ -75,7 +75,7 @@ class SmallLinearCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         tensors, needs, gradients = ctx.saved_tensors, ctx.rest[2], ctx.gradients
-        if torch.is_grad_enabled():
+        if is_differentiated():
             return *_differentiable(ctx, grad_loss, *tensors), None, None
         if gradients is None:  # a second backward through a graph that was retained
             gradients = _small_op(*tensors, *ctx.rest)[1:]  # type: ignore[index]
@@ -95,12 +95,14 @@ _apply = super(Function, SmallLinearCrossEntropyFunction).apply
 def _differentiable(ctx: Any, grad_loss: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """The gradients with a graph of their own, through cross-entropy's Function."""
     ignore_index, reduction, needs = ctx.rest
-    x, weight, bias = (None if t is None else t.view_as(t) for t in tensors[:3])  # one tensor may be two of them
-    assert x is not None and weight is not None and tensors[3] is not None
-    name = next(name for name, code in REDUCTIONS.items() if code == reduction)
-    loss = _in_two(x, weight, bias, tensors[3], ignore_index, name)
-    wanted = [t for i, t in enumerate((x, weight, bias)) if needs & (1 << i) and t is not None]
-    new = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
+    again = torch.is_grad_enabled()  # else tangents are all that is wanted of them
+    with torch.enable_grad():
+        x, weight, bias = (None if t is None else t.view_as(t) for t in tensors[:3])  # one tensor may be two of them
+        assert x is not None and weight is not None and tensors[3] is not None
+        name = next(name for name, code in REDUCTIONS.items() if code == reduction)
+        loss = _in_two(x, weight, bias, tensors[3], ignore_index, name)
+        wanted = [t for i, t in enumerate((x, weight, bias)) if needs & (1 << i) and t is not None]
+        new = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=again))
     return [next(new) if needs & (1 << i) else None for i in range(3)]
 
 
