@@ -157,7 +157,7 @@ __device__ inline int64_t column_of(const Rows& r, const Tiles& t, const Spot& s
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) packed_column_forward(BatchNormForwardCall c, Rows r, Tiles t) {
+__global__ void __launch_bounds__(kBlock, 1) packed_column_forward(BatchNormForwardCall c, Rows r, Tiles t) {
   using A = acc_t<T>;
   const Spot s(r, t, blockIdx.x);
   const PackedRows u(c.shape, r, s);

@@ -85,7 +85,8 @@ __device__ inline sum_t<T> write_share(const T* x, T* grad, int n, int target, c
 }
 
 template <class T, int kGroup, bool kAligned>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || !kAligned ? 2 : 3) backward_rows(BackwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 || !kAligned ? 2 : 3 - kFewerBlocks)
+    backward_rows(BackwardCall c) {
   using A = acc_t<T>;
   constexpr int kRows = kBlock / kGroup;
   const int lane = static_cast<int>(threadIdx.x) % kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(kBlock) backward_prepare(BackwardCall c) {
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3) backward_pieces(BackwardCall c, Pieces pieces) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 3 - kFewerBlocks)
+    backward_pieces(BackwardCall c, Pieces pieces) {
   using A = acc_t<T>;
   const int64_t rows = c.layout.batch * c.layout.spatial;
   const int lane = static_cast<int>(threadIdx.x);
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kBlock) backward_target(BackwardCall c, int64_
 
 // Any strides, as forward_lanes.
 template <class T, int kParts>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4) backward_lanes(BackwardCall c) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 2 : 4 - kFewerBlocks) backward_lanes(BackwardCall c) {
   using A = acc_t<T>;
   constexpr int kRows = kBlock / kParts, kAhead = sizeof(T) == 8 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kRows, part = static_cast<int>(threadIdx.x) / kRows;

@@ -61,7 +61,7 @@ __device__ inline void add_step(const CrossEntropyRows& a, int64_t row, const Wa
 }
 
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kBlock) options_forward_rows(RowsForwardCall c) {
+__global__ void __launch_bounds__(kBlock, 2) options_forward_rows(RowsForwardCall c) {
   using A = acc_t<T>;
   using Walk = AdjacentWalk<T, kGroup>;
   constexpr int kRows = kBlock / kGroup;
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kBlock) options_forward_rows(RowsForwardCall c
 
 // A block a segment of a long row: its state, to scratch behind the shares.
 template <class T>
-__global__ void __launch_bounds__(kBlock) options_forward_segments(RowsForwardCall c, int64_t segments, double* parts) {
+__global__ void __launch_bounds__(kBlock, 2)
+    options_forward_segments(RowsForwardCall c, int64_t segments, double* parts) {
   using A = acc_t<T>;
   using Walk = AdjacentWalk<T, kBlock>;
   const CrossEntropyRows& a = c.args.rows;
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kBlock)
 
 // Any strides: kBlock / kShare rows side by side, each of kShare threads that take every kShare-th class.
 template <class T, int kShare>
-__global__ void __launch_bounds__(kBlock) options_forward_lanes(RowsForwardCall c) {
+__global__ void __launch_bounds__(kBlock, 2) options_forward_lanes(RowsForwardCall c) {
   using A = acc_t<T>;
   using Walk = StridedWalk<kShare>;
   constexpr int kRows = kBlock / kShare;
