@@ -212,6 +212,8 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """The output, and mean and invstd, (2, groups * channels) wide; writes running statistics and ``mask``."""
     a = ForwardArguments(*arguments, **named)
     input, training = a.input, a.training
+    if input.dim() < 2:
+        raise IndexError(f"batch_norm: input must be (batch, channels, ...), got shape {list(input.shape)}")
     if training and input.size(1) and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if a.eps < 0 or (training and a.eps == 0):
@@ -220,6 +222,8 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"batch_norm: input must be a floating-point tensor, got {input.dtype}")
     if (a.running_mean is None) != (a.running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if any(t is not None and t.dim() != 1 for t in (a.running_mean, a.running_var)):
+        raise RuntimeError("batch_norm: expected running statistics to have one dimension")
     if not training:
         if a.running_mean is None or a.running_var is None:
             raise RuntimeError("running_mean must be defined in evaluation mode")

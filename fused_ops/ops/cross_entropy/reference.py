@@ -99,23 +99,17 @@ def _backward_to(
     ignore_index: int,
     reduction: int,
 ) -> Tensor:
-    """``backward``, written to ``grad``, which may be the logits.
-
-    p is found from lse. Of a target that has all but nothing of it, the others' sum is what is left.
-    """
+    """``backward``, written to ``grad``, which may be the logits. p is found from lse, as near as its dtype has it."""
     dim, dtype, scratch = class_dim(input), acc_dtype(input.dtype), Scratch()
     valid, safe = split_targets(input, target, ignore_index)
     _check_range(target, valid, input.size(dim))
     scale, near = row_scale(wide(grad_loss), total, valid, reduction), lse.to(dtype)
     for piece in pieces(input) if input.numel() else ():
-        here, keep, each, high, low = (t[piece.row].unsqueeze(dim) for t in (safe, valid, scale, near, lse - near))
+        here, keep, each, high = (t[piece.row].unsqueeze(dim) for t in (safe, valid, scale, near))
         x, to = scratch.copy("x", input[piece.all], dtype), grad[piece.all]
-        at_target = ((wide(x.gather(dim, here)) - high) - low).expm1()
         p = to if to.dtype == dtype else scratch.like("x", x, dtype)
-        torch.sub(x, high, out=p).exp_().scatter_(dim, here, 0.0)
-        rest = (-low).exp()
-        at_target = torch.where(at_target > -0.5, -rest * row_sums(p, dim), at_target)
-        p.mul_((each * rest).to(dtype)).scatter_(dim, here, (each * at_target).to(dtype))
+        torch.sub(x, high, out=p).exp_()
+        p.mul_((each / less_one_(p, here, dim)).to(dtype))
         if not (keep.is_cpu and keep.all()):
             p.masked_fill_(~keep, 0.0)
         if p is not to:
@@ -126,8 +120,8 @@ def _backward_to(
 def less_one_(p: Tensor, here: Tensor, dim: int) -> Tensor:
     """Takes from p of one class a row what the row's p add up to; returns that sum, wide, which is to divide the row.
 
-    It is 1 but for the rounding of softmax's own sum, which many classes add to. Of a class that has all but nothing
-    it is the others' sum that is left.
+    It is 1 but for the rounding of what p was divided by, or of softmax's own sum, which many classes add to. Of a
+    class that has all but nothing it is the others' sum that is left.
     """
     at = p.gather(dim, here)
     others = row_sums(p.scatter_(dim, here, 0.0), dim)

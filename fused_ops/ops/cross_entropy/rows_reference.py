@@ -26,7 +26,9 @@ from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, 
 from fused_ops.ops.cross_entropy.row import Across, Row, RowArgs, RowOptions, along_classes, counted_rows, rows_shape
 
 
-def _check_range(a: RowArgs, ignore_index: int) -> None:
+def _check(a: RowArgs, ignore_index: int) -> None:
+    if a.indices is None and a.probabilities is None:
+        raise RuntimeError("cross_entropy: expected indices or probabilities, got neither")
     if a.indices is None or a.indices.device.type != "cpu":
         return
     wide = a.indices.long()  # a narrow dtype would wrap the number of classes
@@ -48,7 +50,7 @@ def forward(
     The mass is the sum of q, without a class index' own (1 - label_smoothing) * weight.
     """
     a, o = RowArgs(input, indices, probabilities, weight, class_mask), RowOptions(*options)  # type: ignore[arg-type]
-    _check_range(a, o.ignore_index)
+    _check(a, o.ignore_index)
     found: tuple[Tensor, ...] = ()
     scratch = Scratch()
     for piece in (cut := pieces(input)):
@@ -245,7 +247,7 @@ def backward(
     """The gradient with respect to the logits, in their dtype."""
     a = RowArgs(input, indices, probabilities, weight, class_mask)
     o = RowOptions(*options)  # type: ignore[arg-type]
-    _check_range(a, o.ignore_index)
+    _check(a, o.ignore_index)
     g = RowGrads(grad_nll, grad_lse, grad_entropy, grad_target_log_probability)
     return backward_to(empty_output(input), g, a, o)
 

@@ -95,6 +95,8 @@ def tile_sums_(
     logits: Tensor, target: Tensor, first_class: int, classes: int, max: Tensor, others: Tensor, target_logit: Tensor
 ) -> None:
     """Adds a tile of transposed logits, (classes of the tile, rows), to what is known of each row."""
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"linear_cross_entropy: target must be int64, got {target.dtype}")
     bad = ((target < 0) | (target >= classes)).nonzero()
     if bad.numel():
         raise IndexError(f"Target {int(target[bad[0, 0]])} is out of bounds.")
