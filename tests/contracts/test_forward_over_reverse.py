@@ -1,4 +1,4 @@
-"""Forward-mode AD over a backward without create_graph, as Hessian-vector products take it: the tangents, or an error."""
+"""Forward-mode AD over a backward without create_graph, as of Hessian-vector products: the tangents, or an error."""
 
 import pytest
 import torch
@@ -61,20 +61,20 @@ def test_tangents_of_gradients_are_there(op):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tangents_of_upstream_gradients_are_handed_on(dtype, op):
+@pytest.mark.parametrize("rows", [6, 700])
+def test_tangents_of_upstream_gradients_are_handed_on(rows, dtype, op):
     """Of a graph that was made outside of the dual level: the backward is linear in what comes from above."""
     torch.manual_seed(0)
-    for rows in (6, 700):
-        x, w = torch.randn(rows, 30, dtype=dtype, requires_grad=True), torch.randn(40, 30, dtype=dtype)
-        target = torch.randint(0, 30, (rows,))
-        loss = {
-            "cross_entropy": lambda: fused_ops.cross_entropy(x, target),
-            "linear_cross_entropy": lambda: fused_ops.linear_cross_entropy(x, w, target),
-            "batch_norm": lambda: fused_ops.batch_norm(x, None, None, training=True),
-        }[op]()
-        upstream = torch.randn_like(loss)
-        (expected,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(torch.randn_like(upstream), upstream)
-            (grad,) = torch.autograd.grad(loss, x, dual)
-            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, expected)
+    x, w = torch.randn(rows, 30, dtype=dtype, requires_grad=True), torch.randn(40, 30, dtype=dtype)
+    target = torch.randint(0, 30, (rows,))
+    loss = {
+        "cross_entropy": lambda: fused_ops.cross_entropy(x, target),
+        "linear_cross_entropy": lambda: fused_ops.linear_cross_entropy(x, w, target),
+        "batch_norm": lambda: fused_ops.batch_norm(x, None, None, training=True),
+    }[op]()
+    upstream = torch.randn_like(loss)
+    (expected,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn_like(upstream), upstream)
+        (grad,) = torch.autograd.grad(loss, x, dual)
+        torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, expected)

@@ -28,7 +28,7 @@ compile_size = 64bit
 
 def gpu_code(missing=None, loose=None):
     """What cuobjdump says of a library with code for every GPU, compressed."""
-    kinds = [*(("elf", n) for n in (75, 80, 86, 90, 100, 120)), ("ptx", 100)]
+    kinds = [*(("elf", n) for n in (75, 80, 86, 89, 90, 100, 120)), ("ptx", 100)]
     once = [PART.format(*kind, "" if kind == loose else "compressed") for kind in kinds if kind != missing]
     return "".join(once) * len(list(ROOT.glob("csrc/*/cuda/*.cu")))
 
