@@ -46,7 +46,7 @@ PLACES: dict[str, dict[str, str]] = {
         "fused_ops/core": "is_one",
         "csrc/linear_cross_entropy": """
             linear_cross_entropy_chunk fold fold_classes tile_sums tile_grads transposed product check_head reduce
-            linear_cross_entropy_small tile_of""",
+            linear_cross_entropy_small readable_tile""",
         "csrc/cross_entropy": "forward_then_backward denominator",
     },
     "guard": {"csrc/simd": "load_tail store_tail load_part store_part"},
