@@ -93,9 +93,19 @@ __device__ inline Moments column_moments_of_block(int lanes, int lane, const Shi
   return moments_around(mean, {sum, squares}, all);
 }
 
+// Blocks of column_moments on one multiprocessor, where it is not the fast one: registers for two make it spill 84
+// bytes on sm_75.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMomentBlocks = 1;
+#else
+constexpr int kMomentBlocks = 2;
+#endif
+
 // A block a (part of the rows, tile of columns): a thread eight columns.
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1
+                                          : kFast        ? 2
+                                                         : kMomentBlocks)
     column_moments(BatchNormForwardCall c, Rows r, Tiles t) {
   using A = acc_t<T>;
   constexpr int kRows = 2 * kUnitsOf<T, 1>;
