@@ -1,5 +1,6 @@
 """The library of CUDA kernels: where it is built, what it needs, when it is loaded, and that its faults are its own."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -265,10 +266,22 @@ int nvmlDeviceGetCudaComputeCapability(const char* gpu, int* major, int* minor) 
 
 @pytest.fixture(scope="module")
 def cuda_library(tmp_path_factory):
-    """(the library, folder of what stands in for libtorch_cuda and the driver)."""
+    """(the library, folder of what stands in for libtorch_cuda and the driver), built by the first of all processes."""
     if shutil.which("nvcc") is None or shutil.which("c++") is None or shutil.which("nm") is None:
         pytest.skip("no nvcc, C++ compiler or nm on this machine")
-    folder = tmp_path_factory.mktemp("cuda_library")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda_library"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build_cuda_library(folder.with_suffix(".new"))
+            folder.with_suffix(".new").rename(folder)
+    (built,) = folder.glob("build/lib*/fused_ops/_C_cuda.so")
+    return built, folder
+
+
+def build_cuda_library(folder):
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copytree(ROOT / "fused_ops", folder / "fused_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -282,8 +295,6 @@ def cuda_library(tmp_path_factory):
     for name, source in STUBS.items():
         command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(folder / name)]
         subprocess.run(command, input=source, text=True, check=True)
-    (built,) = folder.glob("build/lib*/fused_ops/_C_cuda.so")
-    return built, folder
 
 
 @pytest.mark.slow

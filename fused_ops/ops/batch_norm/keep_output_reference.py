@@ -159,7 +159,7 @@ def rebuild(
 def before(
     grad_output: Tensor, output: Tensor, z: Tensor, stored: Tensor | None, activation: int, slope: float
 ) -> Tensor:
-    """grad_output times activation': from the output, or from z where x was stored."""
+    """grad_output times activation': from the output, or from z, which is written over, where x was stored."""
     y, grad = output.to(z.dtype), grad_output.to(z.dtype)
     if activation == activations.LEAKY_RELU:
         return activations.backward(activation, grad, y.clone(), slope)

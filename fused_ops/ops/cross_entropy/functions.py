@@ -105,13 +105,19 @@ backward_inplace_op = register(
 )
 
 
-def refuse_inplace_transforms() -> None:
-    """Raises where a gradient that overwrites the logits would be wrong."""
-    if is_differentiated():
+def overwrites(inplace_backward: bool) -> bool:
+    """Whether a backward that runs overwrites the logits; raises where that would be wrong.
+
+    Under forward-mode AD it does not: the gradient has a tangent, which is found from the logits.
+    """
+    if not inplace_backward:
+        return False
+    if torch.is_grad_enabled() or transforms_active():
         raise RuntimeError(
             "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
             "transform; expected inplace_backward=False for those"
         )
+    return bool(forward_ad._current_level < 0)
 
 
 class CrossEntropyBackwardFunction(FusedFunction):
@@ -149,7 +155,6 @@ class CrossEntropyBackwardFunction(FusedFunction):
 
 def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
     """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
-    refuse_inplace_transforms()
     gradient = input.detach()
     backward_inplace_op(grad_loss, gradient, *rest)
     increment_version(input)
@@ -177,7 +182,7 @@ class CrossEntropyFunction(FusedFunction):
         if grad_loss is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
-        if ctx.inplace_backward:
+        if overwrites(ctx.inplace_backward):
             return _inplace_gradient(*args), None, None, None, None
         if is_differentiated():
             return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
@@ -359,8 +364,7 @@ class CrossEntropyRowsFunction(FusedFunction):
             found[3] = rows_reference.grad_weight(g, a, o)
         if not ctx.needs_input_grad[0]:
             return tuple(found)
-        if ctx.inplace_backward:
-            refuse_inplace_transforms()
+        if overwrites(ctx.inplace_backward):
             found[0] = gradient = a.input.detach()
             rows_backward_inplace_op(*g, gradient, *a[1:], lse, mass, entropy, *o)
             increment_version(a.input)

@@ -21,7 +21,7 @@ from fused_ops.core.library import register
 from fused_ops.core.memory_format import acc_dtype, empty_output, wide, wide_dtype, wide_sum
 from fused_ops.distributed import collectives
 from fused_ops.ops.cross_entropy import rows_reference, shards_reference
-from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, refuse_inplace_transforms, row_grads
+from fused_ops.ops.cross_entropy.functions import GRADS, RESULTS, TENSORS, overwrites, row_grads
 from fused_ops.ops.cross_entropy.reference import class_dim
 from fused_ops.ops.cross_entropy.row import Across, RowArgs, RowOptions, rows_shape
 from fused_ops.ops.cross_entropy.rows_reference import RowGrads
@@ -306,8 +306,7 @@ class CrossEntropyShardFunction(FusedFunction):
             found[3] = grad_weight(g, a, o, shard, across)
         if not ctx.needs_input_grad[0]:
             return tuple(found)
-        if ctx.inplace_backward:
-            refuse_inplace_transforms()
+        if overwrites(ctx.inplace_backward):
             overwritten = a.input.detach()
             gradient_(g, a._replace(input=overwritten), o, shard, merged)
             increment_version(a.input)
