@@ -10,12 +10,7 @@
 //
 // Stability: as cross_entropy/cuda/index_forward.cu. Merges are in a fixed order that depends on the number of classes
 // alone. See docs/linear_cross_entropy.md.
-#undef NDEBUG
-#include <cassert>
-
-#include "core/launch.cuh"
-#include "core/reduce.cuh"
-#include "cross_entropy/cuda/rows.cuh"
+#include "cross_entropy/cuda/loops.cuh"
 #include "linear_cross_entropy/cuda/kernels.h"
 
 namespace fused_ops {
@@ -26,7 +21,6 @@ constexpr int kParts = kBlock / 32;     // warps of a block
 constexpr int kSegment = 512;           // classes that a block takes of its rows
 constexpr int kAhead = 4;               // classes whose vectors a lane loads at once
 constexpr int kStep = kAhead * kParts;  // classes that a block takes at once
-constexpr int64_t kTileBlocks = 1056;   // of one launch: eight a multiprocessor of an H100
 
 template <class T>
 using Sums = Online<float, sum_t<T>>;
@@ -207,16 +201,16 @@ template <class T>
 int32_t sums(const TileSumsCall& c, void* stream) {
   Launcher launch(stream);
   Sums<T>* parts = reinterpret_cast<Sums<T>*>(c.scratch);
-  launch(tile_sums<T>, std::min(items_of<T>(c.tile), kTileBlocks), kBlock, c, parts);
-  launch(tile_sums_finish<T>, std::min(ceil_div(c.tile.rows, kBlock), kTileBlocks), kBlock, c,
-         static_cast<const Sums<T>*>(parts), ceil_div(c.tile.classes, int64_t{kSegment}));
+  launch(tile_sums<T>, blocks_of(items_of<T>(c.tile)), kBlock, c, parts);
+  launch(tile_sums_finish<T>, blocks_of(ceil_div(c.tile.rows, kBlock)), kBlock, c, static_cast<const Sums<T>*>(parts),
+         ceil_div(c.tile.classes, int64_t{kSegment}));
   return launch.error();
 }
 
 template <class T>
 int32_t grads(const TileGradsCall& c, void* stream) {
   Launcher launch(stream);
-  launch(tile_grads<T>, std::min(items_of<T>(c.tile), kTileBlocks), kBlock, c);
+  launch(tile_grads<T>, blocks_of(items_of<T>(c.tile)), kBlock, c);
   return launch.error();
 }
 
