@@ -83,7 +83,9 @@ class Sizes(NamedTuple):
     @property
     def tile_classes(self) -> int:
         """Of a tile that need not be smaller."""
-        return (self.l2_bytes and max(_GPU_TILE_BYTES // self.class_bytes // 64 * 64, _FEWEST_CLASSES)) or _TILE_CLASSES
+        if not self.l2_bytes:
+            return _TILE_CLASSES
+        return max(_GPU_TILE_BYTES // self.class_bytes // 64 * 64, _FEWEST_CLASSES)
 
     def sum_bytes(self, needs: int) -> int:
         """Of the sum in float32 that a 16-bit weight's gradient needs, if it comes in chunks of rows."""
