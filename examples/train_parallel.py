@@ -252,4 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # The models hold the group, so its threads are still alive and now and then abort a process that Python takes down
+    # (pytorch/pytorch#190489).
+    os._exit(status)

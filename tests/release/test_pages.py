@@ -28,6 +28,14 @@ from benchmarks.torchvision_without_ops import import_torchvision
 import_torchvision()
 runpy.run_path("program.py", run_name="__main__")
 """
+# A program on several processes. What it holds at its end, a model or a DTensor, keeps the group's threads alive after
+# destroy_process_group, and they abort the process now and then where Python takes it down (pytorch/pytorch#190489).
+ON_A_RANK = """
+import os, runpy, sys
+runpy.run_path("program.py", run_name="__main__")
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 def imported(text):
@@ -52,5 +60,6 @@ def test_a_program_runs(text, run_python, tmp_path):
     if packages & WANT_TORCHVISION:
         command = ("-c", WITH_TORCHVISION)
     elif "init_process_group" in text:
-        command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "program.py")
+        (tmp_path / "rank.py").write_text(ON_A_RANK, encoding="utf-8")
+        command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py")
     run_python(*command, cwd=tmp_path)
