@@ -10,6 +10,7 @@ serves ``torch.compile`` and ``torch.export``.
 from __future__ import annotations
 
 import functools
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +37,26 @@ references: dict[Any, Callable[..., Any]] = {}  # of every op: what serves a dev
 _fragment = torch.library.Library("fused_ops", "FRAGMENT")
 
 
+def _open(path: Path) -> None:
+    """torch.ops.load_library; a file that was cut off is an OSError too, where dlopen would end the process.
+
+    An ELF library ends with the table of its sections, whose place, size and number of entries its header has.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, little-endian
+        (begin,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        if begin + size * count > path.stat().st_size:
+            raise OSError(f"{path}: the file is incomplete")
+    torch.ops.load_library(str(path))
+
+
 def _load() -> str | None:
     """Loads the library; returns why it is not there, or None if it is."""
     if not LIBRARY_PATH.exists():
         return "the native library was not built"
     try:
-        torch.ops.load_library(str(LIBRARY_PATH))
+        _open(LIBRARY_PATH)
     except OSError as error:
         return f"the native library could not be loaded: {error}"
     return None
@@ -57,7 +72,7 @@ def _load_cuda() -> str | None:
     if missing_reason is not None or not CUDA_LIBRARY_PATH.exists():
         return missing_reason or "the CUDA kernels were not built"
     try:
-        torch.ops.load_library(str(CUDA_LIBRARY_PATH))
+        _open(CUDA_LIBRARY_PATH)
         why = _CUDA_REFUSALS[torch.ops.fused_ops.cuda_refusal()]  # with one, they register nothing
         if not why:
             return None

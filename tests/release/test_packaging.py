@@ -14,7 +14,8 @@ import setuptools
 import torch
 from conftest import ROOT
 
-import fused_ops.core.library
+import fused_ops
+from fused_ops.core import library
 
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_ops", "csrc", "examples")
 USE_BOTH_OPS = """
@@ -253,7 +254,7 @@ def test_isa_objects_share_no_code(built):
 
 
 def test_isa_is_chosen_at_run_time(run_python):
-    if fused_ops.core.library.missing_reason is not None:
+    if library.missing_reason is not None:
         pytest.skip("no native library")
     code = "import fused_ops.core.library as l; print(l.isa())"
     best = run_python("-c", code).stdout.strip()
@@ -313,6 +314,19 @@ def test_a_missing_or_broken_library_is_one_warning(library, run_python, tmp_pat
     result = run_python("-c", USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     (warning,) = output_of(result, "WARNING")
     assert ("was not built" if library is None else "could not be loaded") in warning
+
+
+@pytest.mark.skipif(not library.LIBRARY_PATH.exists(), reason="needs a library to cut")
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+@pytest.mark.parametrize("kept", [0.5, pytest.param(0.999, marks=pytest.mark.slow)])
+def test_a_library_that_was_cut_off_is_one_warning(name, kept, run_python, tmp_path):
+    package = tmp_path / "fused_ops"
+    shutil.copytree(ROOT / "fused_ops", package, ignore=shutil.ignore_patterns("_C_cuda.so", "__pycache__"))
+    whole = library.LIBRARY_PATH.read_bytes()
+    (package / name).write_bytes(whole[: int(kept * len(whole))])
+    cuda = "import torch; torch.version.cuda = '13.0'\n" if name == "_C_cuda.so" else ""
+    (warning,) = output_of(run_python("-c", cuda + USE_BOTH_OPS, cwd=tmp_path, PYTHONPATH=str(tmp_path)), "WARNING")
+    assert f"{name}: the file is incomplete" in warning
 
 
 def test_import_is_light(run_python):
