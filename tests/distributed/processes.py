@@ -21,18 +21,22 @@ class Pool:
     """``world`` processes; ``run(function, *arguments)`` returns what ``function(*arguments)`` does on each.
 
     The function is one that a module has by its name. What it raises is raised here, with the tracebacks, and ends
-    the processes, as some may wait for others.
+    the processes, as some may wait for others: the next run has new ones.
     """
 
     def __init__(self, world):
+        self.world = world
+        self.start()
+
+    def start(self):
         context = multiprocessing.get_context("forkserver")  # whose imports, the longest part, are done once
         context.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "fused_ops"])
         self.store, self.connections, self.processes = open_store(), [], []
-        for rank in range(world):
+        for rank in range(self.world):
             mine, theirs = context.Pipe()
             self.connections.append(mine)
             self.processes.append(
-                context.Process(target=_serve, args=(rank, self.store.port, world, theirs), daemon=True)
+                context.Process(target=_serve, args=(rank, self.store.port, self.world, theirs), daemon=True)
             )
             self.processes[-1].start()
             theirs.close()  # so that the end of the process is seen
@@ -45,14 +49,19 @@ class Pool:
 
     def run(self, function, *arguments):
         message = pickle.dumps((function, arguments))
+        if not self.processes:
+            self.start()
         try:
             for connection in self.connections:
                 connection.send_bytes(message)
             found = [pickle.loads(connection.recv_bytes()) for connection in self.connections]
         except (EOFError, OSError) as error:
-            raise AssertionError("a process ended, in this run or after one before that failed") from error
+            self.close()
+            raise AssertionError("a process ended") from error
         problems = [f"rank {rank}:\n{problem}" for rank, (problem, _) in enumerate(found) if problem]
-        assert not problems, "\n".join(problems)
+        if problems:
+            self.close()
+            raise AssertionError("\n".join(problems))
         return [result for _, result in found]
 
     def close(self):
@@ -63,6 +72,7 @@ class Pool:
             process.join(20)
             if process.is_alive():
                 process.kill()
+        self.processes = []
 
 
 def _serve(rank, port, world, connection):
