@@ -32,17 +32,19 @@ namespace fused_ops {
 
 }  // namespace fused_ops
 
+// Both macros, before what is made with them is included: since torch 2.13 there is the second.
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>
+#endif
 #undef TORCH_ERROR_CODE_CHECK
 #define TORCH_ERROR_CODE_CHECK(call) \
   if ((call) != TORCH_SUCCESS) ::fused_ops::raise_failed_call(#call);
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
 
 namespace fused_ops {
 

@@ -140,3 +140,7 @@ class FusedFunction(Function):
             return torch.stack(examples), 0
         stacked = tuple(torch.stack(outputs) for outputs in zip(*examples, strict=True))
         return stacked, (0,) * len(stacked)
+
+
+# Where Dynamo has given up on what calls it: torch 2.14 then fails inside on a Function's ``super().apply``.
+hide_from_dynamo(FusedFunction.apply)

@@ -302,8 +302,15 @@ def test_a_graph_drops_no_tangent(name, made):
     graph = MADE[made](CALLED[name], x)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.randn_like(x))
-        with pytest.raises(NotImplementedError, match="forward-mode AD cannot follow fused_ops::"):
-            graph(dual)
+        try:
+            found = graph(dual)
+        except NotImplementedError as error:
+            assert "forward-mode AD cannot follow fused_ops::" in str(error)
+        else:  # since torch 2.14 Dynamo leaves tensors with tangents to eager mode
+            assert made == "compiled"
+            right = CALLED[name](dual)
+            for mine, its in zip(*map(torch.autograd.forward_ad.unpack_dual, (found, right)), strict=True):
+                torch.testing.assert_close(mine, its)
 
 
 @pytest.mark.parametrize("name", CALLED)
