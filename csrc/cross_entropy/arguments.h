@@ -186,10 +186,21 @@ inline TargetType target_type(const Tensor& target) {
   }
 }
 
+// The last dimension behind the classes that has more than one element: the stride of one of size 1 says nothing.
+inline int64_t innermost_spatial_dim(const Tensor& t) {
+  int64_t d = t.dim() - 1;
+  while (d > 2 && t.size(d) == 1) --d;
+  return d;
+}
+
 // Whether the dimensions from 2 on are one with a single stride.
 inline bool spatial_is_one_dim(const Tensor& t) {
-  for (int64_t d = t.dim() - 2; d >= 2; --d)
-    if (t.size(d) != 1 && t.stride(d) != t.stride(d + 1) * t.size(d + 1)) return false;
+  int64_t inner = innermost_spatial_dim(t);
+  for (int64_t d = inner - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != t.stride(inner) * t.size(inner)) return false;
+    inner = d;
+  }
   return true;
 }
 
@@ -197,7 +208,7 @@ inline RowLayout plain_layout_of(const Tensor& t) {
   if (t.dim() == 1) return {1, 1, t.size(0), 0, 0, t.stride(0)};
   RowLayout l{t.size(0), 1, t.size(1), t.stride(0), 0, t.stride(1)};
   for (int64_t d = 2; d < t.dim(); ++d) l.spatial *= t.size(d);
-  if (t.dim() > 2) l.spatial_stride = t.stride(t.dim() - 1);
+  if (t.dim() > 2) l.spatial_stride = t.stride(innermost_spatial_dim(t));
   return l;
 }
 
@@ -249,7 +260,7 @@ inline bool each_element_alone(const Tensor& t) {
 }
 
 inline void check_in_place(const Tensor& input) {
-  if (spatial_is_one_dim(input) && (input.numel() == 0 || each_element_alone(input))) return;
+  if (input.numel() == 0 || (spatial_is_one_dim(input) && each_element_alone(input))) return;
   raise(kOp,
         ": inplace_backward needs logits whose elements do not share memory, and whose dimensions behind the "
         "classes are dense, got shape ",
