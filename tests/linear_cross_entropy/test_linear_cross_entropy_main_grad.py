@@ -226,6 +226,17 @@ def test_the_op_keeps_the_sum_in_float32():
         torch.library.opcheck(op.default, (*args, needs | by_rows.WIDE_WEIGHT, False), test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 0), (0, 4, 3), (5, 0, 3)])
+def test_shapes_without_elements(shape):
+    """(rows, classes, features)."""
+    rows, classes, features = shape
+    x, w = torch.ones(rows, features, requires_grad=True), torch.ones(classes, features, requires_grad=True)
+    main_grad = torch.zeros(classes, features)
+    target = torch.full((rows,), -100)
+    fused_ops.linear_cross_entropy(x, w, target, reduction="sum", main_grad=main_grad).backward()
+    assert w.grad is None and not main_grad.any()
+
+
 def test_what_it_refuses():
     (x, w, _), target = draw()
     w.requires_grad_()
