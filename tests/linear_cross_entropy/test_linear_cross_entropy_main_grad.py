@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from conftest import peak_bytes
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
@@ -186,14 +186,6 @@ def test_a_tied_weight_has_the_rest_of_its_gradient():
     fused_ops.linear_cross_entropy(w[ids], w, target, main_grad=buffer).backward()
     torch.testing.assert_close(w.grad, expected)  # of the embedding alone
     torch.testing.assert_close(buffer, head)
-
-
-def peak_bytes(run):
-    """The most that the call's tensors take at once, by the allocator's own count."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        run()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize(

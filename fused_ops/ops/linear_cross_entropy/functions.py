@@ -17,7 +17,7 @@ from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
 from fused_ops.ops.linear_cross_entropy.arguments import NOT_PLAIN
 from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, WIDE_WEIGHT, add_scaled_, rescale_op, wanted_main_grad
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
-from fused_ops.ops.linear_cross_entropy.plan import Cut, plan
+from fused_ops.ops.linear_cross_entropy.plan import Cut, plan, plan_in_rows
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 _MOST_LIFTED = 256  # as gradients of a mean are below 1, times an input, they stay far from float16's largest number
@@ -154,6 +154,8 @@ def linear_rows(
         a: The target.
         o: The options.
     """
+    if not where and not torch.compiler.is_compiling() and head.weight.requires_grad and torch.is_grad_enabled():
+        plan_in_rows(head, cut, WEIGHT, main_grad)  # what the backward could not keep is refused here
     if main_grad is None:
         return _rows_of(o, cut, where, *head, *a[1:])
     return _in_eager_mode(partial(_rows_of, main_grad=main_grad), o, cut, where, *head, *a[1:])  # type: ignore[no-any-return]
