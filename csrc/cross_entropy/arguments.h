@@ -181,8 +181,8 @@ inline TargetType target_type(const Tensor& target) {
     case ScalarType::Char: return TargetType::int8;
     case ScalarType::Byte: return TargetType::uint8;
     default:
-      raise(kOp, ": target must hold class indices of dtype int64, int32, int16, int8 or uint8, got dtype code ",
-            static_cast<int>(target.scalar_type()));
+      raise(kOp, ": target must hold class indices of dtype int64, int32, int16, int8 or uint8, got ",
+            target.scalar_type());
   }
 }
 
@@ -357,8 +357,7 @@ struct RowArguments {
   }
 
   void take_mask(const Tensor& t) {
-    if (t.scalar_type() != ScalarType::Bool)
-      raise(kOp, ": class_mask must be bool, got dtype code ", static_cast<int>(t.scalar_type()));
+    if (t.scalar_type() != ScalarType::Bool) raise(kOp, ": class_mask must be bool, got ", t.scalar_type());
     rows.row_masks = input.dim() != 1 && same_shape(t, input);
     if (!rows.row_masks && !(t.dim() == 1 && t.size(0) == classes()))
       raise(kOp, ": class_mask must have shape [", classes(), "] or that of input ", shape_of(input), ", got ",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, peak_bytes
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
 import fused_ops
@@ -372,3 +373,13 @@ def test_rows_of_a_limit_that_a_main_grad_is_no_part_of():
     assert main_grad.any()
     with pytest.raises(ValueError, match="to be at least 8000, for a row of logits"):
         fused_ops.linear_cross_entropy(x, w, target, **{**call, "max_memory_bytes": 7999})
+
+
+def test_a_limit_asks_nothing_of_sizes_that_are_symbols():
+    def gradient(x, w, target):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        rows = fused_ops.linear_cross_entropy(x, w, target, reduction="none", max_memory_bytes=1 << 22)
+        return torch.autograd.grad(rows.sum(), (x, w))
+
+    (x, w), target = draw(torch.bfloat16, 1000, 50, 4000, bias=False)
+    assert not make_fx(gradient, tracing_mode="symbolic")(x, w, target).shape_env.guards

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, is_one, is_plain, save
-from fused_ops.core.torch_private import forward_ad, hide_from_dynamo, transforms_active
+from fused_ops.core.torch_private import dispatch_modes, forward_ad, hide_from_dynamo, is_tracing, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
@@ -154,7 +154,8 @@ def linear_rows(
         a: The target.
         o: The options.
     """
-    if not where and not torch.compiler.is_compiling() and head.weight.requires_grad and torch.is_grad_enabled():
+    in_graph = torch.compiler.is_compiling() or is_tracing() or dispatch_modes()  # there sizes may be symbols
+    if not where and not in_graph and head.weight.requires_grad and torch.is_grad_enabled():
         plan_in_rows(head, cut, WEIGHT, main_grad)  # what the backward could not keep is refused here
     if main_grad is None:
         return _rows_of(o, cut, where, *head, *a[1:])
