@@ -13,6 +13,7 @@ import forks
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
@@ -108,6 +109,14 @@ _ISA_FLAGS = {
     "AVX2": {"avx2", "fma", "f16c"},
     "AVX512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512vl", "avx512bw"},
 }
+
+
+def peak_bytes(run):
+    """The most that the call's tensors take at once, by the allocator's own count."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def skip_without(isa):

@@ -235,12 +235,11 @@ inline std::optional<ScalarType> check_parameters(
     if ((*t)->numel() != input.size(1)) raise(name, " should contain ", input.size(1), " elements not ", (*t)->numel());
     const ScalarType type = (*t)->scalar_type();
     if (type != input.scalar_type() && !(narrow && type == ScalarType::Float))
-      raise(kOp, ": mixed dtype: expected ", name, " of the dtype of input (code ",
-            static_cast<int>(input.scalar_type()), ")", narrow ? " or float32" : "", ", got code ",
-            static_cast<int>(type));
+      raise(kOp, ": mixed dtype: expected ", name, " of the dtype of input (", input.scalar_type(), ")",
+            narrow ? " or Float" : "", ", got ", type);
     if (found && *found != type)
-      raise(kOp, ": mixed dtype: expected parameters and statistics of one dtype, got ", name, " of code ",
-            static_cast<int>(type), " beside code ", static_cast<int>(*found));
+      raise(kOp, ": mixed dtype: expected parameters and statistics of one dtype, got ", name, " of ", type, " beside ",
+            *found);
     found = type;
   }
   return found;
@@ -266,7 +265,7 @@ inline MaybeTensor matching(const char* name, const MaybeTensor& t, const Tensor
 inline MaybeTensor valid_positions(const MaybeTensor& valid, const Tensor& input) {
   if (!valid) return valid;
   if (valid->scalar_type() != ScalarType::Bool && valid->scalar_type() != ScalarType::Byte)
-    raise(kOp, ": valid must be bool, got dtype code ", static_cast<int>(valid->scalar_type()));
+    raise(kOp, ": valid must be bool, got ", valid->scalar_type());
   int64_t positions = input.size(0);
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
   check_numel(kOp, "valid", *valid, positions);

@@ -46,20 +46,17 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Half: return DType::float16;
     default: break;
   }
-  raise(op, ": ", name, " must be float32, float64, bfloat16 or float16, got dtype code ",
-        static_cast<int>(t.scalar_type()));
+  raise(op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
 }
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
                              const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
-    raise(op, ": ", name, " must have the dtype of ", like_name, " (code ", static_cast<int>(like.scalar_type()),
-          "), got code ", static_cast<int>(t.scalar_type()));
+    raise(op, ": ", name, " must have the dtype of ", like_name, " (", like.scalar_type(), "), got ", t.scalar_type());
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want, const char* want_name) {
-  if (t.scalar_type() != want)
-    raise(op, ": ", name, " must be ", want_name, ", got dtype code ", static_cast<int>(t.scalar_type()));
+  if (t.scalar_type() != want) raise(op, ": ", name, " must be ", want_name, ", got ", t.scalar_type());
 }
 
 inline void check_numel(const char* op, const char* name, const Tensor& t, int64_t want) {
@@ -166,7 +163,7 @@ inline double scalar_value(const Tensor& t) {
     case ScalarType::Double: return *static_cast<const double*>(p);
     case ScalarType::BFloat16: return static_cast<float>(*static_cast<const c10::BFloat16*>(p));
     case ScalarType::Half: return static_cast<float>(*static_cast<const c10::Half*>(p));
-    default: raise("fused_ops: expected a floating-point scalar, got dtype code ", static_cast<int>(t.scalar_type()));
+    default: raise("fused_ops: expected a floating-point scalar, got ", t.scalar_type());
   }
 }
 
@@ -177,7 +174,7 @@ inline void write_scalar(const Tensor& t, double value) {
     case ScalarType::Double: *static_cast<double*>(p) = value; return;
     case ScalarType::BFloat16: *static_cast<c10::BFloat16*>(p) = static_cast<float>(value); return;
     case ScalarType::Half: *static_cast<c10::Half*>(p) = static_cast<float>(value); return;
-    default: raise("fused_ops: expected a floating-point scalar, got dtype code ", static_cast<int>(t.scalar_type()));
+    default: raise("fused_ops: expected a floating-point scalar, got ", t.scalar_type());
   }
 }
 

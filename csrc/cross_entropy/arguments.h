@@ -181,15 +181,26 @@ inline TargetType target_type(const Tensor& target) {
     case ScalarType::Char: return TargetType::int8;
     case ScalarType::Byte: return TargetType::uint8;
     default:
-      raise(kOp, ": target must hold class indices of dtype int64, int32, int16, int8 or uint8, got dtype code ",
-            static_cast<int>(target.scalar_type()));
+      raise(kOp, ": target must hold class indices of dtype int64, int32, int16, int8 or uint8, got ",
+            target.scalar_type());
   }
+}
+
+// The last dimension behind the classes that has more than one element: the stride of one of size 1 says nothing.
+inline int64_t innermost_spatial_dim(const Tensor& t) {
+  int64_t d = t.dim() - 1;
+  while (d > 2 && t.size(d) == 1) --d;
+  return d;
 }
 
 // Whether the dimensions from 2 on are one with a single stride.
 inline bool spatial_is_one_dim(const Tensor& t) {
-  for (int64_t d = t.dim() - 2; d >= 2; --d)
-    if (t.size(d) != 1 && t.stride(d) != t.stride(d + 1) * t.size(d + 1)) return false;
+  int64_t inner = innermost_spatial_dim(t);
+  for (int64_t d = inner - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != t.stride(inner) * t.size(inner)) return false;
+    inner = d;
+  }
   return true;
 }
 
@@ -197,7 +208,7 @@ inline RowLayout plain_layout_of(const Tensor& t) {
   if (t.dim() == 1) return {1, 1, t.size(0), 0, 0, t.stride(0)};
   RowLayout l{t.size(0), 1, t.size(1), t.stride(0), 0, t.stride(1)};
   for (int64_t d = 2; d < t.dim(); ++d) l.spatial *= t.size(d);
-  if (t.dim() > 2) l.spatial_stride = t.stride(t.dim() - 1);
+  if (t.dim() > 2) l.spatial_stride = t.stride(innermost_spatial_dim(t));
   return l;
 }
 
@@ -249,7 +260,7 @@ inline bool each_element_alone(const Tensor& t) {
 }
 
 inline void check_in_place(const Tensor& input) {
-  if (spatial_is_one_dim(input) && (input.numel() == 0 || each_element_alone(input))) return;
+  if (input.numel() == 0 || (spatial_is_one_dim(input) && each_element_alone(input))) return;
   raise(kOp,
         ": inplace_backward needs logits whose elements do not share memory, and whose dimensions behind the "
         "classes are dense, got shape ",
@@ -346,8 +357,7 @@ struct RowArguments {
   }
 
   void take_mask(const Tensor& t) {
-    if (t.scalar_type() != ScalarType::Bool)
-      raise(kOp, ": class_mask must be bool, got dtype code ", static_cast<int>(t.scalar_type()));
+    if (t.scalar_type() != ScalarType::Bool) raise(kOp, ": class_mask must be bool, got ", t.scalar_type());
     rows.row_masks = input.dim() != 1 && same_shape(t, input);
     if (!rows.row_masks && !(t.dim() == 1 && t.size(0) == classes()))
       raise(kOp, ": class_mask must have shape [", classes(), "] or that of input ", shape_of(input), ", got ",

@@ -183,3 +183,28 @@ def test_grid_of_batch_splits_is_bitwise(classes, dtype):
         for part in (slice(0, 1), slice(1, 3), slice(3, None)):
             some = run(lambda x, t=target[part]: call(x, t), logits[part], [o[part] for o in ones])
             assert all(torch.equal(a[part], b) for a, b in zip(whole, some, strict=True)), (layout, kind)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3, 1, 2), (4, 5, 1, 1, 3), (4, 5, 3, 1, 1), (4, 5, 2, 3, 1), (4, 5, 2, 1, 3)])
+def test_strides_beside_dimensions_of_one_element(shape):
+    """The stride of such a dimension says nothing of those around it: of logits, of probabilities and of masks."""
+    x, probabilities = torch.randn(shape), torch.rand(shape)
+    mask = torch.rand(shape) < 0.7
+    mask[:, 0] = True
+    target = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+    upstream = [torch.tensor(2.0)]
+
+    def loss(x, t, mask=None):
+        return run(lambda x: [fused_ops.cross_entropy(x, t, class_mask=mask, reduction="sum")], x, upstream)
+
+    for dim in range(2, 5):
+        odd_x, odd_probabilities, odd_mask = (
+            torch.stack([t, t], dim + 1).select(dim + 1, 0) for t in (x, probabilities, mask)
+        )
+        for found, expected in (
+            (loss(odd_x, target), loss(x, target)),
+            (loss(odd_x, odd_probabilities), loss(x, probabilities)),
+            (loss(odd_x, target, odd_mask), loss(x, target, mask)),
+        ):
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs)

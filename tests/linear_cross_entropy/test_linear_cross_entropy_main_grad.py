@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from conftest import peak_bytes
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
@@ -188,14 +188,6 @@ def test_a_tied_weight_has_the_rest_of_its_gradient():
     torch.testing.assert_close(buffer, head)
 
 
-def peak_bytes(run):
-    """The most that the call's tensors take at once, by the allocator's own count."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        run()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
 @pytest.mark.parametrize(
     "way", [{}, {"label_smoothing": 0.1, "chunk_rows": 32}, {"reduction": "none", "chunk_rows": 32}], ids=str
 )
@@ -224,6 +216,17 @@ def test_the_op_keeps_the_sum_in_float32():
         assert torch.equal(found.to(dtype), plain) or (cut[0] is None and more is None)
         torch.testing.assert_close(found.to(dtype), plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
         torch.library.opcheck(op.default, (*args, needs | by_rows.WIDE_WEIGHT, False), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 0), (0, 4, 3), (5, 0, 3)])
+def test_shapes_without_elements(shape):
+    """(rows, classes, features)."""
+    rows, classes, features = shape
+    x, w = torch.ones(rows, features, requires_grad=True), torch.ones(classes, features, requires_grad=True)
+    main_grad = torch.zeros(classes, features)
+    target = torch.full((rows,), -100)
+    fused_ops.linear_cross_entropy(x, w, target, reduction="sum", main_grad=main_grad).backward()
+    assert w.grad is None and not main_grad.any()
 
 
 def test_what_it_refuses():

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, peak_bytes
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
 import fused_ops
@@ -339,3 +340,46 @@ def test_a_limit_of_a_call_that_cannot_be_kept_is_an_error():
     target = torch.randint(0, 3000, (600,))
     with pytest.raises(ValueError, match="expected max_memory_bytes to be at least 12000, for a row of logits, got 99"):
         fused_ops.linear_cross_entropy(x, w, target, label_smoothing=0.1, max_memory_bytes=99)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"label_smoothing": 0.1}, {}], ids=str)
+def test_16_bit_gradients_stay_within_what_is_allowed(options):
+    """The weight's are summed in float32, which is a part of it; the bias's in float32 too, without a copy."""
+    (x, w, b), target = draw(torch.bfloat16, 1000, 50, 4000, ignored=0)
+    leaves, allowed = [t.requires_grad_() for t in (x, w, b)], 128 * 4000 * 2 + 4 * 50 * 4000
+    other_rows = 40 * 1000 * 8 + 1000 * 50 * 6
+
+    def step(allowed=allowed):
+        fused_ops.linear_cross_entropy(
+            x, w, target, linear_bias=b, max_memory_bytes=allowed, **options
+        ).sum().backward()
+
+    gradients = sum(t.nbytes for t in leaves)
+    step()
+    for t in leaves:
+        t.grad = None
+    assert peak_bytes(step) < gradients + 1.4 * allowed + other_rows
+    if options:
+        with pytest.raises(ValueError, match=f"to be at least {allowed}, for 128 rows of logits and a float32 sum"):
+            fused_ops.linear_cross_entropy(x, w, target, linear_bias=b, max_memory_bytes=allowed - 1, **options)
+
+
+def test_rows_of_a_limit_that_a_main_grad_is_no_part_of():
+    """Without reduction the backward's sum is the main_grad itself, so that a row of logits is the least."""
+    (x, w), target = draw(torch.bfloat16, 1000, 50, 4000, bias=False)
+    main_grad = torch.zeros(w.shape)
+    call = {"reduction": "none", "max_memory_bytes": 8000, "main_grad": main_grad}
+    fused_ops.linear_cross_entropy(x, w.requires_grad_(), target, **call).sum().backward()
+    assert main_grad.any()
+    with pytest.raises(ValueError, match="to be at least 8000, for a row of logits"):
+        fused_ops.linear_cross_entropy(x, w, target, **{**call, "max_memory_bytes": 7999})
+
+
+def test_a_limit_asks_nothing_of_sizes_that_are_symbols():
+    def gradient(x, w, target):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        rows = fused_ops.linear_cross_entropy(x, w, target, reduction="none", max_memory_bytes=1 << 22)
+        return torch.autograd.grad(rows.sum(), (x, w))
+
+    (x, w), target = draw(torch.bfloat16, 1000, 50, 4000, bias=False)
+    assert not make_fx(gradient, tracing_mode="symbolic")(x, w, target).shape_env.guards

@@ -23,6 +23,7 @@ from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
     has_torch_function,
+    is_batched,
     without_overrides,
 )
 from fused_ops.ops.batch_norm import activations, backward_reference, derivatives, ranks, reference
@@ -135,8 +136,13 @@ def gradients(
     """The gradients of input, residual, weight and bias, by the raw op or, to be differentiated, by its Function."""
     need_input, need_residual, need_weight, need_bias = needs
     given = need_residual and options.activation == activations.NONE and saved.valid is None
-    if is_differentiated():
-        found: list[Tensor | None] = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
+    found: list[Tensor | None]
+    if is_batched(grad_output) and options.group is None:
+        # No raw op that writes takes a batch of gradients, and a Function would lose its graph. Gradients are linear in
+        # grad_output, so that they are their own tangents.
+        found = [*derivatives.backward_jvp(grad_output, saved, (grad_output, *(None,) * 4), options)]
+    elif is_differentiated():
+        found = [*BatchNormBackwardFunction.apply(grad_output, *saved, *options)]
     else:
         found = [
             *backward(grad_output, saved, options, (need_input, need_residual and not given, need_weight or need_bias))

@@ -22,6 +22,7 @@ from fused_ops.core.torch_private import (
     dispatch_modes,
     forward_ad,
     has_torch_function,
+    is_batched,
     is_tracing,
     transforms_active,
     without_overrides,
@@ -105,17 +106,17 @@ backward_inplace_op = register(
 )
 
 
-def overwrites(inplace_backward: bool) -> bool:
+def overwrites(inplace_backward: bool, *grads: Tensor | None) -> bool:
     """Whether a backward that runs overwrites the logits; raises where that would be wrong.
 
     Under forward-mode AD it does not: the gradient has a tangent, which is found from the logits.
     """
     if not inplace_backward:
         return False
-    if torch.is_grad_enabled() or transforms_active():
+    if torch.is_grad_enabled() or transforms_active() or any(g is not None and is_batched(g) for g in grads):
         raise RuntimeError(
-            "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph and no torch.func "
-            "transform; expected inplace_backward=False for those"
+            "cross_entropy: inplace_backward=True overwrites the logits, so there is no create_graph, no "
+            "is_grads_batched and no torch.func transform; expected inplace_backward=False for those"
         )
     return bool(forward_ad._current_level < 0)
 
@@ -153,6 +154,16 @@ class CrossEntropyBackwardFunction(FusedFunction):
         )
 
 
+def _gradient(
+    grad_loss: Tensor, input: Tensor, target: Tensor, lse: Tensor, total: Tensor, ignore_index: int, reduction: int
+) -> Tensor:
+    """The gradient, to be differentiated. Of a batch of upstream gradients a Function would lose the graph."""
+    if is_batched(grad_loss):
+        return reference.gradient(grad_loss, input, target, total, ignore_index, reduction)
+    args = (grad_loss, input, target, lse, total, ignore_index, reduction)
+    return CrossEntropyBackwardFunction.apply(*args)  # type: ignore[no-any-return]
+
+
 def _inplace_gradient(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
     """The gradient in the memory of the logits, whose version counter tells every other user that they are gone."""
     gradient = input.detach()
@@ -182,10 +193,10 @@ class CrossEntropyFunction(FusedFunction):
         if grad_loss is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         args = (grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
-        if overwrites(ctx.inplace_backward):
+        if overwrites(ctx.inplace_backward, grad_loss):
             return _inplace_gradient(*args), None, None, None, None
         if is_differentiated():
-            return CrossEntropyBackwardFunction.apply(*args), None, None, None, None
+            return _gradient(*args), None, None, None, None
         return backward_op(*args), None, None, None, None
 
     @staticmethod
@@ -199,7 +210,7 @@ class CrossEntropyFunction(FusedFunction):
 def _differentiable(grad_loss: Tensor, input: Tensor, target: Tensor, options: tuple[int, int]) -> tuple[Any, ...]:
     """The gradient with a graph of its own, and right for any upstream gradient."""
     _, lse, total = forward_op(input.detach(), target, *options)
-    return CrossEntropyBackwardFunction.apply(grad_loss, input, target, lse, total, *options), None, None
+    return _gradient(grad_loss, input, target, lse, total, *options), None, None
 
 
 class _SmallFunction(Function):
@@ -364,7 +375,7 @@ class CrossEntropyRowsFunction(FusedFunction):
             found[3] = rows_reference.grad_weight(g, a, o)
         if not ctx.needs_input_grad[0]:
             return tuple(found)
-        if overwrites(ctx.inplace_backward):
+        if overwrites(ctx.inplace_backward, *g):
             found[0] = gradient = a.input.detach()
             rows_backward_inplace_op(*g, gradient, *a[1:], lse, mass, entropy, *o)
             increment_version(a.input)

@@ -178,6 +178,15 @@ def jvp(input: Tensor, input_t: Tensor, target: Tensor, total: Tensor, ignore_in
     return _reduce(rows, total, reduction).to(input.dtype)
 
 
+def gradient(
+    grad_loss: Tensor, input: Tensor, target: Tensor, total: Tensor, ignore_index: int, reduction: int
+) -> Tensor:
+    """``backward`` as a formula, differentiable in grad_loss and input."""
+    _, residual, valid = _residual(input, target, ignore_index)
+    scale = row_scale(grad_loss.to(residual.dtype), total, valid, reduction).unsqueeze(class_dim(input))
+    return (scale * residual).to(input.dtype)
+
+
 def _softmax_jvp(p: Tensor, v: Tensor, dim: int) -> Tensor:
     """The softmax's Jacobian (symmetric) times v: p * (v - p . v)."""
     return p * (v - (p * v).sum(dim, keepdim=True))

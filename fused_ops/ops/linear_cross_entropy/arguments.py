@@ -240,7 +240,7 @@ def main_grad_matrix(main_grad: Tensor, linear_weight: Tensor) -> Tensor | None:
         raise RuntimeError(NOT_PLAIN)
     if not linear_weight.requires_grad or not torch.is_grad_enabled():
         return None
-    return main_grad.view(-1, main_grad.size(-1))
+    return main_grad.flatten(0, -2)
 
 
 class PerRow(NamedTuple):

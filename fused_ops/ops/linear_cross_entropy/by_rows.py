@@ -25,6 +25,7 @@ from fused_ops.ops.linear_cross_entropy.reference import Head
 # which of the head's gradients are wanted, one bit each, in the order of Head
 INPUT, WEIGHT, BIAS, LOW_INPUT, LOW_WEIGHT = 1, 2, 4, 8, 16
 WIDE_WEIGHT = 128  # with WEIGHT, and not in tiles: the gradient of a 16-bit weight stays the float32 sum that it is
+ADDED_WEIGHT = 256  # with WEIGHT: its gradient is added to the caller's main_grad, no sum is made beside it
 
 WIDENED = 1024  # classes of a 16-bit weight's gradient that are added at a time: they stay in the cache
 
@@ -101,7 +102,7 @@ class Gradients:
             if self.plan.needs & bit and x is not None:
                 self._add(bit, grad_z.t(), x[part])
         if self.plan.needs & BIAS:
-            sums = grad_z.sum(0, dtype=torch.float32 if grad_z.dtype.itemsize == 2 else None)
+            sums = tiles.class_sums(grad_z, 0)
             self.accumulated[BIAS] = self.accumulated[BIAS] + sums if BIAS in self.accumulated else sums
 
     def _add(self, bit: int, left: Tensor, right: Tensor) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, is_one, is_plain, save
-from fused_ops.core.torch_private import forward_ad, hide_from_dynamo, transforms_active
+from fused_ops.core.torch_private import dispatch_modes, forward_ad, hide_from_dynamo, is_tracing, transforms_active
 from fused_ops.ops.cross_entropy.functions import mark_fixed, row_grads
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy import by_shards, graph, reference
 from fused_ops.ops.linear_cross_entropy.arguments import NOT_PLAIN
 from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, WIDE_WEIGHT, add_scaled_, rescale_op, wanted_main_grad
 from fused_ops.ops.linear_cross_entropy.graph import TENSORS, Settings, split
-from fused_ops.ops.linear_cross_entropy.plan import Cut, plan
+from fused_ops.ops.linear_cross_entropy.plan import Cut, plan, plan_in_rows
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 _MOST_LIFTED = 256  # as gradients of a mean are below 1, times an input, they stay far from float16's largest number
@@ -154,6 +154,9 @@ def linear_rows(
         a: The target.
         o: The options.
     """
+    in_graph = torch.compiler.is_compiling() or is_tracing() or dispatch_modes()  # there sizes may be symbols
+    if not where and not in_graph and head.weight.requires_grad and torch.is_grad_enabled():
+        plan_in_rows(head, cut, WEIGHT, main_grad)  # what the backward could not keep is refused here
     if main_grad is None:
         return _rows_of(o, cut, where, *head, *a[1:])
     return _in_eager_mode(partial(_rows_of, main_grad=main_grad), o, cut, where, *head, *a[1:])  # type: ignore[no-any-return]

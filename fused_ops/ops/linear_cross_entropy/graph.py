@@ -28,7 +28,7 @@ from fused_ops.ops.cross_entropy.rows_reference import RowGrads
 from fused_ops.ops.linear_cross_entropy import by_rows as chunks
 from fused_ops.ops.linear_cross_entropy import reference
 from fused_ops.ops.linear_cross_entropy.arguments import at_least_one
-from fused_ops.ops.linear_cross_entropy.plan import Cut, plan
+from fused_ops.ops.linear_cross_entropy.plan import Cut, plan, plan_in_rows
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 # Arguments of all ops: the 5 tensors of Head, then indices, probabilities, weight, class_mask.
@@ -290,7 +290,7 @@ def _rows_grad(*args: Any, main_grad: Tensor | None = None) -> tuple[Tensor, ...
     o, _ = settings.unpack(statistics)
     found: tuple[Tensor, ...] = tuple(head.input.new_empty(0) for _ in range(5))
     if needs & OF_HEAD:
-        in_rows = plan(head, a, o, settings.cut, 0)._replace(needs=needs & OF_HEAD)
+        in_rows = plan_in_rows(head, settings.cut, needs & OF_HEAD, main_grad)
         found = chunks.backward(g, head, a, lse, mass, entropy, o, in_rows, main_grad)
     others = _target_gradients(g, head, a, o, settings.cut.classes(head), needs)
     empty = fake_others(a, needs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
 from fused_ops.ops.linear_cross_entropy.by_classes import suits
-from fused_ops.ops.linear_cross_entropy.by_rows import WEIGHT, WIDE_WEIGHT, Plan
+from fused_ops.ops.linear_cross_entropy.by_rows import ADDED_WEIGHT, WEIGHT, WIDE_WEIGHT, Plan
 from fused_ops.ops.linear_cross_entropy.reference import Head
 
 SMALL_BYTES = 1 << 20  # logits that are not worth cutting
@@ -89,7 +89,8 @@ class Sizes(NamedTuple):
 
     def sum_bytes(self, needs: int) -> int:
         """Of the sum in float32 that a 16-bit weight's gradient needs, if it comes in chunks of rows."""
-        return 2 * self.row_bytes * self.features if self.itemsize == 2 and needs & WEIGHT else 0
+        summed = self.itemsize == 2 and needs & WEIGHT and not needs & ADDED_WEIGHT
+        return 2 * self.row_bytes * self.features if summed else 0
 
     @property
     def near(self) -> float:
@@ -271,9 +272,18 @@ def l2_bytes(x: Tensor) -> int:
     return getattr(torch.cuda.get_device_properties(x.device), "L2_cache_size", 0) or L2_BYTES
 
 
+def _sizes(head: Head, cut: Cut) -> Sizes:
+    x = head.input
+    return Sizes(x.size(0), x.size(1), cut.classes(head), cut.positions, x.element_size(), l2_bytes(x))
+
+
 def plan(head: Head, a: RowArgs, o: RowOptions, cut: Cut, needs: int) -> Plan:
     """The plan of a call whose sizes are known."""
-    x = head.input
-    sizes = Sizes(x.size(0), x.size(1), cut.classes(head), cut.positions, x.element_size(), l2_bytes(x))
     in_tiles = cut.positions == 1 and suits(head, a, o) and not needs & WIDE_WEIGHT
-    return choose(sizes, needs, in_tiles, cut.chunk_rows, cut.max_memory_bytes)
+    return choose(_sizes(head, cut), needs, in_tiles, cut.chunk_rows, cut.max_memory_bytes)
+
+
+def plan_in_rows(head: Head, cut: Cut, needs: int, main_grad: Tensor | None) -> Plan:
+    """The plan of a backward that computes the rows' logits again."""
+    needs |= 0 if main_grad is None else ADDED_WEIGHT
+    return choose(_sizes(head, cut), needs, False, cut.chunk_rows, cut.max_memory_bytes)

@@ -23,7 +23,7 @@ class Refusal:
 
 
 _TRANSFORMS = (
-    r"func\.grad|jvp|jvp of jvp|jacfwd\(jacfwd\)|hessian|jacrev\(jacfwd\)|jacrev\(jacrev\)"
+    r"func\.grad|jvp|jvp of jvp|vjp of jvp|jacfwd\(jacfwd\)|hessian|jacrev\(jacfwd\)|jacrev\(jacrev\)"
     r"|functionalize\(grad\)|func\.grad\(compile\)"
 )
 _COUNTING = (
@@ -32,7 +32,8 @@ _COUNTING = (
 
 REFUSALS = (
     Refusal(
-        rf"second derivative|vmap|per-sample gradients, vmap\(grad\)|functionalize|{_TRANSFORMS}",
+        r"second derivative|batch of gradients, differentiated|vmap|per-sample gradients, vmap\(grad\)|functionalize|"
+        rf"{_TRANSFORMS}",
         "ce-inplace_backward",
         RuntimeError,
         "inplace_backward=True",

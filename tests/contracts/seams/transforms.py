@@ -1,7 +1,7 @@
 """Eager PyTorch and torch.func."""
 
 import torch
-from torch.func import functionalize, grad, jacfwd, jacrev, jvp, linearize, vmap
+from torch.func import functionalize, grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.func import hessian as func_hessian
 
 from . import check as c
@@ -31,6 +31,20 @@ def _times_direction(case):
     """The oracle's Hessian times the direction, by differentiable tensor."""
     v = c.directions(case)
     return [sum(torch.tensordot(h, w, w.dim()) for h, w in zip(row, v, strict=True)) for row in c.hessian(case)]
+
+
+@system("batch of gradients, differentiated", exact)
+def batch_of_gradients(case):
+    call, factors = Call(case), torch.tensor([3.0, 1.0, 2.0])
+    loss, v = call.function(*call.diff), c.directions(case)
+    batch = torch.autograd.grad(loss, call.diff, factors.to(loss.dtype), is_grads_batched=True, create_graph=True)
+    for i, factor in enumerate(factors.tolist()):
+        check(case, None, tuple(g[i] / factor for g in batch), call.tensors)
+    second = torch.autograd.grad(
+        sum((g[2] * w).sum() for g, w in zip(batch, v, strict=True)), call.diff, allow_unused=True
+    )
+    for name, got, row in zip(case.diff, second, _times_direction(case), strict=True):
+        close(torch.zeros_like(row) if got is None else got, 2 * row, f"second derivative by {name}")
 
 
 @system("no_grad")
@@ -139,6 +153,16 @@ def _second(case, transform):
     for i, row in enumerate(c.hessian(case)):
         for j, expected in enumerate(row):
             close(got[i][j], expected, f"second derivative by {case.diff[i]} and {case.diff[j]}")
+
+
+@system("vjp of jvp", exact)
+def vjp_of_jvp(case):
+    """The jvp has ended when the gradient is asked for: what its level had saved outlives it."""
+    call = Call(case, grad=False)
+    v = c.directions(case)
+    tangent, pull = vjp(lambda *x: jvp(call.function, x, v)[1], *call.diff)
+    for name, got, row in zip(case.diff, pull(torch.ones_like(tangent)), _times_direction(case), strict=True):
+        close(got, row, f"second derivative by {name}")
 
 
 @system("jacfwd(jacfwd)", exact)
