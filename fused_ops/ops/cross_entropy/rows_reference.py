@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, row_sums, wide, wide_dtype
-from fused_ops.ops.cross_entropy.reference import class_dim, counts, log_sum_exp, take_
+from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, log_sum_exp, take_
 from fused_ops.ops.cross_entropy.row import Across, Row, RowArgs, RowOptions, along_classes, counted_rows, rows_shape
 
 
@@ -136,10 +136,10 @@ def grad_input(
         return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(row.dim)
 
     fast = scratch is not None and across is None
-    p = row.p(whole=any(grad is not None for grad in g[1:]))
+    p = row.p(whole=g.entropy is not None or g.target_log_probability is not None)
     more: Tensor | None = None  # not by its size: on a rank without classes all of it is empty
     if g.lse is not None:
-        more = each(g.lse, not o.statistics) * p
+        more = each(g.lse / row_sums(p, row.dim).squeeze(row.dim) if fast else g.lse, not o.statistics) * p
     if g.entropy is not None:
         log_p = torch.where(row.log_p == -math.inf, 0.0, row.log_p)
         entropy, grad = row.entropy(p, log_p), each(g.entropy, not o.statistics)
@@ -179,10 +179,12 @@ def _of_nll(row: Row, p: Tensor, grad: Tensor) -> Tensor:
     a, dim, mass, fast = row.a, row.dim, row.mass(), row.scratch is not None and row.across is None
     grad = torch.where(row.valid, grad, 0.0)
     one = a.indices is not None and a.probabilities is None
-    if one and row.o.label_smoothing == 0 and not fast:  # (p - 1) of one class
+    if one and row.o.label_smoothing == 0:  # (p - 1) of one class
         grad = grad if mass is None else grad * mass
         if row.across is not None:
             return _times(row.with_expm1(p), row.along(grad), row.scratch)
+        if fast:
+            return p.mul_(row.along(grad / less_one_(p, row.here[1].unsqueeze(dim), dim).squeeze(dim)))
         return row.scatter_add(p, -row.here[0].to(p.dtype)) * row.along(grad)
     index, at_target = row.here[1].unsqueeze(dim) if one else None, None
     if fast and index is not None:
