@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fused_ops
+from fused_ops.core import library
 from fused_ops.ops.linear_cross_entropy import graph as linear_graph
 
 ROOT = Path(__file__).parent.parent
@@ -147,13 +148,13 @@ def _raw_ops(_):
 
 
 @functools.cache
-def _watched(op):
-    """The raw op, or a watch around it."""
+def _watched(op, serves=None):
+    """The raw op, or what serves it instead, or a watch around it."""
     if op._schema.name == "fused_ops::linear_cross_entropy_buffer":
-        return op  # reads nothing
+        return serves or op  # reads nothing
     arguments = op._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    return leaves_its_arguments_alone(op, tuple(written))
+    return leaves_its_arguments_alone(serves or op, tuple(written))
 
 
 @pytest.fixture
@@ -236,6 +237,13 @@ def _no_input_is_changed(monkeypatch):
     """Around every raw op that any test's calls come to."""
     for module, name, op in raw_ops():
         monkeypatch.setattr(module, name, _watched(op))
+
+
+@pytest.fixture(params=["kernels", "references"])
+def served(request, monkeypatch):
+    """Takes a test twice: on the kernels, and with plain PyTorch behind every raw op, as without the library."""
+    for module, name, op in raw_ops() if request.param == "references" else ():
+        monkeypatch.setattr(module, name, _watched(op, library.references[op]))
 
 
 @pytest.fixture

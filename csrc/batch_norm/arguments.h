@@ -272,9 +272,10 @@ inline MaybeTensor valid_positions(const MaybeTensor& valid, const Tensor& input
   return dense(*valid);
 }
 
-// What has no elements is contiguous and channels_last at once, and its result keeps its order.
+// What has no elements is contiguous, and may be channels_last at once: its result is channels_last then.
 inline bool is_empty_channels_last(const Tensor& t) {
-  return t.numel() == 0 && t.dim() >= 4 && t.size(1) > 1 && t.stride(1) == 1;
+  if (t.numel() != 0 || t.dim() < 4 || t.dim() > 5 || t.size(1) == 1 || !has_channels_last_strides(t)) return false;
+  return t.size(2) != 1 || t.size(3) != 1 || (t.dim() == 5 && t.size(4) != 1);
 }
 
 // Whether a result that lies the same either way, having one channel or one position, has the strides of channels_last:

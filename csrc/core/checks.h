@@ -99,9 +99,8 @@ inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType 
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t)); }
 
-// Dense with the channel dimension last in memory (and not also contiguous).
-inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 3 || t.is_contiguous()) return false;
+// Whether the strides are those of dense memory with the channel dimension last; of size 1 they are of no matter.
+inline bool has_channels_last_strides(const Tensor& t) {
   int64_t expected = t.size(1);
   if (t.size(1) != 1 && t.stride(1) != 1) return false;
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
@@ -109,6 +108,11 @@ inline bool is_channels_last(const Tensor& t) {
     expected *= t.size(d);
   }
   return t.size(0) == 1 || t.stride(0) == expected;
+}
+
+// Dense with the channel dimension last in memory (and not also contiguous).
+inline bool is_channels_last(const Tensor& t) {
+  return t.dim() >= 3 && !t.is_contiguous() && has_channels_last_strides(t);
 }
 
 inline int64_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
@@ -141,7 +145,9 @@ inline void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 inline Tensor empty_result(const Tensor& input, bool channels_last) {
   const int64_t dims = input.dim();
   int64_t strides[kMaxDims], next = 1;
-  const auto lay = [&](int64_t d) { strides[d] = next, next *= std::max<int64_t>(input.size(d), 1); };
+  const auto lay = [&](int64_t d) {  // without elements too as PyTorch lays them
+    strides[d] = next, next *= channels_last ? input.size(d) : std::max<int64_t>(input.size(d), 1);
+  };
   if (channels_last) lay(1);
   for (int64_t d = dims; d-- > 0;)
     if (!channels_last || d != 1) lay(d);

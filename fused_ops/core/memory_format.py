@@ -68,17 +68,33 @@ def _has_channels_last(input: Tensor) -> bool:
     return True
 
 
-def empty_output(input: Tensor, alone: bool = False) -> Tensor:
-    """Uninitialised, of the input's shape and dtype: channels_last for a channels_last input, else contiguous.
+def empty_output(input: Tensor) -> Tensor:
+    """Uninitialised, of the input's shape and dtype: channels_last for a channels_last input, else contiguous."""
+    return _empty(input, is_channels_last(input))
+
+
+def empty_normalised(input: Tensor, alone: bool = False) -> Tensor:
+    """``empty_output`` for what batch norm returns, with PyTorch's strides where the data lies the same either way.
 
     Args:
-        input: What the result is of.
+        input: What the result is of. One without elements that is channels_last has a result that is.
         alone: Of a batch norm without an addition or an activation behind it. Where an input with gaps lies the same
             either way, its result has the strides of channels_last if the input's are in that order.
     """
-    last = is_channels_last(input)
-    if not last and alone and not input.is_contiguous() and _has_channels_last(input):
-        last = _lies_the_same(input)
+    if input.is_contiguous():
+        last = _is_empty_channels_last(input)
+    else:
+        last = is_channels_last(input) or (alone and _has_channels_last(input) and _lies_the_same(input))
+    return _empty(input, last)
+
+
+def _is_empty_channels_last(input: Tensor) -> bool:
+    """Whether an input that is contiguous is channels_last too, for want of elements."""
+    format = _CHANNELS_LAST.get(input.dim())
+    return format is not None and input.is_contiguous(memory_format=format) and not _lies_the_same(input)
+
+
+def _empty(input: Tensor, last: bool) -> Tensor:
     if last and input.dim() in _CHANNELS_LAST:
         return torch.empty_like(input, memory_format=_CHANNELS_LAST[input.dim()])
     return torch.empty_like(input) if last else input.new_empty(input.shape)
@@ -208,7 +224,7 @@ def channel_sums(values: Tensor) -> Tensor:
 
 def row_sums(values: Tensor, dim: int) -> Tensor:
     """The sum over the classes, wide, with ``keepdim``, of each row alike: other rows have no part in its order."""
-    if values.stride(dim) == 1:
+    if dim == values.dim() - 1 or is_channels_last(values):
         return wide_sum(values, dim, keepdim=True)
     while (n := values.size(dim)) > 1:
         half = n // 2

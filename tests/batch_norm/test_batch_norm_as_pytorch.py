@@ -1,6 +1,7 @@
 """What PyTorch's batch norm does beside its arithmetic: how it writes running statistics, and its result's strides."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -156,10 +157,30 @@ def test_strides_of_the_output(activation, training):
     assert checked > 400
 
 
+EMPTY = [s for n in (4, 5) for s in itertools.product((0, 2, 3), repeat=n) if s.count(0) == 1 and 0 in (s[0], s[2])]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.usefixtures("served")
+def test_what_is_empty_keeps_its_memory_format(affine, training):
+    """As with PyTorch, the output and its gradient; behind an activation too, which drops it there."""
+    for shape in EMPTY:
+        for last in (torch.channels_last if len(shape) == 4 else torch.channels_last_3d, torch.contiguous_format):
+            found, x = [], torch.empty(shape).contiguous(memory_format=last).requires_grad_()
+            params = [torch.ones(shape[1]) for _ in range(2)] if affine else (None, None)
+            arguments = torch.zeros(shape[1]), torch.ones(shape[1]), *params, training
+            for function in (F.batch_norm, fused_ops.batch_norm, partial(fused_ops.batch_norm, activation="relu")):
+                y = function(x, *arguments)
+                found.append((y.stride(), torch.autograd.grad(y, x, torch.ones_like(y))[0].stride()))
+            assert found[1] == found[2] == found[0], (shape, x.stride())
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_strides_in_graphs_are_the_real_ones(activation, training):
-    for shape in ((2, 1), (2, 1, 2), (2, 3, 1, 1), (1, 1, 1, 2), (2, 2, 1, 2)):
+    empty = (0, 3, 2, 2), (0, 3, 1, 1), (2, 3, 0, 4), (0, 1, 2, 2), (0, 2, 2, 1, 2)
+    for shape in ((2, 1), (2, 1, 2), (2, 3, 1, 1), (1, 1, 1, 2), (2, 2, 1, 2), *empty):
         for x in layouts(shape):
             if training and x.numel() == x.size(1):
                 continue

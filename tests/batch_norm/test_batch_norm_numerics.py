@@ -123,6 +123,18 @@ def test_op_info_samples():
     assert seen > 10
 
 
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.double, torch.Tensor.bool, lambda t: t[:1]], ids=["double", "bool", "one"]
+)
+@pytest.mark.parametrize("place", range(4))
+def test_parameters_of_another_dtype_or_size_are_refused(place, change):
+    arguments = [torch.ones(3) for _ in range(4)]
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=r"mixed dtype|should contain 3 elements not 1"):
+        fused_ops.batch_norm(torch.randn(4, 3), *arguments, True)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (2, 0)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -87,6 +87,7 @@ def same(a, b):
     return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(("function", "name", "options"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
 def test_the_same_bits_for_any_threads_and_in_any_run(function, name, options):
     x = (IMAGES if function is batch_norm else LOGITS)[name]()

@@ -56,7 +56,8 @@ def calls(dtype):
     x, target = losses(dtype)
     image = (torch.randn(6, 5, 4, 3) * 2 + 9).to(dtype)
     many = image.flatten(2).mean(2).repeat(20, 1)
-    grad, weight, bias = torch.randn(image.shape).to(dtype), torch.rand(5) + 0.5, torch.randn(5)
+    own = torch.promote_types(dtype, torch.float32)
+    grad, weight, bias = torch.randn(image.shape).to(dtype), (torch.rand(5) + 0.5).to(own), torch.randn(5).to(own)
     options = (-100, 0.1, 1.3, 0.0, True)
     ones = torch.ones(40, dtype=torch.float64)
     lse = x.double().logsumexp(1)
@@ -108,18 +109,42 @@ def test_activations_are_the_same_on_any_number_of_threads(code):
     assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("options", ["none", "smoothing and z_loss", "weights, mask and softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_positions_gradient_is_its_own(dtype):
+def test_a_positions_gradient_is_its_own(dtype, options):
     """Whatever other positions, and however many, an image has."""
-    x, target = torch.randn(3, 21, 301).to(dtype), torch.randint(0, 21, (3, 301))
+    x, target = torch.randn(3, 21, 301).to(dtype), torch.randint(1, 21, (3, 301))
     one = torch.ones((), dtype=torch.float64)
+    more = [torch.rand(21).to(dtype), torch.arange(21) > 0] if "weights" in options else [None, None]
+    numbers = (-100, 0.0, 1.3, 5.0, False) if "weights" in options else (-100, 0.1, 1.0, 0.0, False)
 
     def grad(x, target):
         ones, lse = torch.ones(target.shape, dtype=dtype), x.double().exp().cumsum(1)[:, -1].log()
-        return reference.backward(ones, x, target, lse, one, -100, 0)
+        if options == "none":
+            return reference.backward(ones, x, target, lse, one, -100, 0)
+        grads = ones, None if "weights" in options else ones, None, None
+        return rows_reference.backward(*grads, x, target, None, *more, lse, ones, lse, *numbers)
 
     whole = grad(x, target)
-    assert all(torch.equal(whole[..., i:], grad(x[..., i:].clone(), target[:, i:])) for i in (1, 8, 250))
+    assert all(torch.equal(whole[..., i:], grad(x[..., i:].clone(), target[:, i:])) for i in (1, 8, 250, 300))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("classes", [2, 4, 100])
+def test_each_rows_gradient_is_as_near_as_eagers(classes, smoothing):
+    """In roundings of the row's largest value, of rows where the target has more or less of all."""
+    torch.manual_seed(0)
+    x, target = torch.randn(2000, classes) * 3, torch.zeros(2000, dtype=torch.int64)
+    exact, eager = (
+        torch.autograd.grad(F.cross_entropy(leaf, target, label_smoothing=smoothing, reduction="sum"), leaf)[0]
+        for leaf in (x.double().requires_grad_(), x.clone().requires_grad_())
+    )
+    ones, lse = torch.ones(2000, dtype=torch.float64), x.double().logsumexp(1)
+    options = -100, smoothing, 1.0, 0.0, False
+    found = rows_reference.backward(ones, *[None] * 3, x, target, *[None] * 3, lse, ones, None, *options)
+    one = exact.abs().amax(1) * torch.finfo(torch.float32).eps
+    error, allowed = ((t - exact).abs().amax(1) / one for t in (found, eager))
+    assert error.max() <= max(allowed.max(), 4) + 1 and error.mean() <= allowed.mean() + 0.05
 
 
 @pytest.mark.parametrize("name", calls(torch.float32))

@@ -125,6 +125,7 @@ def test_memory_stays_within_what_is_allowed(memory, used, chunks_in_sight):
     assert sum(b > memory for b in set(biggest)) <= 1  # grad_weight
 
 
+@pytest.mark.usefixtures("served")
 def test_rows_depend_on_neither_the_threads_nor_each_other():
     (x, w), target = draw(torch.float32, bias=False, ignored=0)
     z = (w @ x.t()).contiguous()

@@ -24,7 +24,7 @@ from fused_ops.distributed.collectives import check_group, name_of, size_of
 from fused_ops.distributed.dtensor import any_dtensor
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.keep_output_reference import INVERTIBLE
-from fused_ops.ops.batch_norm.reference import Call, Options, check_written
+from fused_ops.ops.batch_norm.reference import PARAMETERS, Call, Options, check_parameters, check_written
 
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -211,25 +211,6 @@ def several_ranks(group: Any, training: bool, groups: int) -> Any:
     return group if training and size_of(group) > 1 else None
 
 
-def _check_parameters(input: Tensor, *parameters: Tensor | None) -> None:
-    """Raises what the ops raise, before anything is sent."""
-    names = ("running_mean", "running_var", "weight", "bias")
-    check_tensors("batch_norm", [("input", input), *zip(names, parameters, strict=True)])
-    channels, found = input.size(1), None
-    kinds = (input.dtype, torch.float32) if input.dtype.itemsize == 2 else (input.dtype,)
-    for name, t in zip(names, parameters, strict=True):
-        if t is None:
-            continue
-        if t.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
-        if t.dtype not in kinds or (found is not None and t.dtype != found):
-            raise RuntimeError(
-                f"batch_norm: mixed dtype: expected parameters and statistics of one dtype, {found or kinds}, got "
-                f"{name} of {t.dtype}"
-            )
-        found = t.dtype
-
-
 def check_keeps_output(activation: str | None, code: int, slope: float, residual: Tensor | None) -> None:
     """Raises ValueError where the output does not tell what the backward needs."""
     if code not in INVERTIBLE:
@@ -277,6 +258,8 @@ def checked_call(
     options = Options(training, momentum, eps, correction, code, slope, groups)
     if group is not None:
         options = options._replace(group=name_of(group), ranks=size_of(group))
-        _check_parameters(input, running_mean, running_var, weight, bias)
-        check_tensors("batch_norm", [("input", input), ("residual", residual), ("valid", positions)])
+        parameters = running_mean, running_var, weight, bias
+        tensors = [("input", input), *zip(PARAMETERS, parameters, strict=True)]
+        check_tensors("batch_norm", [*tensors, ("residual", residual), ("valid", positions)])
+        check_parameters(input, *parameters)  # as the ops do, but before anything is sent
     return Call(input, running_mean, running_var, weight, bias, residual, positions, options)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import Scratch, acc_dtype, channel_sums, empty_output, memory_pieces, wide
+from fused_ops.core.memory_format import Scratch, acc_dtype, channel_sums, empty_normalised, memory_pieces, wide
 from fused_ops.ops.batch_norm import activations
 from fused_ops.ops.batch_norm.reference import (
     Affine,
@@ -58,7 +58,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``backward``, from h and x - mean of the pieces of each group, by its number."""
     input, sums_, dots = a.input, [], []
-    grad_input = empty_output(input) if a.need_input else None
+    grad_input = empty_normalised(input) if a.need_input else None
     for i, rows in enumerate(group_slices(input.size(0), a.groups if a.training else 1)):
         affine = Affine.of(*of_group(a.statistics, i, input.size(1)), a.weight, a.bias, input)
         to = None if grad_input is None else grad_input[rows]

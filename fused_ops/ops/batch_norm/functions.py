@@ -18,7 +18,7 @@ from torch.autograd import Function
 from fused_ops.core.checks import check_data
 from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated, save
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output, in_its_format, wide_dtype
+from fused_ops.core.memory_format import empty_normalised, in_its_format, wide_dtype
 from fused_ops.core.torch_private import (
     call_backward_directly,
     graph_task_id,
@@ -43,7 +43,7 @@ def _fake_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tenso
     kind = reference.param_dtype(a.input, a.weight, a.bias)
     count = a.input.size(1) if a.need_params else 0
     grad_weight, grad_bias = (a.input.new_empty((count,), dtype=kind) for _ in range(2))
-    return empty_output(a.input) if a.need_input else a.input.new_empty(0), grad_weight, grad_bias
+    return empty_normalised(a.input) if a.need_input else a.input.new_empty(0), grad_weight, grad_bias
 
 
 _FORWARD = (
@@ -113,7 +113,7 @@ def backward(
         return ranks.backward(grad_output, saved, options, needs)
     need_input, need_residual, need_params = needs
     input, residual, weight, bias, statistics, mask, valid = saved
-    grad_residual = empty_output(input) if need_residual else None
+    grad_residual = empty_normalised(input) if need_residual else None
     o = options
     numbers = o.training, need_input, need_params, o.correction, o.activation, o.slope
     rest = residual, mask, valid, o.groups, grad_residual

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_ops.core.graph import as_tensor, functionalizing, register_graph_op
 from fused_ops.core.library import _fragment
-from fused_ops.core.memory_format import empty_output, is_channels_last, wide_dtype
+from fused_ops.core.memory_format import empty_normalised, is_channels_last, wide_dtype
 from fused_ops.ops.batch_norm import activations, derivatives, functions, reference
 from fused_ops.ops.batch_norm.ranks import over_ranks
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
@@ -125,7 +125,7 @@ def _fake_grad(*args: Any) -> Any:
     input, _, weight, bias, statistics, _, _ = tensors
     wanted = True, bool(needs & _INPUT), bool(needs & _PARAMS)
     grad_input, *grads = functions._fake_backward(grad_output, input, weight, bias, statistics, *wanted)
-    return grad_input, empty_output(input) if needs & _RESIDUAL else input.new_empty(0), *grads
+    return grad_input, empty_normalised(input) if needs & _RESIDUAL else input.new_empty(0), *grads
 
 
 def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_ops.core.checks import check_data
 from fused_ops.core.function import FusedFunction, checked_saved, is_differentiated
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output
+from fused_ops.core.memory_format import empty_normalised
 from fused_ops.ops.batch_norm import activations, functions, keep_output_reference, reference
 from fused_ops.ops.batch_norm.reference import Call, Options, Saved, as_call
 
@@ -139,7 +139,7 @@ def _rebuilt(
     y: Tensor = output.detach()
     w, b = (None if t is None else t.detach() for t in (weight, bias))
     x: Tensor = keep_output_reference.rebuild(y, w, b, statistics, stored, o.activation, o.slope, o.groups)
-    rebuilt: Any = _Rebuilt.apply(ctx.stand_in, empty_output(y).copy_(x))
+    rebuilt: Any = _Rebuilt.apply(ctx.stand_in, empty_normalised(y).copy_(x))
     signs = o.activation == activations.LEAKY_RELU and valid is None
     mask = reference.pack(y > 0, y) if signs else None  # the rebuilt x may be off across the kink
     return Saved(rebuilt, None, weight, bias, statistics, mask, valid)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.library import register
-from fused_ops.core.memory_format import empty_output, wide_dtype
+from fused_ops.core.memory_format import empty_normalised, wide_dtype
 from fused_ops.core.torch_private import is_fake
 from fused_ops.distributed.collectives import gather_op, group_of, sum_of_ranks
 from fused_ops.ops.batch_norm import ranks_reference, reference
@@ -32,7 +32,7 @@ def _fake_moments(input: Tensor, valid: Tensor | None = None) -> Tensor:
 def _fake_normalise(
     statistics: Tensor, input: Tensor, weight: Any, bias: Any, activation: int, slope: float, residual: Any, *_: Any
 ) -> Tensor:
-    return empty_output(input, alone=residual is None and activation == NONE)
+    return empty_normalised(input, alone=residual is None and activation == NONE)
 
 
 def _fake_sums(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
@@ -42,7 +42,7 @@ def _fake_sums(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
 def _fake_gradient(
     means: Tensor | None, grad_residual: Tensor | None, grad_output: Tensor, input: Tensor, *_: Any
 ) -> Tensor:
-    return input.new_empty(0) if means is None else empty_output(input)
+    return input.new_empty(0) if means is None else empty_normalised(input)
 
 
 _OPTIONS = "int activation, float slope, Tensor? residual, Tensor{}? mask, Tensor? valid"
@@ -119,7 +119,7 @@ def backward(
             means = torch.stack((total / count, along * invstd.square() / (count - options.correction)))
         grad_weight, grad_bias = torch.where(count > 0, dot * invstd, 0.0).to(kind), sum.to(kind, copy=True)
     if need_residual:
-        grad_residual = empty_output(input)
+        grad_residual = empty_normalised(input)
     grad_input = input.new_empty(0)
     if need_input or need_residual:
         grad_input = _gradient_op(means, grad_residual, grad_output, input, *rest)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import channel_sums, empty_output, wide_dtype
+from fused_ops.core.memory_format import channel_sums, empty_normalised, wide_dtype
 from fused_ops.ops.batch_norm import backward_reference, reference
 from fused_ops.ops.batch_norm.backward_reference import Parts
 from fused_ops.ops.batch_norm.reference import Affine, BackwardArguments, ForwardArguments, normalised
@@ -84,7 +84,7 @@ def grad_sums(*arguments: Any) -> Tensor:
 def gradient(means: Tensor | None, grad_residual: Tensor | None, *arguments: Any) -> Tensor:
     """grad_input, empty without ``means``, which are grad_mean and grad_slope; writes ``grad_residual``."""
     a, affine, parts = _backward_of(*arguments)
-    grad_input = None if means is None else empty_output(a.input)
+    grad_input = None if means is None else empty_normalised(a.input)
     pair = None if means is None else (means[0], means[1])
     backward_reference.write_gradients(a._replace(grad_residual=grad_residual), affine, parts, pair, grad_input)
     return a.input.new_empty(0) if grad_input is None else grad_input

@@ -27,7 +27,7 @@ from fused_ops.core.memory_format import (
     Scratch,
     acc_dtype,
     channel_sums,
-    empty_output,
+    empty_normalised,
     is_channels_last,
     memory_pieces,
     wide,
@@ -224,6 +224,7 @@ def forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if any(t is not None and t.dim() != 1 for t in (a.running_mean, a.running_var)):
         raise RuntimeError("batch_norm: expected running statistics to have one dimension")
+    check_parameters(input, a.running_mean, a.running_var, a.weight, a.bias)
     if not training:
         if a.running_mean is None or a.running_var is None:
             raise RuntimeError("running_mean must be defined in evaluation mode")
@@ -352,7 +353,7 @@ def rounded_off(mean: Tensor, near: Tensor, factor: Tensor) -> Tensor:
 
 def empty_forward_output(a: ForwardArguments) -> Tensor:
     """Room for the output of a call."""
-    return empty_output(a.input, alone=a.residual is None and a.activation == activations.NONE)
+    return empty_normalised(a.input, alone=a.residual is None and a.activation == activations.NONE)
 
 
 def _statistics(a: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -424,6 +425,26 @@ def _merged(parts: list[_Moments]) -> _Moments:
     # infinite where one is
     mean = torch.where(mean.isfinite(), mean, channel_sums(torch.stack([p.mean for p in parts])))
     return _Moments(n, mean, channel_sums(torch.stack([p.m2 + p.values * (p.mean - mean).square() for p in parts])))
+
+
+PARAMETERS = ("running_mean", "running_var", "weight", "bias")
+
+
+def check_parameters(input: Tensor, *parameters: Tensor | None) -> None:
+    """Raises unless each of the PARAMETERS has a value a channel, and all are of the input's dtype, or all float32."""
+    channels, found = input.size(1), None
+    kinds = (input.dtype, torch.float32) if input.dtype.itemsize == 2 else (input.dtype,)
+    for name, t in zip(PARAMETERS, parameters, strict=True):
+        if t is None:
+            continue
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+        if t.dtype not in kinds or (found is not None and t.dtype != found):
+            raise RuntimeError(
+                f"batch_norm: mixed dtype: expected parameters and statistics of one dtype, {found or kinds}, got "
+                f"{name} of {t.dtype}"
+            )
+        found = t.dtype
 
 
 def check_written(*statistics: Tensor | None) -> None:

@@ -117,17 +117,21 @@ def _backward_to(
     return grad
 
 
-def less_one_(p: Tensor, here: Tensor, dim: int) -> Tensor:
-    """Takes from p of one class a row what the row's p add up to; returns that sum, wide, which is to divide the row.
+def take_(p: Tensor, here: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sets p of one class a row to 0; returns what it was and what the others add up to, wide.
 
-    It is 1 but for the rounding of what p was divided by, or of softmax's own sum, which many classes add to. Of a
-    class that has all but nothing it is the others' sum that is left.
+    Together they are 1 but for the rounding of what p was divided by, or of softmax's own sum, which many classes add
+    to: their sum is to divide the row. Of a class that has all but nothing it is the others' sum that is left.
     """
-    at = p.gather(dim, here)
-    others = row_sums(p.scatter_(dim, here, 0.0), dim)
-    sum = others + at
-    p.scatter_(dim, here, torch.where(at > 0.5, -others, at - sum).to(p.dtype))
-    return sum
+    at = wide(p.gather(dim, here))
+    return at, row_sums(p.scatter_(dim, here, 0.0), dim)
+
+
+def less_one_(p: Tensor, here: Tensor, dim: int) -> Tensor:
+    """Takes from p of one class a row what the row's p add up to; returns that sum, wide."""
+    at, others = take_(p, here, dim)
+    p.scatter_(dim, here, -others.to(p.dtype))
+    return others + at
 
 
 def backward_(

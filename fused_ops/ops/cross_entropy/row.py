@@ -15,6 +15,8 @@ from torch import Tensor
 from fused_ops.core.memory_format import Scratch, row_sums, wide, wide_sum
 from fused_ops.ops.cross_entropy.reference import class_dim, counts
 
+_FEW_CLASSES = 32  # PyTorch's softmax of a row of up to so many costs several times its exponentials.
+
 
 class RowOptions(NamedTuple):
     """The numbers behind the tensors of a raw op's arguments, in their order."""
@@ -133,13 +135,18 @@ class Row:
         """log p where it is a factor: a masked class, whose log p is -inf for good, has the derivative 0."""
         return self.log_p if self.allowed is None else torch.where(self.allowed, self.log_p, 0.0)
 
-    def p(self) -> Tensor:
-        """The softmax."""
+    def p(self, whole: bool = True) -> Tensor:
+        """The softmax; with scratch, if not ``whole``, but for a factor of each row, which its sum is to divide."""
         if self.across is not None:
             return self.log_p.exp()
         if self.scratch is None:
             return self.u.softmax(self.dim)
-        return torch.softmax(self.u, self.dim, out=self.scratch.like("p", self.u))
+        p = self.scratch.like("p", self.u)
+        if self.u.dim() <= 2 and self.u.size(self.dim) > _FEW_CLASSES:
+            return torch.softmax(self.u, self.dim, out=p)
+        # of rows side by side a thread's last have another softmax than the others
+        torch.sub(self.u, self.u.amax(self.dim, keepdim=True), out=p).exp_()
+        return p.div_(row_sums(p, self.dim)) if whole else p
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of each row's values over all classes, wide."""
@@ -302,12 +309,13 @@ class Row:
         shares = self.shares(self.a.probabilities, self.a.weight)
         return self.total(wide(shares)) if self.a.probabilities is None else self.sum(shares)
 
-    def smoothed_target(self, p: Tensor, sum: Tensor) -> Tensor:
-        """Of each row's class index, wide: p times the sum of q, less q times ``sum``, from differences that are 0 in
-        one class alone."""
-        weight, at = wide(self.shares(None, self.a.weight)), wide(self.at_indices(p))
+    def smoothed_target(self, at: Tensor, others: Tensor) -> Tensor:
+        """Of each row's class index, wide: p, ``at``, times the sum of q, less q times the sum of p, from differences
+        that are 0 in one class alone.
+        """
+        weight = wide(self.shares(None, self.a.weight))
         spread = self.smoothing() * weight
-        return (1 - self.o.label_smoothing) * weight * (at - sum) + (at * self.mass_of_smoothing() - spread * sum)
+        return (at * self.mass_of_smoothing() - spread * (at + others)) - (1 - self.o.label_smoothing) * weight * others
 
     def entropy(self, p: Tensor, log_p: Tensor) -> Tensor:
         """The entropy, to be broadcast along the classes, of ``neg_entropy_terms``."""

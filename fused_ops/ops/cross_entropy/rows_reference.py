@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.memory_format import Piece, Scratch, acc_dtype, empty_output, pieces, row_sums, wide, wide_dtype
-from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, log_sum_exp
+from fused_ops.ops.cross_entropy.reference import class_dim, counts, less_one_, log_sum_exp, take_
 from fused_ops.ops.cross_entropy.row import Across, Row, RowArgs, RowOptions, along_classes, counted_rows, rows_shape
 
 
@@ -135,14 +135,15 @@ def grad_input(
         grad = row.copy(grad.to(dtype))
         return (torch.where(row.valid, grad, 0.0) if counted else grad).unsqueeze(row.dim)
 
-    p = row.p()
+    fast = scratch is not None and across is None
+    p = row.p(whole=g.entropy is not None or g.target_log_probability is not None)
     more: Tensor | None = None  # not by its size: on a rank without classes all of it is empty
     if g.lse is not None:
-        more = each(g.lse, not o.statistics) * p
+        more = each(g.lse / row_sums(p, row.dim).squeeze(row.dim) if fast else g.lse, not o.statistics) * p
     if g.entropy is not None:
         log_p = torch.where(row.log_p == -math.inf, 0.0, row.log_p)
         entropy, grad = row.entropy(p, log_p), each(g.entropy, not o.statistics)
-        if scratch is not None and across is None:  # as p does not quite add up to 1
+        if fast:  # as p does not quite add up to 1
             sum = row_sums(p, row.dim).to(p.dtype)
             entropy, grad = entropy / sum, grad / sum
         entropy_grad = grad * p * (log_p + entropy)
@@ -155,7 +156,8 @@ def grad_input(
         grad_u = torch.zeros_like(p) if more is None else more
     else:
         grad_u = _of_nll(row, p, row.copy(g.nll))
-        grad_u = grad_u if more is None else grad_u + more
+        if more is not None:
+            grad_u = grad_u.add_(more) if fast else grad_u + more
     if not (type(row.slope) is float and row.slope == 1):
         grad_u = _times(grad_u, row.slope, scratch)
     return grad_u if row.allowed is None else torch.where(row.allowed, grad_u, 0.0)
@@ -163,6 +165,10 @@ def grad_input(
 
 def _times(values: Tensor, factor: Tensor | float, scratch: Scratch | None) -> Tensor:
     return values * factor if scratch is None else values.mul_(factor)
+
+
+def _less(values: Tensor, less: Tensor, scratch: Scratch | None) -> Tensor:
+    return values - less if scratch is None else values.sub_(less)
 
 
 def _of_nll(row: Row, p: Tensor, grad: Tensor) -> Tensor:
@@ -180,23 +186,22 @@ def _of_nll(row: Row, p: Tensor, grad: Tensor) -> Tensor:
         if fast:
             return p.mul_(row.along(grad / less_one_(p, row.here[1].unsqueeze(dim), dim).squeeze(dim)))
         return row.scatter_add(p, -row.here[0].to(p.dtype)) * row.along(grad)
-    sum = row_sums(p, dim).squeeze(dim) if fast else torch.ones((), dtype=wide_dtype(p), device=p.device)
-    at_target = row.smoothed_target(p, sum) if fast and one else None
-    values = p if mass is None else _times(p, row.along(mass), row.scratch)
-    if a.indices is None:
-        q = row.q(a.probabilities, a.weight)
-        values = values - (q * row.along(sum) if fast else q)
+    index, at_target = row.here[1].unsqueeze(dim) if one else None, None
+    if fast and index is not None:
+        at, others = (t.squeeze(dim) for t in take_(p, index, dim))
+        sum, at_target = at + others, row.smoothed_target(at, others)
     else:
-        if row.o.label_smoothing != 0:  # of masked classes too, whose gradient is left out later
-            spread = row.smoothing() * sum
-            spread = row.weighted(row.along(spread) if spread.dim() else spread.to(p.dtype), a.weight)
-            values = values - spread if row.scratch is None else values.sub_(spread)
-        if at_target is not None:
-            values.scatter_(dim, row.here[1].unsqueeze(dim), row.along(at_target))
-        else:
-            each = sum.unsqueeze(dim) if sum.dim() else sum
-            values = row.scatter_add(values, (row.o.label_smoothing - 1) * row.shares(a.probabilities, a.weight) * each)
-    return _times(values, row.along(grad / sum), row.scratch)
+        sum = row_sums(p, dim).squeeze(dim) if fast else torch.ones((), dtype=wide_dtype(p), device=p.device)
+    each = grad / sum
+    values = _times(p, row.along(each if mass is None else each * mass), row.scratch)
+    if a.indices is None:
+        return _less(values, row.q(a.probabilities, a.weight) * row.along(grad), row.scratch)
+    if row.o.label_smoothing != 0:  # of masked classes too, whose gradient is left out later
+        values = _less(values, row.weighted(row.along(row.smoothing() * grad), a.weight), row.scratch)
+    if index is not None and at_target is not None:
+        return values.scatter_(dim, index, row.along(at_target * each))
+    shares = row.shares(a.probabilities, a.weight) * (grad if one else grad.unsqueeze(dim))
+    return row.scatter_add(values, (row.o.label_smoothing - 1) * shares)
 
 
 def grad_probabilities(g: RowGrads, a: RowArgs, o: RowOptions, across: Across | None = None) -> Tensor:

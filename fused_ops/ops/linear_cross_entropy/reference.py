@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core.memory_format import acc_dtype, piece_elements, wide_sum
+from fused_ops.core.memory_format import acc_dtype, piece_elements, row_sums
 from fused_ops.ops.cross_entropy import reference as cross_entropy
 from fused_ops.ops.cross_entropy import rows_reference as rows
 from fused_ops.ops.cross_entropy.row import RowArgs, RowOptions
@@ -117,7 +117,7 @@ def _tile_sums_of(logits: Tensor, at: Tensor, max: Tensor, others: Tensor, targe
     shift = torch.where(now == -torch.inf, 0.0, now)
     terms, rows = (z - shift).exp_(), here.nonzero().squeeze(1)
     terms[at[rows], rows] = 0.0
-    others.mul_((max - shift).exp()).add_(wide_sum(terms, 0))
+    others.mul_((max - shift).exp()).add_(row_sums(terms, 0).squeeze(0))
     max.copy_(now)
     target_logit[rows] = z[at[rows], rows]
 
