@@ -278,6 +278,11 @@ inline bool is_empty_channels_last(const Tensor& t) {
   return t.size(2) != 1 || t.size(3) != 1 || (t.dim() == 5 && t.size(4) != 1);
 }
 
+// Whether a gradient of the input's shape is channels_last.
+inline bool gradient_is_channels_last(const Tensor& input) {
+  return is_channels_last(input) || is_empty_channels_last(input);
+}
+
 // Whether a result that lies the same either way, having one channel or one position, has the strides of channels_last:
 // as PyTorch's for an input with gaps in that order. An addition or an activation behind its batch norm drops them.
 // Source: is_channels_last_strides_2d_s4 of c10/core/MemoryFormat.h.

@@ -82,7 +82,7 @@ struct BackwardOnGpu {
         bias(dense_or_none(a.bias)),
         valid(valid_positions(a.valid, input)),
         statistics(dense(a.statistics)),
-        grad_input(a.need_input ? empty_result(input, is_channels_last(input) || is_empty_channels_last(input))
+        grad_input(a.need_input ? empty_result(input, gradient_is_channels_last(input))
                                 : empty(input, {&kNone, 1}, input.scalar_type())) {
     if (a.grad_residual) check_written("grad_residual", *a.grad_residual, input);
     call.dtype = float_dtype(kOp, "input", input), call.shape = shape_of_input(input, valid);

@@ -133,7 +133,7 @@ struct Gradients {
 inline Gradients empty_gradients(const BackwardArguments& a, const Tensor& input) {
   const int64_t channels = input.size(1), none = 0, *count = a.need_params ? &channels : &none;
   const ScalarType type = a.weight ? a.weight->scalar_type() : a.bias ? a.bias->scalar_type() : input.scalar_type();
-  return {a.need_input ? empty_huge(kOp, input, is_channels_last(input) || is_empty_channels_last(input))
+  return {a.need_input ? empty_huge(kOp, input, gradient_is_channels_last(input))
                        : empty(input, {&none, 1}, input.scalar_type()),
           empty(input, {count, 1}, type), empty(input, {count, 1}, type)};
 }

@@ -137,15 +137,16 @@ def grad_input(
 
     fast = scratch is not None and across is None
     p = row.p(whole=g.entropy is not None or g.target_log_probability is not None)
+    # p does not quite add up to 1
+    sum = row_sums(p, row.dim) if fast and not (g.lse is None and g.entropy is None) else None
     more: Tensor | None = None  # not by its size: on a rank without classes all of it is empty
     if g.lse is not None:
-        more = each(g.lse / row_sums(p, row.dim).squeeze(row.dim) if fast else g.lse, not o.statistics) * p
+        more = each(g.lse if sum is None else g.lse / sum.squeeze(row.dim), not o.statistics) * p
     if g.entropy is not None:
         log_p = torch.where(row.log_p == -math.inf, 0.0, row.log_p)
         entropy, grad = row.entropy(p, log_p), each(g.entropy, not o.statistics)
-        if fast:  # as p does not quite add up to 1
-            sum = row_sums(p, row.dim).to(p.dtype)
-            entropy, grad = entropy / sum, grad / sum
+        if sum is not None:
+            entropy, grad = (t / sum.to(p.dtype) for t in (entropy, grad))
         entropy_grad = grad * p * (log_p + entropy)
         more = -entropy_grad if more is None else more - entropy_grad
     if g.target_log_probability is not None and a.probabilities is None:

@@ -154,9 +154,10 @@ def linear_rows(
         a: The target.
         o: The options.
     """
-    in_graph = torch.compiler.is_compiling() or is_tracing() or dispatch_modes()  # there sizes may be symbols
-    if not where and not in_graph and head.weight.requires_grad and torch.is_grad_enabled():
-        plan_in_rows(head, cut, WEIGHT, main_grad)  # what the backward could not keep is refused here
+    if cut.max_memory_bytes is not None and not where and head.weight.requires_grad and torch.is_grad_enabled():
+        in_graph = torch.compiler.is_compiling() or is_tracing() or dispatch_modes()  # there sizes may be symbols
+        if not in_graph:
+            plan_in_rows(head, cut, WEIGHT, main_grad)  # what the backward could not keep is refused here
     if main_grad is None:
         return _rows_of(o, cut, where, *head, *a[1:])
     return _in_eager_mode(partial(_rows_of, main_grad=main_grad), o, cut, where, *head, *a[1:])  # type: ignore[no-any-return]
